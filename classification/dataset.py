@@ -1,0 +1,260 @@
+"""The cache of preprocess.py as batches of tensors, augmentation on the device, and the synthetic raw set."""
+
+import csv
+import io
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pydicom.encaps import encapsulate
+from pydicom.uid import (
+    ComputedRadiographyImageStorage,
+    ExplicitVRLittleEndian,
+    JPEGBaseline8Bit,
+    generate_uid,
+)
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+def read_index(cache: Path) -> list[dict[str, str]]:
+    """The rows of index.csv (id, patient, fold, label, source), in the order of images.npy."""
+    with open(cache / "index.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+class XrayDataset(Dataset):
+    """Raw images and labels of a cache, fetched a batch of row numbers at a time.
+
+    `dataset.__getitems__(rows)` gives images uint8 (B, 1, S, S) and labels int64 (B,). It holds nothing but the
+    path: each worker maps the file itself, because a pickled memory map is the whole array.
+    """
+
+    def __init__(self, cache: Path) -> None:
+        self.cache = cache
+        self.images = self.labels = None
+
+    def __getstate__(self) -> dict:
+        return {"cache": self.cache, "images": None, "labels": None}
+
+    def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        if self.images is None:
+            self.images = np.load(self.cache / "images.npy", mmap_mode="r")
+            self.labels = torch.tensor([int(row["label"]) for row in read_index(self.cache)])
+        return torch.from_numpy(self.images[rows])[:, None], self.labels[rows]
+
+
+def keep_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """`collate_fn` for batches that are tensors already; a module-level function, so that workers can be spawned."""
+    return batch
+
+
+def in_batches(rows: list[int], batch_size: int) -> list[list[int]]:
+    """Rows in their order, nothing dropped: the batches of an evaluation."""
+    return [rows[k : k + batch_size] for k in range(0, len(rows), batch_size)]
+
+
+def make_loader(
+    cache: Path, batches: Sampler | list[list[int]], workers: int, device: torch.device
+) -> DataLoader:
+    """A loader of whole batches. Workers stay from epoch to epoch: the dataset knows no epoch."""
+    return DataLoader(XrayDataset(cache), batch_sampler=batches, collate_fn=keep_batch, num_workers=workers,
+                      persistent_workers=workers > 0, pin_memory=device.type == "cuda")  # fmt: skip
+
+
+class EpochBatches(Sampler):
+    """Batches of row numbers for training: the order is a function of (seed, epoch), each rank takes its share.
+
+    The rows left over by the last full step are dropped: BatchNorm fails on a batch of one, and every rank needs
+    the same number of steps. The loop sets `epoch`.
+    """
+
+    def __init__(
+        self, rows: list[int], batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.rows, self.batch_size, self.seed, self.rank, self.world_size = (
+            rows,
+            batch_size,
+            seed,
+            rank,
+            world_size,
+        )
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.rows) // (self.batch_size * self.world_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.rows)
+        for batch in order[: len(self) * self.batch_size * self.world_size].reshape(len(self), -1):
+            yield batch[self.rank :: self.world_size].tolist()
+
+
+def blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur of (B, 1, H, W) with one sigma (B,) in pixels for each image; at most 4 pixels to each side."""
+    x = torch.arange(-4, 5, device=images.device)
+    kernel = torch.exp(-0.5 * (x / sigma[:, None]).square())
+    kernel = (kernel / kernel.sum(1, keepdim=True))[:, None]
+    images = F.pad(
+        images.transpose(0, 1), (4, 4, 4, 4), mode="replicate"
+    )  # batch as channels: one kernel each
+    images = F.conv2d(
+        F.conv2d(images, kernel[..., None], groups=len(sigma)), kernel[:, None], groups=len(sigma)
+    )
+    return images.transpose(0, 1)
+
+
+def augment(images: Tensor, rng: np.random.Generator, strength: float = 1.0, flip: bool = False) -> Tensor:
+    """Random affine, gamma, contrast, brightness, blur and noise for float images (B, 1, S, S) in 0..1.
+
+    Parameters are drawn per image on the CPU from `rng`, so that neither workers nor the device change them; only
+    the noise is drawn on the device, from a generator that `rng` seeds. `flip` mirrors every other image.
+    """
+    if strength == 0 and not flip:
+        return images
+    batch, device = len(images), images.device
+    draws = torch.from_numpy(rng.uniform(-1, 1, (11, batch)).astype(np.float32)).to(device, non_blocking=True)
+    angle, log_scale, log_aspect, shear, dx, dy, gamma, contrast, brightness, sigma, noise = draws * strength
+
+    # where each output pixel comes from, in the coordinates of grid_sample: -1..1 from edge to edge
+    cos, sin = torch.cos(angle * math.radians(15)), torch.sin(angle * math.radians(15))
+    sx, sy = torch.exp(0.2 * log_scale + 0.1 * log_aspect), torch.exp(0.2 * log_scale - 0.1 * log_aspect)
+    if flip:
+        sx = sx * torch.from_numpy(rng.choice([-1.0, 1.0], batch).astype(np.float32)).to(
+            device, non_blocking=True
+        )
+    rows = [
+        cos * sx,
+        (0.1 * shear * cos - sin) * sy,
+        0.2 * dx,
+        sin * sx,
+        (cos + 0.1 * shear * sin) * sy,
+        0.2 * dy,
+    ]
+    grid = F.affine_grid(torch.stack(rows, 1).view(batch, 2, 3), list(images.shape), align_corners=False)
+    images = F.grid_sample(images, grid, align_corners=False)
+    if strength == 0:
+        return images
+
+    gamma, contrast, brightness, noise = (
+        v[:, None, None, None] for v in (gamma, contrast, brightness, noise)
+    )
+    images = images.clamp(1e-4, 1) ** torch.exp(0.5 * gamma)
+    mean = images.mean((2, 3), keepdim=True)
+    images = (images - mean) * torch.exp(0.4 * contrast) + mean + 0.2 * brightness
+    images = blur(images, (sigma * 0.012 * images.shape[-1]).clamp(min=0.05))  # half of them stay sharp
+    generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
+    return images + 0.05 * noise.clamp(min=0) * torch.randn(images.shape, generator=generator, device=device)
+
+
+def to_input(images: Tensor, device: torch.device, mean: float, std: float, *augmentation: object) -> Tensor:
+    """uint8 (B, 1, S, S) to the network's input on `device`: 0..1, augmented if asked for, normalised, channels last."""
+    images = images.to(device, non_blocking=True).float() / 255
+    if augmentation:
+        images = augment(images, *augmentation)
+    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+# ------------------------------------------------------------------------------------------ the synthetic raw set
+
+
+def draw_phantom(rng: np.random.Generator, boxes: int, size: int = 256) -> tuple[np.ndarray, list[tuple]]:
+    """A chest-like picture, float (size, size) in 0..1, and the boxes (x, y, width, height) of its opacities."""
+    y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
+    x, y = (
+        (x - rng.normal(0, 0.03)) / rng.uniform(0.92, 1.08),
+        (y - rng.normal(0, 0.03)) / rng.uniform(0.92, 1.08),
+    )
+    edge = rng.uniform(0.02, 0.05)
+
+    def inside(cx: float, cy: float, rx: float, ry: float, power: float = 2.0) -> np.ndarray:
+        distance = (np.abs((x - cx) / rx) ** power + np.abs((y - cy) / ry) ** power) ** (1 / power)
+        return 1 / (1 + np.exp(((distance - 1) * min(rx, ry) / edge).clip(-30, 30)))
+
+    body = inside(0, 0.15, 0.86, 1.25, 4)
+    lungs = np.maximum(inside(-0.4, -0.05, 0.3, 0.66, 2.6), inside(0.4, -0.05, 0.28, 0.66, 2.6))
+    for side, top in ((-1, 0.38), (1, 0.44)):  # the diaphragm: two domes, the patient's right one higher
+        lungs *= 1 - inside(0.42 * side, top + 0.6, 0.5, 0.6)
+    heart = inside(0.15, 0.22, rng.uniform(0.3, 0.42), rng.uniform(0.28, 0.36))
+    lungs *= 1 - 0.9 * heart
+    picture = body * (0.62 - 0.42 * lungs)
+    picture += 0.16 * body * np.exp(-((x / 0.1) ** 2)) * (1 + 0.25 * np.sin(y * 34))  # spine
+    picture += 0.12 * heart * body
+    for k in range(9):  # ribs fall from the spine to the sides
+        center = -0.75 + 0.16 * k + 0.55 * np.abs(x) ** 1.6 + rng.normal(0, 0.008)
+        picture += (
+            0.09
+            * np.exp(-(((y - center) / 0.025) ** 2))
+            * inside(0, 0.05, 0.78, 0.95, 3)
+            * (np.abs(x) > 0.08)
+        )
+    picture += (
+        0.14 * np.exp(-(((y + 0.72 - 0.22 * np.abs(x)) / 0.03) ** 2)) * (np.abs(x) < 0.7) * body
+    )  # clavicles
+
+    found = []
+    for _ in range(boxes):
+        cx, cy = rng.choice([-1, 1]) * rng.uniform(0.28, 0.52), rng.uniform(-0.35, 0.35)
+        rx, ry = rng.uniform(0.1, 0.22, 2)
+        cloud = Image.fromarray(rng.normal(1, 0.5, (9, 9)).astype(np.float32)).resize(
+            (size, size), Image.BICUBIC
+        )
+        blob = np.exp(-((((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2) ** 1.5))
+        picture += rng.uniform(0.08, 0.3) * blob * np.asarray(cloud) * (0.3 + 0.7 * lungs)
+        inside_box = np.argwhere(blob > 0.3)
+        top, left = inside_box.min(0)
+        height, width = inside_box.max(0) - (top, left) + 1
+        found.append((int(left), int(top), int(width), int(height)))
+    mottle = Image.fromarray(rng.normal(0, 1, (24, 24)).astype(np.float32)).resize(
+        (size, size), Image.BICUBIC
+    )
+    picture = picture + body * 0.03 * np.asarray(mottle) + rng.normal(0, 0.015, picture.shape)
+    return (0.03 + 0.9 * picture.clip(0, 1.1) ** rng.uniform(0.8, 1.25)).clip(0, 1), found
+
+
+def write_dicom(path: Path, picture: np.ndarray, jpeg: bool) -> None:
+    """Write 0..1 as JPEG Baseline (8 bit, MONOCHROME2) or uncompressed (12 bit, MONOCHROME1, with a window)."""
+    ds = pydicom.Dataset()
+    ds.file_meta = pydicom.dataset.FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = JPEGBaseline8Bit if jpeg else ExplicitVRLittleEndian
+    ds.SOPClassUID, ds.SOPInstanceUID = (
+        ComputedRadiographyImageStorage,
+        generate_uid(entropy_srcs=[path.stem]),
+    )
+    ds.PatientID, ds.Modality, ds.ViewPosition = path.stem, "CR", "PA"
+    ds.Rows, ds.Columns = picture.shape
+    ds.SamplesPerPixel, ds.PixelRepresentation = 1, 0
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit = (8, 8, 7) if jpeg else (16, 12, 11)
+    ds.PhotometricInterpretation = "MONOCHROME2" if jpeg else "MONOCHROME1"
+    if jpeg:
+        buffer = io.BytesIO()
+        Image.fromarray(np.rint(picture * 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+        ds.PixelData = encapsulate([buffer.getvalue()])
+    else:
+        ds.WindowCenter, ds.WindowWidth = 2048, 4096
+        ds.PixelData = np.rint((1 - picture) * 4095).astype("<u2").tobytes()
+    ds["PixelData"].VR = "OB" if jpeg else "OW"
+    ds.save_as(path, enforce_file_format=True)
+
+
+def write_demo(raw: Path, patients: int = 600, seed: int = 0) -> None:
+    """Write a synthetic raw set in the layout of the RSNA challenge: DICOM files and one CSV row per box.
+
+    The opacities are blobs of chance, some too faint to see: scores on them say nothing about pneumonia.
+    """
+    (raw / "stage_2_train_images").mkdir(parents=True, exist_ok=True)
+    with open(raw / "stage_2_train_labels.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("patientId", "x", "y", "width", "height", "Target"))
+        for k in range(patients):
+            rng = np.random.default_rng((seed, k))
+            picture, boxes = draw_phantom(rng, rng.choice([0, 1, 2, 3], p=[0.5, 0.2, 0.2, 0.1]))
+            write_dicom(raw / "stage_2_train_images" / f"demo{k:04d}.dcm", picture, jpeg=k % 2 == 0)
+            writer.writerows([f"demo{k:04d}", *box, 1] for box in boxes or [])
+            if not boxes:
+                writer.writerow([f"demo{k:04d}", "", "", "", "", 0])

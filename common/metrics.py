@@ -1,0 +1,162 @@
+"""Metrics as pure functions on tensors: counts or per-case values of a whole split, divided once.
+
+Shapes: `labels` int64 (N,) with values 0..C-1, `scores` float (N,) for the positive class of a binary task,
+`probabilities` float (N, C). A figure that is not defined (one class only, nothing predicted) is NaN, never 0 or 1.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def divide(a: float, b: float) -> float:
+    return float(a) / float(b) if b else math.nan
+
+
+def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
+    """Counts int64 (C, C): rows are the truth, columns the prediction."""
+    return torch.bincount(labels * num_classes + predictions, minlength=num_classes**2).reshape(
+        num_classes, -1
+    )
+
+
+def roc_curve(labels: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """False positive rate, true positive rate and threshold (predict 1 where score >= threshold), one per distinct
+    score, float64, from (0, 0, inf) to (1, 1, smallest score). Rates of a class without cases are NaN."""
+    scores, order = scores.double().sort(descending=True)
+    positive = labels[order].double()
+    last = torch.ones_like(positive, dtype=torch.bool)
+    last[:-1] = scores[1:] != scores[:-1]  # ties move together
+    tp, fp = positive.cumsum(0)[last], (1 - positive).cumsum(0)[last]
+    start = torch.zeros(1, dtype=torch.float64)
+    fpr, tpr = torch.cat([start, fp]) / (1 - positive).sum(), torch.cat([start, tp]) / positive.sum()
+    return fpr, tpr, torch.cat([start + math.inf, scores[last]])
+
+
+def auroc(labels: Tensor, scores: Tensor) -> float:
+    """Area under the ROC curve: P(score of a positive > score of a negative), ties half. NaN with one class only."""
+    fpr, tpr, _ = roc_curve(labels, scores)
+    return torch.trapezoid(tpr, fpr).item()
+
+
+def average_precision(labels: Tensor, scores: Tensor) -> float:
+    """Sum of precision times the step in recall over the distinct scores (no interpolation)."""
+    scores, order = scores.double().sort(descending=True)
+    positive = labels[order].double()
+    last = torch.ones_like(positive, dtype=torch.bool)
+    last[:-1] = scores[1:] != scores[:-1]
+    tp, n = positive.cumsum(0)[last], torch.arange(1, len(labels) + 1)[last]
+    step = torch.diff(tp, prepend=torch.zeros(1, dtype=torch.float64))
+    return divide((tp / n * step).sum(), positive.sum())
+
+
+def binary_metrics(labels: Tensor, scores: Tensor, threshold: float = 0.5) -> dict[str, float]:
+    """Figures at one threshold (1 where score >= threshold)."""
+    (tn, fp), (fn, tp) = confusion_matrix(labels, (scores >= threshold).long(), 2).tolist()
+    sensitivity, specificity = divide(tp, tp + fn), divide(tn, tn + fp)
+    return {
+        "accuracy": divide(tp + tn, len(labels)),
+        "balanced_accuracy": (sensitivity + specificity) / 2,
+        "sensitivity": sensitivity,
+        "specificity": specificity,
+        "precision": divide(tp, tp + fp),
+        "f1": divide(2 * tp, 2 * tp + fp + fn),
+    }
+
+
+def youden_threshold(labels: Tensor, scores: Tensor) -> float:
+    """The threshold with the largest sensitivity + specificity - 1 (Youden 1950), halfway to the next lower score."""
+    fpr, tpr, thresholds = roc_curve(labels, scores)
+    best = int((tpr - fpr)[1:].argmax()) + 1
+    return thresholds[best : best + 2].mean().item()
+
+
+def sensitivity_at_specificity(labels: Tensor, scores: Tensor, specificity: float) -> float:
+    """Largest sensitivity among the thresholds whose specificity is at least this."""
+    fpr, tpr, _ = roc_curve(labels, scores)
+    return tpr[1 - fpr >= specificity - 1e-9].max().item() if fpr.isfinite().all() else math.nan
+
+
+def specificity_at_sensitivity(labels: Tensor, scores: Tensor, sensitivity: float) -> float:
+    """Largest specificity among the thresholds whose sensitivity is at least this."""
+    return sensitivity_at_specificity(1 - labels, -scores, sensitivity)
+
+
+def brier(labels: Tensor, probabilities: Tensor) -> float:
+    """Brier score (1950), the mean squared error of the probabilities; binary: of the positive class alone."""
+    truth = torch.nn.functional.one_hot(labels, probabilities.shape[1]).double()
+    error = (probabilities.double() - truth).square().sum(1).mean().item()
+    return error / 2 if probabilities.shape[1] == 2 else error
+
+
+def classification_metrics(
+    labels: Tensor, probabilities: Tensor, threshold: float | None = None
+) -> dict[str, float]:
+    """All figures of a split. Binary: at 0.5 and, with the suffix _tuned, at `threshold`.
+
+    More than two classes: the prediction is the largest probability, and auroc, average_precision, sensitivity,
+    specificity, precision and f1 are means over the classes, each against the rest (macro).
+    """
+    classes = probabilities.shape[1]
+    if classes == 2:
+        scores = probabilities[:, 1]
+        figures = {
+            **binary_metrics(labels, scores),
+            "auroc": auroc(labels, scores),
+            "average_precision": average_precision(labels, scores),
+            "sensitivity_at_95_specificity": sensitivity_at_specificity(labels, scores, 0.95),
+            "specificity_at_95_sensitivity": specificity_at_sensitivity(labels, scores, 0.95),
+        }
+        if threshold is not None:
+            figures |= {f"{k}_tuned": v for k, v in binary_metrics(labels, scores, threshold).items()}
+    else:
+        predictions = probabilities.argmax(1)
+        rest = []
+        for k in range(classes):
+            truth = (labels == k).long()
+            one = binary_metrics(truth, (predictions == k).double())
+            rest.append({**one, "auroc": auroc(truth, probabilities[:, k]),
+                         "average_precision": average_precision(truth, probabilities[:, k])})  # fmt: skip
+        figures = {name: sum(one[name] for one in rest) / classes for name in rest[0]}
+        figures["accuracy"] = (predictions == labels).double().mean().item()
+        figures["balanced_accuracy"] = figures["sensitivity"]  # mean recall over the classes
+    return {**figures, "brier": brier(labels, probabilities)}
+
+
+def bootstrap(
+    function: Callable[[Tensor], dict[str, float]], groups: list[str], samples: int = 1000, seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """Value, 95 % percentile interval and number of undefined samples for every figure of `function(rows)`.
+
+    Whole groups (patients) are drawn with replacement, because images of one patient are not independent
+    (Davison & Hinkley 1997, section 3.8). Samples in which a figure is NaN are left out of it and counted.
+    """
+    names = {group: k for k, group in enumerate(dict.fromkeys(groups))}
+    members = torch.tensor([names[group] for group in groups])
+    rows = members.argsort(stable=True)
+    starts = torch.bincount(members, minlength=len(names)).cumsum(0).tolist()
+    by_group = [rows[a:b] for a, b in zip([0, *starts], starts, strict=False)]
+    generator = torch.Generator().manual_seed(seed)
+    value = function(torch.arange(len(groups)))
+    drawn = []
+    for _ in range(samples):
+        picks = torch.randint(len(by_group), (len(by_group),), generator=generator).tolist()
+        drawn.append(function(torch.cat([by_group[k] for k in picks])))
+    summary = {}
+    for name in value:
+        sample = torch.tensor([figures[name] for figures in drawn], dtype=torch.float64)
+        finite = sample[sample.isfinite()]
+        low, high = (
+            finite.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+            if len(finite)
+            else (math.nan,) * 2
+        )
+        summary[name] = {
+            "value": value[name],
+            "low": low,
+            "high": high,
+            "undefined": len(sample) - len(finite),
+        }
+    return summary
