@@ -11,13 +11,8 @@ import pydicom
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pydicom import uid
 from pydicom.encaps import encapsulate
-from pydicom.uid import (
-    ComputedRadiographyImageStorage,
-    ExplicitVRLittleEndian,
-    JPEGBaseline8Bit,
-    generate_uid,
-)
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -31,8 +26,8 @@ def read_index(cache: Path) -> list[dict[str, str]]:
 class XrayDataset(Dataset):
     """Raw images and labels of a cache, fetched a batch of row numbers at a time.
 
-    `dataset.__getitems__(rows)` gives images uint8 (B, 1, S, S) and labels int64 (B,). It holds nothing but the
-    path: each worker maps the file itself, because a pickled memory map is the whole array.
+    `dataset.__getitems__(rows)` gives images uint8 (B, 1, S, S) and labels int64 (B,). It pickles as nothing
+    but the path: each worker maps the file itself, because a pickled memory map is the whole array.
     """
 
     def __init__(self, cache: Path) -> None:
@@ -50,7 +45,7 @@ class XrayDataset(Dataset):
 
 
 def keep_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """`collate_fn` for batches that are tensors already; a module-level function, so that workers can be spawned."""
+    """`collate_fn` for batches that are tensors already; at module level, so that workers can be spawned."""
     return batch
 
 
@@ -68,23 +63,17 @@ def make_loader(
 
 
 class EpochBatches(Sampler):
-    """Batches of row numbers for training: the order is a function of (seed, epoch), each rank takes its share.
+    """Batches of row numbers for training, in an order given by (seed, epoch); each rank takes its share.
 
-    The rows left over by the last full step are dropped: BatchNorm fails on a batch of one, and every rank needs
-    the same number of steps. The loop sets `epoch`.
+    The rows left over by the last full step are dropped: BatchNorm fails on a batch of one, and every rank
+    needs the same number of steps. The loop sets `epoch`.
     """
 
     def __init__(
         self, rows: list[int], batch_size: int, seed: int, rank: int = 0, world_size: int = 1
     ) -> None:
-        self.rows, self.batch_size, self.seed, self.rank, self.world_size = (
-            rows,
-            batch_size,
-            seed,
-            rank,
-            world_size,
-        )
-        self.epoch = 0
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self.rank, self.world_size, self.epoch = rank, world_size, 0
 
     def __len__(self) -> int:
         return len(self.rows) // (self.batch_size * self.world_size)
@@ -96,24 +85,20 @@ class EpochBatches(Sampler):
 
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of (B, 1, H, W) with one sigma (B,) in pixels for each image; at most 4 pixels to each side."""
+    """Gaussian blur of (B, 1, H, W) with a sigma (B,) in pixels for each image, cut off at 4 pixels."""
     x = torch.arange(-4, 5, device=images.device)
     kernel = torch.exp(-0.5 * (x / sigma[:, None]).square())
     kernel = (kernel / kernel.sum(1, keepdim=True))[:, None]
-    images = F.pad(
-        images.transpose(0, 1), (4, 4, 4, 4), mode="replicate"
-    )  # batch as channels: one kernel each
-    images = F.conv2d(
-        F.conv2d(images, kernel[..., None], groups=len(sigma)), kernel[:, None], groups=len(sigma)
-    )
-    return images.transpose(0, 1)
+    images = F.pad(images.transpose(0, 1), (4, 4, 4, 4), mode="replicate")  # batch as channels: a kernel each
+    images = F.conv2d(images, kernel[..., None], groups=len(sigma))
+    return F.conv2d(images, kernel[:, None], groups=len(sigma)).transpose(0, 1)
 
 
 def augment(images: Tensor, rng: np.random.Generator, strength: float = 1.0, flip: bool = False) -> Tensor:
     """Random affine, gamma, contrast, brightness, blur and noise for float images (B, 1, S, S) in 0..1.
 
-    Parameters are drawn per image on the CPU from `rng`, so that neither workers nor the device change them; only
-    the noise is drawn on the device, from a generator that `rng` seeds. `flip` mirrors every other image.
+    Parameters are drawn per image on the CPU from `rng`, so that neither workers nor the device change them;
+    only the noise is drawn on the device, from a generator that `rng` seeds. `flip` mirrors half the images.
     """
     if strength == 0 and not flip:
         return images
@@ -125,25 +110,17 @@ def augment(images: Tensor, rng: np.random.Generator, strength: float = 1.0, fli
     cos, sin = torch.cos(angle * math.radians(15)), torch.sin(angle * math.radians(15))
     sx, sy = torch.exp(0.2 * log_scale + 0.1 * log_aspect), torch.exp(0.2 * log_scale - 0.1 * log_aspect)
     if flip:
-        sx = sx * torch.from_numpy(rng.choice([-1.0, 1.0], batch).astype(np.float32)).to(
-            device, non_blocking=True
-        )
-    rows = [
-        cos * sx,
-        (0.1 * shear * cos - sin) * sy,
-        0.2 * dx,
-        sin * sx,
-        (cos + 0.1 * shear * sin) * sy,
-        0.2 * dy,
-    ]
-    grid = F.affine_grid(torch.stack(rows, 1).view(batch, 2, 3), list(images.shape), align_corners=False)
+        sign = torch.from_numpy(rng.choice([-1, 1], batch).astype(np.float32))
+        sx = sx * sign.to(device, non_blocking=True)
+    row_x = [cos * sx, (0.1 * shear * cos - sin) * sy, 0.2 * dx]
+    row_y = [sin * sx, (cos + 0.1 * shear * sin) * sy, 0.2 * dy]
+    affine = torch.stack(row_x + row_y, 1).view(batch, 2, 3)
+    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
     images = F.grid_sample(images, grid, align_corners=False)
     if strength == 0:
         return images
 
-    gamma, contrast, brightness, noise = (
-        v[:, None, None, None] for v in (gamma, contrast, brightness, noise)
-    )
+    gamma, contrast, brightness, noise = (v.view(-1, 1, 1, 1) for v in (gamma, contrast, brightness, noise))
     images = images.clamp(1e-4, 1) ** torch.exp(0.5 * gamma)
     mean = images.mean((2, 3), keepdim=True)
     images = (images - mean) * torch.exp(0.4 * contrast) + mean + 0.2 * brightness
@@ -153,92 +130,79 @@ def augment(images: Tensor, rng: np.random.Generator, strength: float = 1.0, fli
 
 
 def to_input(images: Tensor, device: torch.device, mean: float, std: float, *augmentation: object) -> Tensor:
-    """uint8 (B, 1, S, S) to the network's input on `device`: 0..1, augmented if asked for, normalised, channels last."""
+    """uint8 (B, 1, S, S) to float32 on `device`: 0..1, augmented if asked for, normalised, channels last."""
     images = images.to(device, non_blocking=True).float() / 255
     if augmentation:
         images = augment(images, *augmentation)
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-# ------------------------------------------------------------------------------------------ the synthetic raw set
+# --- the synthetic raw set ---
+
+
+def smooth_noise(rng: np.random.Generator, cells: int, size: int) -> np.ndarray:
+    """Noise of mean 0 and deviation about 1 on a coarse grid of `cells`, blown up to float (size, size)."""
+    noise = Image.fromarray(rng.normal(0, 1, (cells, cells)).astype(np.float32))
+    return np.asarray(noise.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def draw_phantom(rng: np.random.Generator, boxes: int, size: int = 256) -> tuple[np.ndarray, list[tuple]]:
-    """A chest-like picture, float (size, size) in 0..1, and the boxes (x, y, width, height) of its opacities."""
+    """A chest-like picture, float (size, size) in 0..1; boxes (x, y, width, height) of its opacities."""
     y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
-    x, y = (
-        (x - rng.normal(0, 0.03)) / rng.uniform(0.92, 1.08),
-        (y - rng.normal(0, 0.03)) / rng.uniform(0.92, 1.08),
-    )
+    x = (x - rng.normal(0, 0.03)) / rng.uniform(0.92, 1.08)
+    y = (y - rng.normal(0, 0.03)) / rng.uniform(0.92, 1.08)
     edge = rng.uniform(0.02, 0.05)
 
     def inside(cx: float, cy: float, rx: float, ry: float, power: float = 2.0) -> np.ndarray:
         distance = (np.abs((x - cx) / rx) ** power + np.abs((y - cy) / ry) ** power) ** (1 / power)
         return 1 / (1 + np.exp(((distance - 1) * min(rx, ry) / edge).clip(-30, 30)))
 
-    body = inside(0, 0.15, 0.86, 1.25, 4)
+    def ridge(distance: np.ndarray, width: float) -> np.ndarray:
+        return np.exp(-((distance / width) ** 2))
+
+    body, cage = inside(0, 0.15, 0.86, 1.25, 4), inside(0, 0.05, 0.78, 0.95, 3) * (np.abs(x) > 0.08)
     lungs = np.maximum(inside(-0.4, -0.05, 0.3, 0.66, 2.6), inside(0.4, -0.05, 0.28, 0.66, 2.6))
     for side, top in ((-1, 0.38), (1, 0.44)):  # the diaphragm: two domes, the patient's right one higher
         lungs *= 1 - inside(0.42 * side, top + 0.6, 0.5, 0.6)
     heart = inside(0.15, 0.22, rng.uniform(0.3, 0.42), rng.uniform(0.28, 0.36))
     lungs *= 1 - 0.9 * heart
-    picture = body * (0.62 - 0.42 * lungs)
-    picture += 0.16 * body * np.exp(-((x / 0.1) ** 2)) * (1 + 0.25 * np.sin(y * 34))  # spine
-    picture += 0.12 * heart * body
+    picture = body * (0.62 - 0.42 * lungs + 0.12 * heart)
+    picture += 0.16 * body * ridge(x, 0.1) * (1 + 0.25 * np.sin(y * 34))  # spine
     for k in range(9):  # ribs fall from the spine to the sides
         center = -0.75 + 0.16 * k + 0.55 * np.abs(x) ** 1.6 + rng.normal(0, 0.008)
-        picture += (
-            0.09
-            * np.exp(-(((y - center) / 0.025) ** 2))
-            * inside(0, 0.05, 0.78, 0.95, 3)
-            * (np.abs(x) > 0.08)
-        )
-    picture += (
-        0.14 * np.exp(-(((y + 0.72 - 0.22 * np.abs(x)) / 0.03) ** 2)) * (np.abs(x) < 0.7) * body
-    )  # clavicles
+        picture += 0.09 * cage * ridge(y - center, 0.025)
+    picture += 0.14 * body * (np.abs(x) < 0.7) * ridge(y + 0.72 - 0.22 * np.abs(x), 0.03)  # clavicles
 
     found = []
     for _ in range(boxes):
         cx, cy = rng.choice([-1, 1]) * rng.uniform(0.28, 0.52), rng.uniform(-0.35, 0.35)
         rx, ry = rng.uniform(0.1, 0.22, 2)
-        cloud = Image.fromarray(rng.normal(1, 0.5, (9, 9)).astype(np.float32)).resize(
-            (size, size), Image.BICUBIC
-        )
+        cloud = 1 + 0.5 * smooth_noise(rng, 9, size)
         blob = np.exp(-((((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2) ** 1.5))
-        picture += rng.uniform(0.08, 0.3) * blob * np.asarray(cloud) * (0.3 + 0.7 * lungs)
-        inside_box = np.argwhere(blob > 0.3)
-        top, left = inside_box.min(0)
-        height, width = inside_box.max(0) - (top, left) + 1
+        picture += rng.uniform(0.08, 0.3) * blob * cloud * (0.3 + 0.7 * lungs)
+        points = np.argwhere(blob > 0.3)
+        (top, left), (height, width) = points.min(0), np.ptp(points, axis=0) + 1
         found.append((int(left), int(top), int(width), int(height)))
-    mottle = Image.fromarray(rng.normal(0, 1, (24, 24)).astype(np.float32)).resize(
-        (size, size), Image.BICUBIC
-    )
-    picture = picture + body * 0.03 * np.asarray(mottle) + rng.normal(0, 0.015, picture.shape)
+    picture += 0.03 * body * smooth_noise(rng, 24, size) + rng.normal(0, 0.015, picture.shape)
     return (0.03 + 0.9 * picture.clip(0, 1.1) ** rng.uniform(0.8, 1.25)).clip(0, 1), found
 
 
 def write_dicom(path: Path, picture: np.ndarray, jpeg: bool) -> None:
-    """Write 0..1 as JPEG Baseline (8 bit, MONOCHROME2) or uncompressed (12 bit, MONOCHROME1, with a window)."""
+    """Write 0..1 as JPEG Baseline (8 bit, MONOCHROME2) or uncompressed (12 bit, MONOCHROME1, windowed)."""
     ds = pydicom.Dataset()
-    ds.file_meta = pydicom.dataset.FileMetaDataset()
-    ds.file_meta.TransferSyntaxUID = JPEGBaseline8Bit if jpeg else ExplicitVRLittleEndian
-    ds.SOPClassUID, ds.SOPInstanceUID = (
-        ComputedRadiographyImageStorage,
-        generate_uid(entropy_srcs=[path.stem]),
-    )
+    ds.SOPClassUID = uid.ComputedRadiographyImageStorage
+    ds.SOPInstanceUID = uid.generate_uid(entropy_srcs=[path.stem])
     ds.PatientID, ds.Modality, ds.ViewPosition = path.stem, "CR", "PA"
-    ds.Rows, ds.Columns = picture.shape
-    ds.SamplesPerPixel, ds.PixelRepresentation = 1, 0
-    ds.BitsAllocated, ds.BitsStored, ds.HighBit = (8, 8, 7) if jpeg else (16, 12, 11)
-    ds.PhotometricInterpretation = "MONOCHROME2" if jpeg else "MONOCHROME1"
     if jpeg:
-        buffer = io.BytesIO()
-        Image.fromarray(np.rint(picture * 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+        pixels, buffer = np.rint(picture * 255).astype(np.uint8), io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
+        ds.set_pixel_data(pixels, "MONOCHROME2", 8, generate_instance_uid=False)
+        ds.file_meta.TransferSyntaxUID = uid.JPEGBaseline8Bit
         ds.PixelData = encapsulate([buffer.getvalue()])
     else:
         ds.WindowCenter, ds.WindowWidth = 2048, 4096
-        ds.PixelData = np.rint((1 - picture) * 4095).astype("<u2").tobytes()
-    ds["PixelData"].VR = "OB" if jpeg else "OW"
+        pixels = np.rint((1 - picture) * 4095).astype(np.uint16)
+        ds.set_pixel_data(pixels, "MONOCHROME1", 12, generate_instance_uid=False)
     ds.save_as(path, enforce_file_format=True)
 
 
@@ -247,14 +211,13 @@ def write_demo(raw: Path, patients: int = 600, seed: int = 0) -> None:
 
     The opacities are blobs of chance, some too faint to see: scores on them say nothing about pneumonia.
     """
-    (raw / "stage_2_train_images").mkdir(parents=True, exist_ok=True)
+    folder = raw / "stage_2_train_images"
+    folder.mkdir(parents=True, exist_ok=True)
     with open(raw / "stage_2_train_labels.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("patientId", "x", "y", "width", "height", "Target"))
         for k in range(patients):
-            rng = np.random.default_rng((seed, k))
-            picture, boxes = draw_phantom(rng, rng.choice([0, 1, 2, 3], p=[0.5, 0.2, 0.2, 0.1]))
-            write_dicom(raw / "stage_2_train_images" / f"demo{k:04d}.dcm", picture, jpeg=k % 2 == 0)
-            writer.writerows([f"demo{k:04d}", *box, 1] for box in boxes or [])
-            if not boxes:
-                writer.writerow([f"demo{k:04d}", "", "", "", "", 0])
+            rng, name = np.random.default_rng((seed, k)), f"demo{k:04d}"
+            picture, boxes = draw_phantom(rng, rng.choice(4, p=[0.5, 0.2, 0.2, 0.1]))
+            write_dicom(folder / f"{name}.dcm", picture, jpeg=k % 2 == 0)
+            writer.writerows([(name, *box, 1) for box in boxes] or [(name, "", "", "", "", 0)])

@@ -11,33 +11,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from classification.preprocess import DataError
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50")
-# One mean and std for the one channel (the averages of ImageNet's three): with three different ones the summed stem
-# would not equal the RGB network on a gray picture.
+# One mean and std for the one channel (the averages of ImageNet's three): with three different ones the
+# summed stem would not equal the RGB network on a gray picture.
 PRETRAINED_MEAN, PRETRAINED_STD = 0.449, 0.226
 
 
 def build_model(arch: str, num_classes: int, size: int, pretrained: bool = False) -> nn.Module:
-    """ResNet (He et al., CVPR 2016) that maps gray float images (B, 1, S, S) to logits (B, num_classes).
+    """ResNet (He et al., CVPR 2016) from gray float images (B, 1, S, S) to logits (B, num_classes).
 
-    Images of at most 64 px get a 3x3 stem without stride and pooling, which keeps their few pixels. `pretrained`
-    takes torchvision's ImageNet weights with the stem's filters summed over RGB. Raises DataError if it cannot.
+    Images of at most 64 px get a 3x3 stem without stride and pooling, which keeps their few pixels.
+    `pretrained` takes torchvision's ImageNet weights, the stem's filters summed over RGB. Raises DataError if
+    it cannot.
     """
     small = size <= 64
     if pretrained and small:
         raise DataError(
-            f"--pretrained needs the 7x7 stem, which images of {size} px do not get; use --size 65 or more"
+            f"--pretrained needs images of more than 64 px, found {size}: preprocess with --size 224"
         )
     try:
         model = torchvision.models.get_model(arch, weights="DEFAULT" if pretrained else None)
     except OSError as error:  # no network, or no place to keep the file
-        raise DataError(
-            f"--pretrained: the ImageNet weights of {arch} could not be fetched ({error})"
-        ) from error
+        raise DataError(f"--pretrained: could not fetch the ImageNet weights of {arch} ({error})") from error
     rgb_stem = model.conv1.weight
     model.conv1 = nn.Conv2d(1, 64, 3, 1, 1, bias=False) if small else nn.Conv2d(1, 64, 7, 2, 3, bias=False)
-    nn.init.kaiming_normal_(
-        model.conv1.weight, mode="fan_out", nonlinearity="relu"
-    )  # as torchvision's own stem
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
     if small:
         model.maxpool = nn.Identity()
     if pretrained:
@@ -49,8 +46,8 @@ def build_model(arch: str, num_classes: int, size: int, pretrained: bool = False
 def class_activation_maps(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (B, C) and class activation maps (B, C, h, w) (Zhou et al., CVPR 2016).
 
-    With global pooling and a linear head the map is the head's weights times the last features; its mean plus the
-    bias is the logit. Grad-CAM gives the same for this network.
+    With global pooling and a linear head the map is the head's weights times the last features; its mean plus
+    the bias is the logit. Grad-CAM gives the same for this network.
     """
     features = images
     for name, layer in model.named_children():

@@ -36,6 +36,7 @@ from PIL import Image
 from pydicom.pixels import apply_modality_lut, apply_voi_lut, pixel_array
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, what Pillow uses for convert("L")
+PHOTOMETRIC = ["MONOCHROME1", "MONOCHROME2", "RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"]
 SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".dcm"}
 FOLDS = 5
 
@@ -60,33 +61,40 @@ def read_dicom(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
     their range and deeper data are stretched from the 0.5 to the 99.5 percentile, padding left out.
     """
     ds = pydicom.dcmread(path)
-    if "PixelData" not in ds:
+    if not ds.get("PixelData"):
         raise DataError(f"{path}: DICOM without pixel data, expected an image")
     if int(ds.get("NumberOfFrames") or 1) > 1:
         raise DataError(f"{path}: DICOM with {ds.NumberOfFrames} frames, expected a single image")
     photometric = str(ds.get("PhotometricInterpretation", ""))
-    if photometric not in ("MONOCHROME1", "MONOCHROME2", "RGB") and not photometric.startswith("YBR_"):
-        raise DataError(
-            f"{path}: photometric interpretation {photometric!r}, expected monochrome, RGB or YBR"
-        )
+    if photometric not in PHOTOMETRIC:
+        raise DataError(f"{path}: photometric interpretation {photometric!r}, expected one of {PHOTOMETRIC}")
+    highest = ds.BitsStored - 1
+    if ds.get("HighBit", highest) != highest:  # PS3.5 8.1.1; pydicom masks the bits above `highest`
+        raise DataError(f"{path}: high bit {ds.HighBit}, expected {highest}: {ds.BitsStored} bits stored")
     pixels = pixel_array(ds)  # masks unused bits, converts YBR to RGB
+    if pixels.shape[:2] != (ds.Rows, ds.Columns):
+        raise DataError(f"{path}: pixels {pixels.shape}, expected a single image ({ds.Rows}, {ds.Columns})")
     # The PatientID is personal data: only a hash leaves this function.
     patient = str(ds.get("PatientID") or "").strip()
     patient = hashlib.sha256(patient.encode()).hexdigest()[:12] if patient else ""
     if pixels.ndim == 3:
-        return pixels @ LUMA / (2**ds.BitsStored - 1), pixels, patient
+        return (pixels @ LUMA / (2**ds.BitsStored - 1)).astype(np.float32), pixels, patient
 
     values = apply_modality_lut(pixels, ds)
     padding = np.zeros(pixels.shape, bool)
     if ds.get("PixelPaddingValue") is not None:
         ends = (ds.PixelPaddingValue, ds.get("PixelPaddingRangeLimit", ds.PixelPaddingValue))
         padding = (pixels >= min(ends)) & (pixels <= max(ends))
+    ds.VOILUTFunction = ds.get("VOILUTFunction") or "LINEAR"
     width = np.atleast_1d(ds.get("WindowWidth") or 0)[0]
+    narrowest = 1 if ds.VOILUTFunction == "LINEAR" else 1e-9  # PS3.3 C.11.2.1.2 and C.11.2.1.3
     if ds.get("VOILUTSequence"):
-        entries, first, _ = ds.VOILUTSequence[0].LUTDescriptor
-        table = apply_voi_lut(np.arange(first, first + (entries or 2**16)), ds)
-        values, low, high = apply_voi_lut(values, ds), table.min(), table.max()
-    elif ds.get("WindowCenter") is not None and width >= 1:
+        count, first, _ = ds.VOILUTSequence[0].LUTDescriptor
+        ds.VOILUTSequence[0].LUTDescriptor[2] = 16  # pydicom 3 looks up 8-bit tables with 8-bit indices
+        entries = np.arange(first, first + (count or 2**16))
+        table = apply_voi_lut(entries, ds)
+        values, low, high = np.interp(values, entries, table), table.min(), table.max()
+    elif ds.get("WindowCenter") is not None and width >= narrowest:
         # The output range depends on five attributes: it is what the window makes of the two far ends.
         low, high = apply_voi_lut(np.array([-1e12, 1e12]), ds)
         values = apply_voi_lut(values, ds)
@@ -110,8 +118,15 @@ def read_picture(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
             pixels = np.asarray(picture.convert("L"))
             return pixels.astype(np.float32) / 255, pixels, ""
         pixels = np.asarray(picture)
-    low, high = np.percentile(pixels, (0.5, 99.5))
-    return stretch(pixels, low, high), pixels, ""
+        # TIFF photometric interpretation 0 = WhiteIsZero, which Pillow heeds in 8 bits only
+        inverse = getattr(picture, "tag_v2", {}).get(262) == 0
+    black, white = np.percentile(pixels, (99.5, 0.5) if inverse else (0.5, 99.5))
+    return stretch(pixels, black, white), pixels, ""
+
+
+def hash_pixels(pixels: np.ndarray) -> str:
+    """What tells copies: the SHA-256 of shape and stored pixels."""
+    return hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
 
 
 def read_image(path: Path) -> tuple[np.ndarray, str, str]:
@@ -131,10 +146,12 @@ def read_image(path: Path) -> tuple[np.ndarray, str, str]:
     except DataError:
         raise
     except Exception as error:  # the one place where the readers' many exceptions become ours
-        raise DataError(f"{path}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        hint = '; more decoders: pip install "pylibjpeg[all]"' if "plugins" in reason else ""
+        raise DataError(f"{path}: {reason}{hint}") from error
     if not picture.min() < picture.max():  # also true for NaN
         raise DataError(f"{path}: no contrast, all pixels have one value (or some are NaN)")
-    return picture, hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest(), patient
+    return picture, hash_pixels(pixels), patient
 
 
 def resize(picture: np.ndarray, size: int, fit: str) -> np.ndarray:
@@ -174,7 +191,7 @@ def find_rsna(raw: Path) -> tuple[list[str], list[Case]] | None:
         raise DataError(f"{table}: not found, expected the label table beside {folder.name}")
     labels = read_rsna_labels(table)
     files = {path.stem for path in folder.glob("*.dcm")}
-    lost = {"rows without a file": labels.keys() - files, "files without a row": files.keys() - labels.keys()}
+    lost = {"rows without a file": labels.keys() - files, "files without a row": files - labels.keys()}
     for what, ids in lost.items():
         if ids:
             print(f"note: {len(ids)} {what} left out, such as {min(ids)}")
@@ -187,7 +204,7 @@ def find_rsna(raw: Path) -> tuple[list[str], list[Case]] | None:
 def read_rsna_labels(table: Path) -> dict[str, int]:
     """Labels by patientId from the challenge's CSV: patientId, x, y, width, height, Target, a row per box."""
     labels: dict[str, int] = {}
-    with open(table, newline="", encoding="utf-8-sig") as file:
+    with open(table, newline="", encoding="utf-8-sig", errors="replace") as file:
         reader = csv.DictReader(file)
         missing = {"patientId", "Target"} - set(reader.fieldnames or [])
         if missing:
@@ -207,7 +224,7 @@ def find_class_folders(raw: Path, regex: str | None) -> tuple[list[str], list[Ca
     files = {
         (split, folder.name): paths
         for split in splits
-        for folder in sorted(p for p in (raw / split).iterdir() if p.is_dir())
+        for folder in sorted(p for p in (raw / split).iterdir() if p.is_dir() and p.name[0] != ".")
         if (paths := sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != "."))
     }
     classes = sorted({name for _, name in files})
@@ -221,9 +238,12 @@ def find_class_folders(raw: Path, regex: str | None) -> tuple[list[str], list[Ca
             source = path.relative_to(raw).as_posix()
             cases.append(Case(source, source, classes.index(name), patient or "", split))
     if unmatched:
-        raise DataError(
-            f"{unmatched[0]} and {len(unmatched) - 1} more do not match --patient-regex {regex!r}"
-        )
+        raise DataError(f"--patient-regex {regex!r} finds nothing in {len(unmatched)} names: {unmatched[0]}")
+    used = {case.source for case in cases}
+    rest = {p.relative_to(raw).as_posix() for p in raw.rglob("*") if p.is_file()} - used
+    rest = {name for name in rest if "/." not in f"/{name}"}
+    if cases and rest:
+        print(f"note: {len(rest)} files of other types or in other folders left out, such as {min(rest)}")
     return (classes, cases) if cases else None
 
 
@@ -245,18 +265,13 @@ def find_medmnist(raw: Path) -> tuple[list[str], list[Case]] | None:
         images, labels = arrays.get(f"{split}_images"), arrays.get(f"{split}_labels")
         if images is None or labels is None:
             continue
-        if labels.reshape(len(labels), -1).shape[1] != 1:
-            raise DataError(
-                f"{path}: {split}_labels {labels.shape} has several labels an image, expected one"
-            )
-        if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
+        if images.dtype != np.uint8 or images.ndim < 3 or images.shape[3:] not in ((), (3,)):
             found = f"{split}_images {images.dtype} {images.shape}"
-            raise DataError(
-                f"{path}: {found}, expected uint8 (N, S, S) or (N, S, S, 3) for {len(labels)} labels"
-            )
-        if images.ndim == 4:
-            print(f"{split}_images are RGB: turned to gray")
-            images = np.rint(images @ LUMA).astype(np.uint8)
+            raise DataError(f"{path}: {found}, expected uint8 (N, S, S) or (N, S, S, 3)")
+        n = len(images)
+        if labels.shape not in ((n,), (n, 1)) or labels.dtype.kind not in "iu":
+            found = f"{split}_labels {labels.dtype} {labels.shape}"
+            raise DataError(f"{path}: {found}, expected integers ({n}, 1), one label an image")
         for i, label in enumerate(labels.reshape(-1)):
             name = f"{split}/{i}"
             cases.append(Case(name, f"{path.name}:{name}", int(label), name, split, images[i]))
@@ -356,26 +371,25 @@ def write_npy(path: Path, images: Iterable[np.ndarray], shape: tuple[int, ...]) 
     header = {"descr": "|u1", "fortran_order": False}
     count = 0
     with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, {**header, "shape": (10**9, *shape)})
+        np.lib.format.write_array_header_1_0(file, header | {"shape": (0, *shape)})
         start = file.tell()
         for image in images:
             file.write(image.tobytes())
             count += 1
         file.seek(0)
-        np.lib.format.write_array_header_1_0(
-            file, {**header, "shape": (count, *shape)}
-        )  # same length: padded
-        if file.tell() != start:
+        np.lib.format.write_array_header_1_0(file, header | {"shape": (count, *shape)})
+        if file.tell() != start:  # numpy pads it to the same length for any count
             raise RuntimeError("the .npy header changed its length")
 
 
 def open_output(out: Path, overwrite: bool) -> Path:
     """The folder to write into before it becomes OUT, so that an interrupted run leaves no OUT."""
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        if not (out / "meta.json").is_file():
-            raise DataError(f"{out}: exists and is no cache of this script, expected a new folder")
-        if not overwrite:
-            raise DataError(f"{out}: exists already; use --overwrite, or another --out")
+    found = {p.name for p in out.iterdir()} if out.is_dir() else {"a file"} if out.exists() else set()
+    ours = {"images.npy", "index.csv", "meta.json", "skipped.csv"}
+    if found and not {"meta.json"} <= found <= ours:  # --overwrite never deletes what is not ours
+        raise DataError(f"{out}: holds {min(found - ours or found)}, expected a new folder or a cache")
+    if found and not overwrite:
+        raise DataError(f"{out}: exists already; use --overwrite, or another --out")
     folder = out.with_name(f".{out.name}.partial")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -419,6 +433,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--test-fraction {args.test_fraction}, expected 0 <= fraction < 1")
     if args.like and (args.size or args.fit or args.test_fraction):
         parser.error("--like brings its size and fit and makes every row test: leave those options out")
+    if args.like and args.like.resolve() == args.out.resolve():
+        parser.error(f"--out {args.out} is the cache of --like: give another folder")
     try:
         re.compile(args.patient_regex or "")
     except re.error as error:
@@ -426,14 +442,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def order_classes(
-    classes: list[str], cases: list[Case], wanted: list[str] | None, by_name: bool
-) -> list[str]:
+def order_classes(layout: str, classes: list[str], cases: list[Case], wanted: list[str] | None) -> list[str]:
     """Put the cases into the wanted class order: matched by name (class folders), or numbers get names."""
-    if wanted is None:
-        return classes
-    if len(set(wanted)) != len(wanted):
-        raise DataError(f"class names {wanted}, expected each once")
+    wanted = wanted or classes
+    if len(wanted) < 2 or len(set(wanted)) != len(wanted):
+        raise DataError(f"classes {wanted}, expected two or more, each once")
+    by_name = layout == "class folders"
     if (by_name and not set(classes) <= set(wanted)) or len(classes) > len(wanted):
         raise DataError(f"classes in the data {classes}, expected {wanted}")
     if by_name:
@@ -448,22 +462,19 @@ def load(case: Case, raw: Path, size: int, fit: str) -> tuple[np.ndarray, str, s
         if case.pixels is None:
             picture, digest, patient = read_image(raw / case.source)
         else:
-            picture, digest, patient = (
-                case.pixels.astype(np.float32) / 255,
-                hashlib.sha256(case.pixels).hexdigest(),
-                "",
-            )
+            gray = case.pixels @ LUMA if case.pixels.ndim == 3 else case.pixels
+            picture, digest, patient = (gray / 255).astype(np.float32), hash_pixels(case.pixels), ""
     except DataError as error:
         return error
     return resize(picture, size, fit), digest, patient
 
 
 def write_index(
-    folder: Path, cases: list[Case], folds: list[str], groups: list[str], classes: list[str]
+    path: Path, cases: list[Case], folds: list[str], groups: list[str], classes: list[str]
 ) -> dict:
     """Write index.csv; returns and prints the counts per fold and class."""
     counts: dict[str, Counter] = defaultdict(Counter)
-    with open(folder / "index.csv", "w", newline="", encoding="utf-8") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("id", "patient", "fold", "label", "source"))
         for case, fold, group in zip(cases, folds, groups, strict=True):
@@ -481,14 +492,14 @@ def main(argv: list[str] | None = None) -> None:
 
     # what there is
     layout, classes, cases = find_cases(args.data, args.patient_regex)
-    classes = order_classes(classes, cases, args.classes or like.get("classes"), layout == "class folders")
+    classes = order_classes(layout, classes, cases, args.classes or like.get("classes"))
     if like and classes != like["classes"]:
         raise DataError(f"--classes {classes}, but {args.like} has {like['classes']}")
+    if args.test_fraction and any(case.split for case in cases):
+        raise DataError(f"{args.data}: has an official split, which --test-fraction cannot change")
     native = 224 if cases[0].pixels is None else len(cases[0].pixels)
     size, fit = like.get("size") or args.size or native, like.get("fit") or args.fit or "squash"
-    print(
-        f"{args.data}: {layout}, {len(cases)} images, classes {' '.join(classes)}; to {size}x{size} ({fit})"
-    )
+    print(f"{args.data}: {layout}, {len(cases)} images of {' '.join(classes)}, to {size}x{size} ({fit})")
 
     # every image once: read, resize, write; what fails is collected, so that one run names it all
     kept, digests, moments, bad = [], [], [], []
@@ -506,36 +517,31 @@ def main(argv: list[str] | None = None) -> None:
             moments.append((image.mean(dtype=np.float64) / 255, np.square(image / 255).mean()))
             yield image
 
-    folder = open_output(args.out, args.overwrite)
+    out = args.out.resolve()
+    folder = open_output(out, args.overwrite)
     try:
         write_npy(folder / "images.npy", good_images(), (size, size))
         for _, reason in bad:
             print(reason, file=sys.stderr)
         if bad and not (args.skip_bad and kept):
-            raise DataError(
-                f"{len(bad)} of {len(cases)} files cannot be used: mend them, or leave them out by --skip-bad"
-            )
+            raise DataError(f"{len(bad)} of {len(cases)} files cannot be used: mend them, or use --skip-bad")
         if bad:
             with open(folder / "skipped.csv", "w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([("source", "reason"), *bad])
 
         # patients, folds, index
         groups = group_patients([case.patient for case in kept], digests)
-        has_val = any(case.split == "val" for case in kept)
-        folds = [
-            assign_fold(g, c.split, has_val, args.test_fraction) for g, c in zip(groups, kept, strict=True)
-        ]
+        splits = [case.split for case in kept]
+        rest = ("val" in splits, args.test_fraction)
+        folds = [assign_fold(group, split, *rest) for group, split in zip(groups, splits, strict=True)]
         if like:
             folds = ["test"] * len(kept)
         elif set(folds) == {"test"}:
-            raise DataError(
-                f"{args.data}: only test images; prepare an external test set by --like TRAIN_CACHE"
-            )
+            raise DataError(f"{args.data}: only test images; for an external test set use --like TRAIN_CACHE")
         overlaps = report_overlaps(kept, groups, digests)
-        counts = write_index(folder, kept, folds, groups, classes)
-        mean, square = np.mean(
-            [m for m, fold in zip(moments, folds, strict=True) if like or fold != "test"], axis=0
-        )
+        counts = write_index(folder / "index.csv", kept, folds, groups, classes)
+        seen = [m for m, fold in zip(moments, folds, strict=True) if like or fold != "test"]
+        mean, square = np.mean(seen, axis=0)
         meta = {
             "classes": classes, "size": size, "fit": fit, "layout": layout, "n": len(kept), "counts": counts,
             "mean": like.get("mean", mean), "std": like.get("std", float(np.sqrt(square - mean**2))),
@@ -544,9 +550,9 @@ def main(argv: list[str] | None = None) -> None:
             "versions": {m.__name__: m.__version__ for m in (np, PIL, pydicom)},
         }  # fmt: skip
         (folder / "meta.json").write_text(json.dumps(meta, indent=1))
-        if args.out.exists():
-            shutil.rmtree(args.out)
-        folder.replace(args.out)
+        if out.exists():
+            shutil.rmtree(out)
+        folder.replace(out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     command = "eval.py --checkpoint runs/classification/best.pt --split test" if like else "train.py"

@@ -1,12 +1,12 @@
 """Train a ResNet to tell classes of X-rays apart: cross entropy, best checkpoint by validation AUROC.
 
-  python classification/train.py                                    # no data at hand: a synthetic set
-  python classification/train.py --data data/rsna --epochs 15 --amp bf16 --class-weights balanced
-  python classification/train.py --data data/rsna --resume           # go on where it was stopped
+  python classification/train.py                              # no data at hand: a synthetic set
+  python classification/train.py --data data/rsna --amp bf16 --class-weights balanced
+  python classification/train.py --data data/rsna --resume     # go on where it was stopped
   torchrun --nproc-per-node 4 classification/train.py --data data/rsna
 
---data is a cache of preprocess.py. Fold K is validated on, the others are trained on. Written to --out: last.pt and
-best.pt, log.csv. On the CPU the result is the same to the bit for the same settings, processes and threads.
+--data is a cache of preprocess.py: fold K is validated on, the other folds are trained on. Written to --out:
+last.pt, best.pt, log.csv. The same settings, processes and threads give the same result to the bit on a CPU.
 """
 
 import argparse
@@ -44,68 +44,51 @@ from common.checkpoint import (
 from common.metrics import classification_metrics, youden_threshold
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-PROCESS = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
 DEMO = Path("data/demo/classification")
-# What may change between a training and its --resume without changing the result.
+# What may differ between a training and its --resume, because it does not change the result.
 FREE = ("data", "out", "workers", "init", "device", "compile", "resume", "stop_after", "overwrite")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    raw_help = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw_help)
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data", type=Path, metavar="CACHE", help="what preprocess.py wrote (default: a synthetic set)"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    data.add_argument("--out", type=Path, default=Path("runs/classification"), help="(default: %(default)s)")
-    data.add_argument("--fold", type=int, default=0, help="fold to validate on (default: %(default)s)")
-    data.add_argument("--workers", type=int, default=2, help="loading processes (default: %(default)s)")
-    training = parser.add_argument_group("training")
-    training.add_argument("--arch", choices=ARCHITECTURES, default="resnet18", help="(default: %(default)s)")
-    training.add_argument(
-        "--pretrained", action="store_true", help="start from torchvision's ImageNet weights"
-    )
-    training.add_argument(
-        "--init", type=Path, metavar="CHECKPOINT", help="start from the weights of another training"
-    )
-    training.add_argument("--epochs", type=int, default=15, help="(default: %(default)s)")
-    training.add_argument("--batch-size", type=int, default=32, help="per process (default: %(default)s)")
-    training.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
-    training.add_argument("--weight-decay", type=float, default=0.05, help="(default: %(default)s)")
-    training.add_argument("--label-smoothing", type=float, default=0.0, help="(default: %(default)s)")
-    training.add_argument(
-        "--class-weights", choices=("none", "balanced"), default="none", help="(default: %(default)s)"
-    )
-    training.add_argument(
-        "--augment", type=float, default=1.0, help="strength, 0 = off (default: %(default)s)"
-    )
-    training.add_argument("--flip", action="store_true", help="mirror every other image")
-    run = parser.add_argument_group("run")
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
-    run.add_argument("--amp", choices=AMP, default="off", help="mixed precision (default: %(default)s)")
-    run.add_argument("--compile", action="store_true", help="torch.compile the model")
-    run.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    run.add_argument("--resume", action="store_true", help="go on from last.pt in --out")
-    run.add_argument(
+    add = parser.add_argument_group("data").add_argument
+    add("--data", type=Path, metavar="CACHE", help="what preprocess.py wrote (default: a synthetic set)")
+    add("--out", type=Path, default=Path("runs/classification"), help="(default: %(default)s)")
+    add("--fold", type=int, default=0, help="the fold to validate on (default: %(default)s)")
+    add("--workers", type=int, default=2, help="loading processes (default: %(default)s)")
+    add = parser.add_argument_group("training").add_argument
+    add("--arch", choices=ARCHITECTURES, default="resnet18", help="(default: %(default)s)")
+    add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
+    add("--init", type=Path, metavar="CHECKPOINT", help="start from the weights of another training")
+    add("--epochs", type=int, default=15, help="(default: %(default)s; synthetic set: 8)")
+    add("--batch-size", type=int, default=32, help="per process (default: %(default)s)")
+    add("--lr", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
+    add("--weight-decay", type=float, default=0.05, help="(default: %(default)s)")
+    add("--label-smoothing", type=float, default=0.0, help="(default: %(default)s)")
+    add("--class-weights", choices=("none", "balanced"), default="none", help="(default: %(default)s)")
+    add("--augment", type=float, default=1.0, help="strength, 0 = off (default: %(default)s)")
+    add("--flip", action="store_true", help="also mirror every other image")
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add = parser.add_argument_group("run").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
+    add("--amp", choices=AMP, default="off", help="mixed precision (default: %(default)s)")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--resume", action="store_true", help="go on from last.pt in --out")
+    add(
         "--stop-after", type=int, metavar="N", help="stop after N epochs; the schedule stays that of --epochs"
     )
-    run.add_argument("--overwrite", action="store_true", help="replace the training in --out")
+    add("--overwrite", action="store_true", help="replace the training in --out")
     args = parser.parse_args(argv)
     if args.data is None:
         parser.set_defaults(epochs=8, overwrite=not args.resume)
         args = parser.parse_args(argv)
-    for name, low in {
-        "epochs": 1,
-        "batch_size": 2,
-        "workers": 0,
-        "fold": 0,
-        "seed": 0,
-        "augment": 0,
-        "stop_after": 1,
-    }.items():
-        if getattr(args, name) is not None and getattr(args, name) < low:
+    least = {"fold": 0, "workers": 0, "epochs": 1, "batch_size": 2, "augment": 0, "seed": 0, "stop_after": 1}
+    for name, low in least.items():
+        if getattr(args, name) is not None and not getattr(args, name) >= low:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}, expected {low} or more")
-    if not args.lr > 0 or not 0 <= args.label_smoothing < 1 or args.weight_decay < 0:
+    if not (args.lr > 0 and args.weight_decay >= 0 and 0 <= args.label_smoothing < 1):
         parser.error("expected --lr > 0, --weight-decay >= 0 and 0 <= --label-smoothing < 1")
     if args.init and args.pretrained:
         parser.error("--init and --pretrained both set the first weights: choose one")
@@ -126,8 +109,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 def start_processes(device_name: str) -> tuple[torch.device, int, int]:
     """Device, rank and number of processes; torchrun says by environment variables which one this is."""
-    rank, world_size, local_rank = (int(os.environ.get(k, d)) for k, d in PROCESS.items())
-    device = choose_device(device_name, local_rank)
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    world_size, device = int(os.environ.get("WORLD_SIZE", "1")), choose_device(device_name, local_rank)
     if world_size > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -137,9 +120,7 @@ def start_processes(device_name: str) -> tuple[torch.device, int, int]:
 
 def make_demo() -> None:
     """Write the synthetic raw set and send it through preprocess.py."""
-    print(
-        "no --data: a synthetic set. Its opacities are blobs drawn at random, so scores mean nothing medically."
-    )
+    print("no --data: a synthetic set. Its opacities are random blobs: the scores mean nothing medically.")
     write_demo(DEMO / "raw")
     preprocess.main(["--data", f"{DEMO}/raw", "--out", f"{DEMO}/cache", "--size", "96", "--overwrite"])
 
@@ -161,21 +142,37 @@ def write_log(path: Path, log: list[dict]) -> None:
         writer.writerows(log)
 
 
-def split_rows(index: list[dict[str, str]], fold: int, classes: list[str]) -> tuple[list[int], list[int]]:
-    """Row numbers for training and for validation. Raises DataError if a class is missing on either side."""
-    val = [k for k, row in enumerate(index) if row["fold"] == str(fold)]
-    train = [k for k, row in enumerate(index) if row["fold"] not in ("test", str(fold))]
-    for name, rows in (("training", train), ("validation", val)):
-        missing = [c for k, c in enumerate(classes) if not any(index[row]["label"] == str(k) for row in rows)]
+def load_data(
+    cache: Path, args: argparse.Namespace, device: torch.device, rank: int, world_size: int
+) -> tuple[dict, DataLoader, DataLoader, Tensor]:
+    """What the model needs of meta.json, both loaders of this process, and the training images per class.
+
+    Raises DataError if the fold leaves a class out on either side, or less than one batch to train on.
+    """
+    meta = {k: v for k, v in read_meta(cache).items() if k in ("classes", "size", "fit", "mean", "std")}
+    index = read_index(cache)
+    rows, counts = {"training": [], "validation": []}, {}
+    for k, row in enumerate(index):
+        if row["fold"] != "test":
+            rows["validation" if row["fold"] == str(args.fold) else "training"].append(k)
+    for side in rows:
+        labels = torch.tensor([int(index[k]["label"]) for k in rows[side]], dtype=torch.long)
+        counts[side] = torch.bincount(labels, minlength=len(meta["classes"]))
+        missing = [name for name, count in zip(meta["classes"], counts[side], strict=True) if count == 0]
         if missing:
-            raise DataError(
-                f"--fold {fold}: no {name} images of class {', '.join(missing)}; choose another fold"
-            )
-    return train, val
+            raise DataError(f"{cache}: fold {args.fold} leaves no {side} images of {', '.join(missing)}")
+    batches = EpochBatches(rows["training"], args.batch_size, args.seed, rank, world_size)
+    if len(batches) == 0:
+        raise DataError(
+            f"{cache}: {len(rows['training'])} training images, less than one batch; lower --batch-size"
+        )
+    train_loader = make_loader(cache, batches, args.workers, device)
+    val_batches = in_batches(rows["validation"][rank::world_size], args.batch_size)
+    return meta, train_loader, make_loader(cache, val_batches, args.workers, device), counts["training"]
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first 5 % of the steps, then a cosine to zero (Loshchilov & Hutter, ICLR 2017)."""
+    """Linear warm-up over 5 % of the steps, then a cosine to zero (Loshchilov & Hutter, ICLR 2017)."""
     warm_up = max(1, steps // 20)
     if step < warm_up:
         return peak * (step + 1) / warm_up
@@ -183,7 +180,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def make_optimizer(model: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter, ICLR 2019); no decay for biases and norms. Fused: no reads of the device."""
+    """AdamW (Loshchilov & Hutter, ICLR 2019) without decay for biases and norms; fused: never reads back."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -229,33 +226,22 @@ def main(argv: list[str] | None = None) -> None:
         make_demo()
     if world_size > 1:
         dist.barrier()
-    meta = {k: v for k, v in read_meta(cache).items() if k in ("classes", "size", "fit", "mean", "std")}
-    if args.pretrained:
-        meta |= {"mean": PRETRAINED_MEAN, "std": PRETRAINED_STD}
-    index = read_index(cache)
-    train_rows, val_rows = split_rows(index, args.fold, meta["classes"])
-    batches = EpochBatches(train_rows, args.batch_size, args.seed, rank, world_size)
-    if len(batches) == 0:
-        raise DataError(
-            f"{cache}: {len(train_rows)} training images are less than one batch; lower --batch-size"
-        )
-    train_loader = make_loader(cache, batches, args.workers, device)
-    val_loader = make_loader(
-        cache, in_batches(val_rows[rank::world_size], args.batch_size), args.workers, device
-    )
-    steps = args.epochs * len(batches)
+    meta, train_loader, val_loader, counts = load_data(cache, args, device, rank, world_size)
+    steps_per_epoch = len(train_loader)
+    steps = args.epochs * steps_per_epoch
 
     # model, loss weights, optimizer
     torch.manual_seed(args.seed)
-    model = build_model(args.arch, len(meta["classes"]), meta["size"], args.pretrained and not args.resume)
+    model = build_model(args.arch, len(counts), meta["size"], args.pretrained and not args.resume)
     model = model.to(device, memory_format=torch.channels_last)
+    if args.pretrained:
+        meta |= {"mean": PRETRAINED_MEAN, "std": PRETRAINED_STD}
     if args.init and not args.resume:
         load_weights(model, load_checkpoint(args.init, device), args.init)
-    counts = torch.bincount(torch.tensor([int(index[row]["label"]) for row in train_rows]))
-    balanced = len(train_rows) / (
+    weights = counts.sum() / (
         len(counts) * counts
-    )  # mean 1 over the training set, so that the loss is a mean
-    weights = (balanced if args.class_weights == "balanced" else torch.ones(len(counts))).to(device)
+    )  # their mean over the training set is 1: the loss stays a mean
+    weights = (weights if args.class_weights == "balanced" else torch.ones(len(counts))).to(device)
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
@@ -277,26 +263,28 @@ def main(argv: list[str] | None = None) -> None:
         train_model = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
     if args.compile:
         train_model = torch.compile(train_model)
-    say(f"torch {torch.__version__}, torchvision {torchvision.__version__}, settings {json.dumps(settings)}")
-    say(
-        f"{len(train_rows)} training, {len(val_rows)} validation images (fold {args.fold}), {steps} steps, {device}"
-    )
+    say(f"torch {torch.__version__}, torchvision {torchvision.__version__}, {json.dumps(settings)}")
+    say(f"{counts.tolist()} training images of {meta['classes']}, {steps_per_epoch} steps an epoch, {device}")
 
     # training
     for epoch in range(start, min(args.epochs, args.stop_after or args.epochs)):
-        began, total, batches.epoch = time.perf_counter(), torch.zeros((), device=device), epoch
+        began, total, train_loader.batch_sampler.epoch = (
+            time.perf_counter(),
+            torch.zeros((), device=device),
+            epoch,
+        )
         model.train()
         for step, (images, labels) in enumerate(train_loader, 1):
             rng = np.random.default_rng((args.seed, epoch, step, rank))
             images = to_input(images, device, meta["mean"], meta["std"], rng, args.augment, args.flip)
             labels = labels.to(device, non_blocking=True)
-            lr = learning_rate(epoch * len(batches) + step - 1, steps, args.lr)
+            lr = learning_rate(epoch * steps_per_epoch + step - 1, steps, args.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
                 logits = train_model(images)
             loss = F.cross_entropy(
-                logits.float(), labels, reduction="none", label_smoothing=args.label_smoothing
+                logits.float(), labels, label_smoothing=args.label_smoothing, reduction="none"
             )
             loss = (loss * weights[labels]).mean()
             scaler.scale(loss).backward()
@@ -308,43 +296,39 @@ def main(argv: list[str] | None = None) -> None:
             total += loss.detach()
             if step % 20 == 0 and rank == 0 and sys.stdout.isatty():  # .item() waits for the device
                 rate = step / (time.perf_counter() - began)
-                eta = timedelta(seconds=int((steps - epoch * len(batches) - step) / rate))
-                speed = f"{rate * args.batch_size * world_size:.0f} img/s  eta {eta}"
-                progress(
-                    f"epoch {epoch + 1}/{args.epochs}  {step}/{len(batches)}  loss {total.item() / step:.3f}  {speed}"
-                )
+                eta = timedelta(seconds=int((steps - epoch * steps_per_epoch - step) / rate))
+                speed = f"{rate * len(labels) * world_size:.0f} img/s  eta {eta}"
+                at = f"epoch {epoch + 1}/{args.epochs}  {step}/{steps_per_epoch}"
+                progress(f"{at}  loss {total.item() / step:.3f}  {speed}")
 
         # validation and checkpoints
         if world_size > 1:
             dist.all_reduce(total)
-        train_loss = total.item() / (step * world_size)
+        train_loss = total.item() / (steps_per_epoch * world_size)
         if not math.isfinite(train_loss):
-            raise DataError(
-                f"epoch {epoch + 1}: the loss is {train_loss}; lower --lr, or use another --amp than {args.amp}"
-            )
+            raise DataError(f"epoch {epoch + 1}: the loss is {train_loss}; lower --lr, or try another --amp")
         logits, labels = evaluate(model, val_loader, device, args.amp, meta["mean"], meta["std"])
-        figures = classification_metrics(labels, logits.softmax(1))
-        log.append({
-            "epoch": epoch + 1, "lr": lr, "train_loss": train_loss, "val_loss": F.cross_entropy(logits, labels).item(),
-            "val_accuracy": figures["accuracy"], "val_auroc": figures["auroc"], "seconds": time.perf_counter() - began,
-        })  # fmt: skip
+        probabilities, val_loss = logits.softmax(1), F.cross_entropy(logits, labels).item()
+        figures = classification_metrics(labels, probabilities)
+        log.append({"epoch": epoch + 1, "lr": lr, "train_loss": train_loss, "val_loss": val_loss}
+                   | {f"val_{name}": figures[name] for name in ("accuracy", "balanced_accuracy", "auroc")}
+                   | {"seconds": time.perf_counter() - began})  # fmt: skip
         if rank == 0:
             progress("")
-            say("  ".join(f"{k} {v:.4g}" for k, v in log[-1].items()))
-            binary = len(meta["classes"]) == 2
-            threshold = youden_threshold(labels, logits.softmax(1)[:, 1]) if binary else None
+            say("  ".join(f"{name} {value:.4g}" for name, value in log[-1].items()))
+            threshold = youden_threshold(labels, probabilities[:, 1]) if len(counts) == 2 else None
             checkpoint = {"model": model.state_dict(), "meta": meta, "settings": settings, "epoch": epoch + 1,
-                          "figures": figures, "threshold": threshold}  # fmt: skip
-            if figures["auroc"] >= best:  # of equals the later one: its learning rate is lower
+                          "threshold": threshold, "figures": figures}  # fmt: skip
+            if figures["auroc"] >= best:  # of equals the later one, whose learning rate is lower
                 best = figures["auroc"]
                 save_checkpoint(args.out / "best.pt", checkpoint)
-            state = {
+            checkpoint |= {
                 "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(),
                 "best": best,
                 "log": log,
             }
-            save_checkpoint(last, checkpoint | state)
+            save_checkpoint(last, checkpoint)
             write_log(args.out / "log.csv", log)
     if world_size > 1:
         dist.destroy_process_group()

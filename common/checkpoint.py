@@ -2,41 +2,47 @@
 
 import hashlib
 import os
+import pickle
 from pathlib import Path
 
 import torch
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, or does not fit what it is asked for."""
+    """A checkpoint that is missing or damaged, does not fit, or cannot be written."""
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a dict of plain values, lists, dicts and tensors to `path`; a crash leaves the old file or the new one.
+    """Write a dict of plain values, lists, dicts and tensors; a crash leaves the old file or the new one.
 
-    Keep the bare model's `state_dict()` in it, not that of a compiled or distributed wrapper.
+    Keep the bare model's `state_dict()` in it, not that of a compiled or distributed wrapper. Raises
+    CheckpointError naming the file.
     """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch hides the OSError of a full disk in a RuntimeError
+        raise CheckpointError(f"{path}: not written ({error.__context__ or error})") from error
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
     """Read what `save_checkpoint` wrote, tensors on `device`. Raises CheckpointError naming the file."""
     if not path.is_file():
-        raise CheckpointError(
-            f"{path}: no checkpoint here; train.py writes best.pt and last.pt into its --out"
-        )
+        raise CheckpointError(f"{path}: no checkpoint here; train.py writes best.pt and last.pt to its --out")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = "it holds more than tensors and plain values; nothing of it was run"
+        raise CheckpointError(f"{path}: not a checkpoint of train.py ({reason})") from error
     except Exception as error:  # torch, pickle and zipfile each raise their own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:120]
         raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from error
-    if not isinstance(checkpoint, dict) or "model" not in checkpoint:
-        raise CheckpointError(f"{path}: no checkpoint of train.py, expected a dict with 'model'")
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
+        raise CheckpointError(f"{path}: not a checkpoint of train.py, expected the weights under 'model'")
     return checkpoint
 
 
@@ -45,13 +51,12 @@ def load_weights(model: torch.nn.Module, checkpoint: dict, path: Path) -> None:
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
-        raise CheckpointError(
-            f"{path}: does not fit this model: {' '.join(str(error).split())[:300]}"
-        ) from error
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{path}: does not fit this model: {reason}") from error
 
 
 def check_settings(saved: dict, current: dict, path: Path) -> None:
-    """Refuse to resume with settings that would change the result. Raises CheckpointError listing both sides."""
+    """Refuse to resume with settings that change the result. Raises CheckpointError listing both sides."""
     differing = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
     if differing:
         lines = ", ".join(f"{name} {saved.get(name)} (now {current.get(name)})" for name in differing)

@@ -1,7 +1,8 @@
 """Metrics as pure functions on tensors: counts or per-case values of a whole split, divided once.
 
-Shapes: `labels` int64 (N,) with values 0..C-1, `scores` float (N,) for the positive class of a binary task,
-`probabilities` float (N, C). A figure that is not defined (one class only, nothing predicted) is NaN, never 0 or 1.
+Shapes: `labels` int64 (N,) with values 0..C-1, `scores` float (N,) for the positive class of a binary
+task, `probabilities` float (N, C). A figure that is not defined (one class only, nothing predicted, no cases
+at all) is NaN, never 0 or 1.
 """
 
 import math
@@ -17,14 +18,16 @@ def divide(a: float, b: float) -> float:
 
 def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
     """Counts int64 (C, C): rows are the truth, columns the prediction."""
-    return torch.bincount(labels * num_classes + predictions, minlength=num_classes**2).reshape(
-        num_classes, -1
-    )
+    counts = torch.bincount(labels * num_classes + predictions, minlength=num_classes**2)
+    return counts.reshape(num_classes, num_classes)
 
 
 def roc_curve(labels: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """False positive rate, true positive rate and threshold (predict 1 where score >= threshold), one per distinct
-    score, float64, from (0, 0, inf) to (1, 1, smallest score). Rates of a class without cases are NaN."""
+    """False positive rate, true positive rate and threshold (predict 1 where score >= threshold).
+
+    Float64, one of each per distinct score, from (0, 0, inf) to (1, 1, smallest score). Rates of a class
+    without cases are NaN.
+    """
     scores, order = scores.double().sort(descending=True)
     positive = labels[order].double()
     last = torch.ones_like(positive, dtype=torch.bool)
@@ -36,9 +39,9 @@ def roc_curve(labels: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def auroc(labels: Tensor, scores: Tensor) -> float:
-    """Area under the ROC curve: P(score of a positive > score of a negative), ties half. NaN with one class only."""
+    """Area under the ROC curve: the chance that a positive scores above a negative, ties half."""
     fpr, tpr, _ = roc_curve(labels, scores)
-    return torch.trapezoid(tpr, fpr).item()
+    return torch.trapezoid(tpr, fpr).item() if len(labels) else math.nan
 
 
 def average_precision(labels: Tensor, scores: Tensor) -> float:
@@ -54,7 +57,8 @@ def average_precision(labels: Tensor, scores: Tensor) -> float:
 
 def binary_metrics(labels: Tensor, scores: Tensor, threshold: float = 0.5) -> dict[str, float]:
     """Figures at one threshold (1 where score >= threshold)."""
-    (tn, fp), (fn, tp) = confusion_matrix(labels, (scores >= threshold).long(), 2).tolist()
+    predictions = (scores.double() >= threshold).long()  # in float32 the threshold would be rounded
+    (tn, fp), (fn, tp) = confusion_matrix(labels, predictions, 2).tolist()
     sensitivity, specificity = divide(tp, tp + fn), divide(tn, tn + fp)
     return {
         "accuracy": divide(tp + tn, len(labels)),
@@ -67,8 +71,10 @@ def binary_metrics(labels: Tensor, scores: Tensor, threshold: float = 0.5) -> di
 
 
 def youden_threshold(labels: Tensor, scores: Tensor) -> float:
-    """The threshold with the largest sensitivity + specificity - 1 (Youden 1950), halfway to the next lower score."""
+    """Threshold with the largest sensitivity + specificity (Youden 1950), halfway to the next lower score."""
     fpr, tpr, thresholds = roc_curve(labels, scores)
+    if (tpr - fpr).isnan().any():
+        return math.nan
     best = int((tpr - fpr)[1:].argmax()) + 1
     return thresholds[best : best + 2].mean().item()
 
@@ -85,7 +91,7 @@ def specificity_at_sensitivity(labels: Tensor, scores: Tensor, sensitivity: floa
 
 
 def brier(labels: Tensor, probabilities: Tensor) -> float:
-    """Brier score (1950), the mean squared error of the probabilities; binary: of the positive class alone."""
+    """Mean squared error of the probabilities (Brier 1950); binary: of the positive class alone."""
     truth = torch.nn.functional.one_hot(labels, probabilities.shape[1]).double()
     error = (probabilities.double() - truth).square().sum(1).mean().item()
     return error / 2 if probabilities.shape[1] == 2 else error
@@ -96,8 +102,9 @@ def classification_metrics(
 ) -> dict[str, float]:
     """All figures of a split. Binary: at 0.5 and, with the suffix _tuned, at `threshold`.
 
-    More than two classes: the prediction is the largest probability, and auroc, average_precision, sensitivity,
-    specificity, precision and f1 are means over the classes, each against the rest (macro).
+    More than two classes: the prediction is the largest probability, and auroc, average_precision,
+    sensitivity, specificity, precision and f1 are means over the classes, each against the rest (macro); NaN
+    if they are not defined for one of the classes.
     """
     classes = probabilities.shape[1]
     if classes == 2:
@@ -148,15 +155,7 @@ def bootstrap(
     for name in value:
         sample = torch.tensor([figures[name] for figures in drawn], dtype=torch.float64)
         finite = sample[sample.isfinite()]
-        low, high = (
-            finite.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-            if len(finite)
-            else (math.nan,) * 2
-        )
-        summary[name] = {
-            "value": value[name],
-            "low": low,
-            "high": high,
-            "undefined": len(sample) - len(finite),
-        }
+        low, high = (finite.quantile(q).item() if len(finite) else math.nan for q in (0.025, 0.975))
+        undefined = len(sample) - len(finite)
+        summary[name] = {"value": value[name], "low": low, "high": high, "undefined": undefined}
     return summary

@@ -1,0 +1,312 @@
+"""common/metrics.py against values worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from common.metrics import (
+    auroc,
+    average_precision,
+    binary_metrics,
+    bootstrap,
+    brier,
+    classification_metrics,
+    confusion_matrix,
+    roc_curve,
+    sensitivity_at_specificity,
+    specificity_at_sensitivity,
+    youden_threshold,
+)
+
+EMPTY = torch.zeros(0, dtype=torch.long), torch.zeros(0)
+TIED = torch.tensor([1, 0, 1, 0, 1]), torch.tensor([0.9, 0.8, 0.8, 0.3, 0.3])
+# Seven cases, three classes; predictions 0 1 1 1 1 2 0, counts [[1, 1, 0], [0, 3, 0], [1, 0, 1]].
+LABELS = torch.tensor([0, 0, 1, 1, 1, 2, 2])
+PROBABILITIES = torch.tensor(
+    [
+        [0.6, 0.3, 0.1],
+        [0.3, 0.5, 0.2],
+        [0.2, 0.7, 0.1],
+        [0.1, 0.8, 0.1],
+        [0.4, 0.5, 0.1],
+        [0.1, 0.2, 0.7],
+        [0.48, 0.1, 0.42],
+    ]
+)
+
+
+def approx(value: object) -> object:
+    return pytest.approx(value, abs=1e-6, nan_ok=True)
+
+
+def random_task(k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """40 labels of both classes, and scores in multiples of 1/8: many ties."""
+    generator = torch.Generator().manual_seed(k)
+    labels = torch.randint(2, (40,), generator=generator)
+    return labels, (torch.randint(8, (40,), generator=generator) + labels) / 8
+
+
+def test_confusion_matrix_rows_are_the_truth():
+    counts = confusion_matrix(torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1, 0]), 3)
+    assert counts.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
+    assert counts.dtype == torch.int64
+
+
+def test_roc_curve_moves_ties_together():
+    fpr, tpr, thresholds = roc_curve(*TIED)
+    assert tpr.tolist() == approx([0, 1 / 3, 2 / 3, 1])
+    assert fpr.tolist() == approx([0, 0, 1 / 2, 1])
+    assert thresholds.tolist() == approx([math.inf, 0.9, 0.8, 0.3])
+    assert fpr.dtype == tpr.dtype == thresholds.dtype == torch.float64
+
+
+def test_auroc_by_hand():
+    # 0.9 beats both negatives; 0.8 ties with 0.8 and beats 0.3; 0.3 ties with 0.3: (2 + 1.5 + 0.5) / 6
+    assert auroc(*TIED) == approx(4 / 6)
+    assert auroc(1 - TIED[0], TIED[1]) == approx(2 / 6)
+    assert auroc(torch.tensor([0, 1, 0]), torch.ones(3)) == 0.5
+
+
+@pytest.mark.parametrize("k", range(5))
+def test_auroc_is_the_share_of_ordered_pairs(k):
+    labels, scores = random_task(k)
+    positives, negatives = scores[labels == 1].tolist(), scores[labels == 0].tolist()
+    wins = sum((p > n) + 0.5 * (p == n) for p in positives for n in negatives)
+    assert auroc(labels, scores) == approx(wins / (len(positives) * len(negatives)))
+
+
+def test_average_precision_by_hand():
+    # at 0.9, 0.8, 0.3 the precision is 1/1, 2/3, 3/5, and each time the recall grows by 1/3
+    assert average_precision(*TIED) == approx((1 + 2 / 3 + 3 / 5) / 3)
+    assert average_precision(torch.tensor([0, 1, 0, 0]), torch.ones(4)) == 1 / 4
+
+
+@pytest.mark.parametrize("k", range(5))
+def test_average_precision_does_not_depend_on_the_order_of_ties(k):
+    labels, scores = random_task(k)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(k))
+    value, before = 0.0, 0
+    for threshold in sorted(set(scores.tolist()), reverse=True):
+        chosen = scores >= threshold
+        value += labels[chosen].double().mean().item() * (int(labels[chosen].sum()) - before)
+        before = int(labels[chosen].sum())
+    assert average_precision(labels[order], scores[order]) == approx(value / int(labels.sum()))
+
+
+def test_binary_metrics_by_hand():
+    labels = torch.tensor([1, 1, 1, 0, 0, 0, 0, 0])
+    scores = torch.tensor([0.9, 0.5, 0.2, 0.6, 0.7, 0.1, 0.3, 0.4])  # tp 2, fn 1, fp 2, tn 3
+    assert binary_metrics(labels, scores) == approx(
+        {
+            "accuracy": 5 / 8,
+            "balanced_accuracy": (2 / 3 + 3 / 5) / 2,
+            "sensitivity": 2 / 3,
+            "specificity": 3 / 5,
+            "precision": 2 / 4,
+            "f1": 2 * 2 / (2 * 2 + 2 + 1),
+        }
+    )
+
+
+def test_a_score_at_the_threshold_is_positive():
+    half = torch.tensor(0.5)
+    scores = torch.stack([half, torch.nextafter(half, half * 0)])
+    assert binary_metrics(torch.tensor([1, 0]), scores)["accuracy"] == 1
+    assert binary_metrics(torch.tensor([0, 1]), scores)["accuracy"] == 0
+
+
+def test_nothing_predicted_positive_has_no_precision():
+    figures = binary_metrics(torch.tensor([1, 0, 0]), torch.tensor([0.4, 0.1, 0.2]))
+    assert math.isnan(figures["precision"])
+    assert (figures["sensitivity"], figures["specificity"], figures["f1"]) == (0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("label", "undefined"),
+    [
+        (0, {"balanced_accuracy", "sensitivity", "auroc", "average_precision"}),
+        (1, {"balanced_accuracy", "specificity", "auroc"}),
+    ],
+)
+def test_one_class_only_is_nan(label, undefined):
+    labels, scores = torch.full((4,), label), torch.tensor([0.2, 0.6, 0.7, 0.9])
+    figures = classification_metrics(labels, torch.stack([1 - scores, scores], 1))
+    undefined = undefined | {"sensitivity_at_95_specificity", "specificity_at_95_sensitivity"}
+    assert {name for name, value in figures.items() if math.isnan(value)} == undefined
+    assert math.isnan(youden_threshold(labels, scores))
+
+
+def test_no_cases_at_all_is_nan():
+    assert math.isnan(auroc(*EMPTY)) and math.isnan(average_precision(*EMPTY))
+    assert math.isnan(youden_threshold(*EMPTY)) and math.isnan(sensitivity_at_specificity(*EMPTY, 0.95))
+    assert math.isnan(brier(EMPTY[0], torch.zeros(0, 2)))
+    assert all(map(math.isnan, binary_metrics(*EMPTY).values()))
+
+
+def test_youden_threshold_lies_halfway_to_the_next_lower_score():
+    labels, scores = torch.tensor([0, 0, 0, 1, 1, 1, 1]), torch.tensor([0.1, 0.2, 0.4, 0.3, 0.6, 0.7, 0.8])
+    # at 0.6: 3/4 - 0; at 0.3: 1 - 1/3, which is less
+    assert youden_threshold(labels, scores) == approx((0.6 + 0.4) / 2)
+
+
+def test_youden_threshold_at_the_edges():
+    tied = torch.full((3,), 0.7)
+    assert youden_threshold(torch.tensor([0, 1, 1]), tied) == tied[0].item()  # all or none: all
+    lowest = youden_threshold(torch.tensor([1, 0, 1]), torch.tensor([0.5, 0.9, 0.25]))
+    assert lowest == 0.25  # the best is to call everything positive
+    assert binary_metrics(torch.tensor([1, 0, 1]), torch.tensor([0.5, 0.9, 0.25]), lowest)["sensitivity"] == 1
+
+
+@pytest.mark.parametrize("k", range(8))
+def test_youden_threshold_keeps_its_promise(k):
+    labels, scores = random_task(k)
+    if k >= 4:  # scores that are neighbours in float32, as saturated probabilities are
+        scores = (torch.tensor(0.99).view(torch.int32) + (8 * scores).int()).view(torch.float32)
+    fpr, tpr, _ = roc_curve(labels, scores)
+    figures = binary_metrics(labels, scores, youden_threshold(labels, scores))
+    assert figures["sensitivity"] + figures["specificity"] - 1 == approx((tpr - fpr).max().item())
+
+
+def test_sensitivity_at_specificity_by_hand():
+    labels = torch.tensor([0] * 20 + [1] * 5)
+    scores = torch.cat([torch.arange(20) / 20, torch.tensor([0.99, 0.93, 0.92, 0.85, 0.07])])
+    # of 20 negatives (0.00 to 0.95) 95 % allow one above the threshold, which leaves 0.99, 0.93 and 0.92
+    assert sensitivity_at_specificity(labels, scores, 0.95) == approx(3 / 5)
+    assert sensitivity_at_specificity(labels, scores, 0.951) == approx(1 / 5)
+    # at 0.07 two negatives are below; 1 - 18/20 is 0.09999999999999998 in float64 and is meant to be 0.1
+    assert sensitivity_at_specificity(labels, scores, 0.1) == 1
+    assert sensitivity_at_specificity(labels, scores, 0.11) == approx(4 / 5)
+    assert sensitivity_at_specificity(torch.tensor([0, 1]), torch.zeros(2), 0.95) == 0  # all tied
+
+
+def test_specificity_at_sensitivity_by_hand():
+    labels = torch.tensor([1] * 20 + [0] * 5)
+    scores = torch.cat([torch.arange(1, 21) / 20, torch.tensor([0.01, 0.07, 0.08, 0.15, 0.9])])
+    # of 20 positives (0.05 to 1.00) 95 % allow one to be missed: threshold 0.10, below it 0.01, 0.07 and 0.08
+    assert specificity_at_sensitivity(labels, scores, 0.95) == approx(3 / 5)
+    assert specificity_at_sensitivity(labels, scores, 0.951) == approx(1 / 5)
+
+
+def test_brier_by_hand():
+    two = torch.tensor([[0.3, 0.7], [0.6, 0.4]])
+    assert brier(torch.tensor([1, 0]), two) == approx((0.3**2 + 0.4**2) / 2)
+    three = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]])
+    # (0.5^2 + 0.3^2 + 0.2^2 + 0.1^2 + 0.2^2 + 0.3^2) / 2
+    assert brier(torch.tensor([0, 2]), three) == approx(0.52 / 2)
+
+
+def test_binary_figures_and_the_tuned_threshold():
+    labels, scores = random_task(0)
+    probabilities = torch.stack([1 - scores, scores], 1)
+    plain, tuned = (classification_metrics(labels, probabilities, t) for t in (None, 0.7))
+    expected = binary_metrics(labels, scores, 0.7)
+    assert expected != binary_metrics(labels, scores)
+    assert tuned == plain | {f"{name}_tuned": value for name, value in expected.items()}
+    assert plain.items() >= binary_metrics(labels, scores).items()
+    assert (plain["auroc"], plain["brier"]) == (auroc(labels, scores), brier(labels, probabilities))
+    assert plain["sensitivity_at_95_specificity"] == sensitivity_at_specificity(labels, scores, 0.95)
+    assert plain["specificity_at_95_sensitivity"] == specificity_at_sensitivity(labels, scores, 0.95)
+
+
+def test_macro_figures_of_three_classes():
+    figures = classification_metrics(LABELS, PROBABILITIES)
+    assert figures == approx(
+        {
+            "accuracy": 5 / 7,
+            "balanced_accuracy": (1 / 2 + 1 + 1 / 2) / 3,
+            "sensitivity": (1 / 2 + 1 + 1 / 2) / 3,
+            "specificity": (4 / 5 + 3 / 4 + 1) / 3,
+            "precision": (1 / 2 + 3 / 4 + 1) / 3,
+            "f1": (2 / 4 + 6 / 7 + 2 / 3) / 3,
+            # pairs won: 5 + 3 of 10; 4 + 4 + 3.5 of 12 (0.5 ties with 0.5); 10 of 10
+            "auroc": (8 / 10 + 11.5 / 12 + 1) / 3,
+            # precision at each positive: 1, 2/4; 1, 1, 3/4 (the tie); 1, 1
+            "average_precision": (1.5 / 2 + 2.75 / 3 + 1) / 3,
+            "brier": brier(LABELS, PROBABILITIES),
+        }
+    )
+
+
+def test_an_absent_class_leaves_its_macro_figures_undefined():
+    figures = classification_metrics(LABELS[:5], PROBABILITIES[:5])  # no case of class 2, none predicted
+    assert {name for name, value in figures.items() if not math.isnan(value)} == {
+        "accuracy",
+        "specificity",
+        "brier",
+    }
+    assert figures["accuracy"] == approx(4 / 5)
+
+
+def test_float32_and_float64_give_the_same():
+    labels, scores = random_task(1)
+    for truth, probabilities in ((labels, torch.stack([1 - scores, scores], 1)), (LABELS, PROBABILITIES)):
+        single = classification_metrics(truth, probabilities, 0.3)
+        assert single == classification_metrics(truth, probabilities.double(), 0.3)
+
+
+def test_bootstrap_interval_of_a_mean_has_the_normal_width():
+    values = (torch.arange(1000) % 10 < 3).double()  # 300 ones
+    groups = [str(k) for k in range(1000)]
+    result = bootstrap(lambda rows: {"mean": values[rows].mean().item()}, groups)["mean"]
+    assert result["value"] == approx(0.3) and result["undefined"] == 0
+    half = 1.96 * math.sqrt(0.3 * 0.7 / 1000)
+    assert result["low"] == pytest.approx(0.3 - half, abs=0.1 * half)
+    assert result["high"] == pytest.approx(0.3 + half, abs=0.1 * half)
+
+
+def test_bootstrap_knows_that_images_of_one_patient_are_not_independent():
+    values = (torch.arange(100) % 10 < 3).double()
+    four = values.repeat_interleave(4)
+    patients = [str(k) for k in range(100)]
+    mean = bootstrap(lambda rows: {"mean": values[rows].mean().item()}, patients)["mean"]
+    grouped = bootstrap(lambda r: {"mean": four[r].mean().item()}, [p for p in patients for _ in range(4)])
+    assert grouped["mean"] == approx(mean)  # copies add no knowledge
+    naive = bootstrap(lambda r: {"mean": four[r].mean().item()}, [str(k) for k in range(400)])["mean"]
+    assert naive["high"] - naive["low"] < 0.6 * (mean["high"] - mean["low"])
+
+
+def test_bootstrap_draws_whole_groups():
+    drawn = []
+    bootstrap(lambda rows: drawn.append(rows.tolist()) or {}, ["b", "a", "b", "c"], samples=200)
+    assert drawn[0] == [0, 1, 2, 3]  # the value itself
+    assert len(drawn) == 201
+    counts = [[rows.count(k) for k in range(4)] for rows in drawn[1:]]
+    assert all(b == b2 and a + b + c == 3 for b, a, b2, c in counts)
+    assert len({tuple(c) for c in counts}) == 10  # all ways to draw 3 times from 3
+
+
+def test_bootstrap_is_a_function_of_its_seed():
+    values = torch.arange(30.0)
+    state = torch.get_rng_state()
+
+    def interval(seed: int) -> dict:
+        torch.rand(seed + 1)  # what others draw does not matter
+        groups = [str(k // 2) for k in range(30)]
+        return bootstrap(lambda rows: {"mean": values[rows].mean().item()}, groups, samples=50, seed=seed)
+
+    assert interval(1) == interval(1) != interval(2)
+    torch.set_rng_state(state)
+    bootstrap(lambda rows: {"n": len(rows)}, ["a"], samples=5)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_bootstrap_leaves_out_and_counts_undefined_samples():
+    seen = []
+
+    def figures(rows: torch.Tensor) -> dict[str, float]:
+        seen.append(auroc(torch.tensor([0, 1])[rows], torch.tensor([0.2, 0.8])[rows]))
+        return {"auroc": seen[-1], "never": math.nan}
+
+    summary = bootstrap(figures, ["a", "b"], samples=400)
+    undefined = sum(map(math.isnan, seen))  # a twice or b twice: about half
+    assert 150 < undefined < 250
+    assert summary["auroc"] == {"value": 1, "low": 1, "high": 1, "undefined": undefined}
+    assert summary["never"] == approx(
+        {"value": math.nan, "low": math.nan, "high": math.nan, "undefined": 400}
+    )
+
+
+def test_bootstrap_without_groups_gives_no_interval():
+    with pytest.raises(RuntimeError):
+        bootstrap(lambda rows: {"n": len(rows)}, [])
