@@ -176,10 +176,10 @@ def draw_phantom(rng: np.random.Generator, boxes: int, size: int = 256) -> tuple
     found = []
     for _ in range(boxes):
         cx, cy = rng.choice([-1, 1]) * rng.uniform(0.28, 0.52), rng.uniform(-0.35, 0.35)
-        rx, ry = rng.uniform(0.1, 0.22, 2)
+        rx, ry = rng.uniform(0.1, 0.25, 2)
         cloud = 1 + 0.5 * smooth_noise(rng, 9, size)
         blob = np.exp(-((((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2) ** 1.5))
-        picture += rng.uniform(0.08, 0.3) * blob * cloud * (0.3 + 0.7 * lungs)
+        picture += rng.uniform(0.1, 0.5) * blob * cloud * (0.3 + 0.7 * lungs)
         points = np.argwhere(blob > 0.3)
         (top, left), (height, width) = points.min(0), np.ptp(points, axis=0) + 1
         found.append((int(left), int(top), int(width), int(height)))

@@ -37,17 +37,13 @@ TILE = 256  # pixels of one picture in a gallery
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument_group("data").add_argument
     add("--checkpoint", type=Path, nargs="+", required=True, help="one or more of train.py's")
     add("--data", type=Path, metavar="CACHE", help="what preprocess.py wrote")
     add(
-        "--split",
-        choices=("val", "test"),
-        default="val",
-        help="val: the training's fold (default: %(default)s)",
+        "--split", choices=("val", "test"), default="val", help="val (default): the fold left out in training"
     )
     add("--images", type=Path, nargs="+", metavar="PATH", help="new images without labels: files and folders")
     add("--compare", type=Path, metavar="CSV", help="predictions.csv of another model for the same images")
@@ -94,12 +90,10 @@ def choose_rows(cache: Path, split: str, paths: list[Path], checkpoints: list[di
     if split == "val":
         sha256 = file_sha256(cache / "index.csv")
         if any(checkpoint["settings"]["index"] != sha256 for checkpoint in checkpoints):
-            raise DataError(
-                f"{cache}: not the cache of the training, so its folds mean nothing; use --split test"
-            )
+            raise DataError(f"{cache}: not the cache of the training, so its folds differ; use --split test")
         if len(folds) > 1:
             raise DataError(
-                f"checkpoints of folds {sorted(folds)}: each has trained on the others' validation images"
+                f"checkpoints of folds {sorted(folds)}: they trained on each other's validation images"
             )
     wanted = "test" if split == "test" else str(folds.pop())
     rows = [k for k, row in enumerate(read_index(cache)) if row["fold"] == wanted]
@@ -199,9 +193,8 @@ def predict(
 
 
 def named(classes: list[str], probabilities: Tensor) -> dict[str, float]:
-    return {
-        f"probability_{name}": round(p, 6) for name, p in zip(classes, probabilities.tolist(), strict=True)
-    }
+    pairs = zip(classes, probabilities.tolist(), strict=True)
+    return {f"probability_{name}": round(probability, 6) for name, probability in pairs}
 
 
 def write_table(path: Path, rows: list[dict]) -> None:
@@ -215,9 +208,8 @@ def read_predictions(path: Path, ids: list[str], classes: list[str]) -> Tensor:
     """Probabilities (N, C) of another model's predictions.csv, in the order of `ids`."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            table = {
-                row["id"]: [float(row[f"probability_{c}"]) for c in classes] for row in csv.DictReader(file)
-            }
+            rows = csv.DictReader(file)
+            table = {row["id"]: [float(row[f"probability_{name}"]) for name in classes] for row in rows}
     except (KeyError, ValueError, TypeError) as error:
         raise DataError(f"{path}: expected predictions.csv of eval.py for the classes {classes}") from error
     missing = [name for name in ids if name not in table]
@@ -228,10 +220,9 @@ def read_predictions(path: Path, ids: list[str], classes: list[str]) -> Tensor:
 
 def evaluate_split(
     args: argparse.Namespace, models: list, checkpoints: list[dict], device: torch.device, out: Path
-):
+) -> None:
     """Figures, tables and pictures of a labelled split."""
-    meta, settings = checkpoints[0]["meta"], checkpoints[0]["settings"]
-    classes, index = meta["classes"], read_index(args.data)
+    settings, classes = checkpoints[0]["settings"], checkpoints[0]["meta"]["classes"]
     rows = choose_rows(args.data, args.split, args.checkpoint, checkpoints)
     loader = make_loader(args.data, in_batches(rows, settings["batch_size"]), args.workers, device)
     probabilities, labels = predict(models, checkpoints, loader, device, args.amp)
@@ -240,27 +231,7 @@ def evaluate_split(
     if len(classes) == 2:
         threshold = sum(checkpoint["threshold"] for checkpoint in checkpoints) / len(checkpoints)
         predictions = (probabilities[:, 1] >= 0.5).long()
-
-    # figures
-    def figures(chosen: Tensor) -> dict[str, float]:
-        return classification_metrics(labels[chosen], probabilities[chosen], threshold)
-
-    patients = [index[row]["patient"] for row in rows]
-    summary = bootstrap(figures, patients, args.samples)
-    if args.compare:
-        theirs = read_predictions(args.compare, [index[row]["id"] for row in rows], classes)
-
-        def difference(chosen: Tensor) -> dict[str, float]:
-            ours = classification_metrics(labels[chosen], probabilities[chosen])["auroc"]
-            return {
-                "auroc_difference": ours - classification_metrics(labels[chosen], theirs[chosen])["auroc"]
-            }
-
-        summary |= bootstrap(difference, patients, args.samples)
-    for name, figure in summary.items():
-        print("{:30} {value:.4f}  ({low:.4f} to {high:.4f})".format(name, **figure))
-
-    # tables
+    index = read_index(args.data)
     cases = [
         {"id": index[row]["id"], "patient": index[row]["patient"], "label": classes[labels[k]]}
         | {"prediction": classes[predictions[k]]}
@@ -268,6 +239,23 @@ def evaluate_split(
         for k, row in enumerate(rows)
     ]
     write_table(out / "predictions.csv", cases)
+
+    def figures(chosen: Tensor) -> dict[str, float]:
+        return classification_metrics(labels[chosen], probabilities[chosen], threshold)
+
+    def difference(chosen: Tensor) -> dict[str, float]:
+        ours, other = (
+            classification_metrics(labels[chosen], p[chosen])["auroc"] for p in (probabilities, theirs)
+        )
+        return {"auroc_difference": ours - other}
+
+    patients = [case["patient"] for case in cases]
+    summary = bootstrap(figures, patients, args.samples)
+    if args.compare:
+        theirs = read_predictions(args.compare, [case["id"] for case in cases], classes)
+        summary |= bootstrap(difference, patients, args.samples)
+    for name, figure in summary.items():
+        print("{:30} {value:.4f}  ({low:.4f} to {high:.4f})".format(name, **figure))
     run = {
         "command": " ".join(sys.argv), "versions": {m.__name__: m.__version__ for m in (torch, torchvision)},
         "checkpoint_sha256": [file_sha256(path) for path in args.checkpoint],
@@ -276,48 +264,47 @@ def evaluate_split(
     }  # fmt: skip
     plain = {name: {k: v if math.isfinite(v) else None for k, v in f.items()} for name, f in summary.items()}
     (out / "metrics.json").write_text(json.dumps({"summary": plain, "cases": cases, "run": run}, indent=1))
-    curves = {k: roc_curve((labels == k).long(), probabilities[:, k]) for k in range(len(classes))}
-    if len(classes) == 2:
-        del curves[0]
-    points = [
-        dict(zip(("class", "threshold", "fpr", "tpr"), (classes[k], *map(float, point)), strict=True))
-        for k, (fpr, tpr, thresholds) in curves.items()
-        for point in zip(thresholds, fpr, tpr, strict=True)
-    ]
-    write_table(out / "roc.csv", points)
 
-    # pictures; the mistakes are the most confident ones, with what the first model looked at
-    draw_confusion_matrix(confusion_matrix(labels, predictions, len(classes)), classes).save(
-        out / "confusion_matrix.png"
-    )
-    draw_roc(
-        {f"{classes[k]}  AUROC {torch.trapezoid(c[1], c[0]):.3f}": c[:2] for k, c in curves.items()}
-    ).save(out / "roc.png")
-    confidence = probabilities.amax(1)
+    counts = confusion_matrix(labels, predictions, len(classes))
+    draw_confusion_matrix(counts, classes).save(out / "confusion_matrix.png")
+    write_roc(out, labels, probabilities, classes)
     wrong = (predictions != labels).nonzero()[:, 0]
+    worst = wrong[probabilities[wrong].amax(1).argsort(descending=True)][:12].tolist()
     tiles = []
-    for k in wrong[confidence[wrong].argsort(descending=True)][:12].tolist():
+    for k in worst:  # the most confident mistakes, with what the first model looked at
         (image,), _ = XrayDataset(args.data).__getitems__([rows[k]])
-        caption = [
-            cases[k]["id"],
-            f"{cases[k]['label']}, predicted {cases[k]['prediction']} {confidence[k]:.3f}",
-        ]
-        tiles.append(draw_activation(models[0], meta, image, int(predictions[k]), caption, device))
+        answer = f"predicted {cases[k]['prediction']} {probabilities[k].max():.3f}"
+        caption = [cases[k]["id"], f"{cases[k]['label']}, {answer}"]
+        tiles.append(
+            draw_activation(models[0], checkpoints[0]["meta"], image, int(predictions[k]), caption, device)
+        )
     if tiles:
         to_pil_image(torchvision.utils.make_grid(tiles, nrow=3)).save(out / "mistakes.png")
     print(f"{len(rows)} images, {len(wrong)} wrong; figures and pictures in {out}")
 
 
+def write_roc(out: Path, labels: Tensor, probabilities: Tensor, classes: list[str]) -> None:
+    """roc.csv and roc.png: the curve of the positive class, or of every class against the rest."""
+    points, curves = [], {}
+    for k in range(1 if len(classes) == 2 else 0, len(classes)):
+        fpr, tpr, thresholds = roc_curve((labels == k).long(), probabilities[:, k])
+        for point in zip(thresholds.tolist(), fpr.tolist(), tpr.tolist(), strict=True):
+            points.append(dict(zip(("class", "threshold", "fpr", "tpr"), (classes[k], *point), strict=True)))
+        if fpr.isfinite().all() and tpr.isfinite().all():  # not with one class only
+            curves[f"{classes[k]}  AUROC {torch.trapezoid(tpr, fpr):.3f}"] = (fpr, tpr)
+    write_table(out / "roc.csv", points)
+    draw_roc(curves).save(out / "roc.png")
+
+
 def predict_images(
     args: argparse.Namespace, models: list, checkpoints: list[dict], device: torch.device, out: Path
-):
+) -> None:
     """Probabilities and overlays of images without labels. DataError at the end if some are unreadable."""
     meta, settings = checkpoints[0]["meta"], checkpoints[0]["settings"]
     files = []
     for path in args.images:
-        found = (
-            sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-        )
+        inside = path.rglob("*") if path.is_dir() else ()
+        found = sorted(p for p in inside if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
         if not found:
             raise DataError(f"{path}: no image in it, expected {' '.join(sorted(SUFFIXES))}")
         files += found
@@ -344,10 +331,8 @@ def predict_images(
             answer = f"{meta['classes'][best]} {probabilities[k, best]:.3f}"
             overlay = draw_activation(models[0], meta, image, best, [str(path), answer], device)
             to_pil_image(overlay).save(out / f"{k:04d}_{path.stem}.png")
-            rows.append(
-                {"image": str(path), "prediction": meta["classes"][best]}
-                | named(meta["classes"], probabilities[k])
-            )
+            row = {"image": str(path), "prediction": meta["classes"][best]}
+            rows.append(row | named(meta["classes"], probabilities[k]))
             print(f"{path}: {answer}")
         write_table(out / "predictions.csv", rows)
         print(f"{len(good)} images; predictions.csv and overlays in {out}")

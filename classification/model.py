@@ -26,7 +26,7 @@ def build_model(arch: str, num_classes: int, size: int, pretrained: bool = False
     small = size <= 64
     if pretrained and small:
         raise DataError(
-            f"--pretrained needs images of more than 64 px, found {size}: preprocess with --size 224"
+            f"--pretrained: images of {size} px, expected more than 64; preprocess with --size 224"
         )
     try:
         model = torchvision.models.get_model(arch, weights="DEFAULT" if pretrained else None)

@@ -409,9 +409,8 @@ def read_meta(cache: Path) -> dict:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument_group("data").add_argument
     add("--data", type=Path, required=True, metavar="RAW", help="the raw images")
     add("--out", type=Path, required=True, metavar="DIR", help="the cache to write")

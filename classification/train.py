@@ -50,9 +50,8 @@ FREE = ("data", "out", "workers", "init", "device", "compile", "resume", "stop_a
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument_group("data").add_argument
     add("--data", type=Path, metavar="CACHE", help="what preprocess.py wrote (default: a synthetic set)")
     add("--out", type=Path, default=Path("runs/classification"), help="(default: %(default)s)")
@@ -76,9 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--amp", choices=AMP, default="off", help="mixed precision (default: %(default)s)")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--resume", action="store_true", help="go on from last.pt in --out")
-    add(
-        "--stop-after", type=int, metavar="N", help="stop after N epochs; the schedule stays that of --epochs"
-    )
+    add("--stop-after", type=int, metavar="N", help="stop after N epochs, on the schedule of --epochs")
     add("--overwrite", action="store_true", help="replace the training in --out")
     args = parser.parse_args(argv)
     if args.data is None:
@@ -164,7 +161,7 @@ def load_data(
     batches = EpochBatches(rows["training"], args.batch_size, args.seed, rank, world_size)
     if len(batches) == 0:
         raise DataError(
-            f"{cache}: {len(rows['training'])} training images, less than one batch; lower --batch-size"
+            f"{cache}: {len(rows['training'])} images to train on, less than one batch of --batch-size"
         )
     train_loader = make_loader(cache, batches, args.workers, device)
     val_batches = in_batches(rows["validation"][rank::world_size], args.batch_size)
