@@ -25,7 +25,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -139,6 +141,18 @@ def write_log(path: Path, log: list[dict]) -> None:
         writer.writerows(log)
 
 
+def restore(
+    path: Path, settings: dict, model: torch.nn.Module, optimizer: Optimizer, scaler: GradScaler
+) -> tuple[int, float, list[dict]]:
+    """Put last.pt into model, optimizer and scaler; returns the epochs done, the best score, and the log."""
+    checkpoint = load_checkpoint(path)
+    check_settings(checkpoint["settings"], settings, path)
+    load_weights(model, checkpoint, path)
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    scaler.load_state_dict(checkpoint["scaler"])
+    return checkpoint["epoch"], checkpoint["best"], checkpoint["log"]
+
+
 def load_data(
     cache: Path, args: argparse.Namespace, device: torch.device, rank: int, world_size: int
 ) -> tuple[dict, DataLoader, DataLoader, Tensor]:
@@ -161,11 +175,18 @@ def load_data(
     batches = EpochBatches(rows["training"], args.batch_size, args.seed, rank, world_size)
     if len(batches) == 0:
         raise DataError(
-            f"{cache}: {len(rows['training'])} images to train on, less than one batch of --batch-size"
+            f"{cache}: {len(rows['training'])} training images, less than one batch of --batch-size"
         )
     train_loader = make_loader(cache, batches, args.workers, device)
     val_batches = in_batches(rows["validation"][rank::world_size], args.batch_size)
     return meta, train_loader, make_loader(cache, val_batches, args.workers, device), counts["training"]
+
+
+def finite(loss: float, epoch: int) -> float:
+    """The loss, or DataError if it is not a number to go on with."""
+    if not math.isfinite(loss):
+        raise DataError(f"epoch {epoch + 1}: the loss is {loss}; lower --lr, or try another --amp")
+    return loss
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -176,12 +197,12 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
 
-def make_optimizer(model: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+def make_optimizer(model: torch.nn.Module, lr: float, weight_decay: float) -> Optimizer:
     """AdamW (Loshchilov & Hutter, ICLR 2019) without decay for biases and norms; fused: never reads back."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, fused=True)
+    return AdamW(groups, lr=lr, fused=True)
 
 
 @torch.no_grad()
@@ -214,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # device and processes
     device, rank, world_size = start_processes(args.device)
-    say = print if rank == 0 else lambda *_: None
+    say, show = (print, progress) if rank == 0 else (lambda _: None,) * 2
     torch.set_float32_matmul_precision("high")  # TF32 where there is any
 
     # data
@@ -235,24 +256,19 @@ def main(argv: list[str] | None = None) -> None:
         meta |= {"mean": PRETRAINED_MEAN, "std": PRETRAINED_STD}
     if args.init and not args.resume:
         load_weights(model, load_checkpoint(args.init, device), args.init)
-    weights = counts.sum() / (
-        len(counts) * counts
-    )  # their mean over the training set is 1: the loss stays a mean
-    weights = (weights if args.class_weights == "balanced" else torch.ones(len(counts))).to(device)
+    weights = torch.ones(len(counts))
+    if args.class_weights == "balanced":
+        weights = counts.sum() / (len(counts) * counts)  # mean 1 over the images: the loss stays a mean
+    weights = weights.to(device)
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    scaler = GradScaler(device.type, enabled=args.amp == "fp16")
 
     # resume
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
     settings |= {"world_size": world_size, "index": file_sha256(cache / "index.csv")}
     start, best, log, last = 0, -math.inf, [], args.out / "last.pt"
     if args.resume:
-        checkpoint = load_checkpoint(last, device)
-        check_settings(checkpoint["settings"], settings, last)
-        load_weights(model, checkpoint, last)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        start, best, log = checkpoint["epoch"], checkpoint["best"], checkpoint["log"]
+        start, best, log = restore(last, settings, model, optimizer, scaler)
     elif rank == 0:
         open_run(args.out, args.overwrite)
     train_model = model
@@ -265,11 +281,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # training
     for epoch in range(start, min(args.epochs, args.stop_after or args.epochs)):
-        began, total, train_loader.batch_sampler.epoch = (
-            time.perf_counter(),
-            torch.zeros((), device=device),
-            epoch,
-        )
+        train_loader.batch_sampler.epoch = epoch
+        began, total = time.perf_counter(), torch.zeros((), device=device)
         model.train()
         for step, (images, labels) in enumerate(train_loader, 1):
             rng = np.random.default_rng((args.seed, epoch, step, rank))
@@ -280,10 +293,10 @@ def main(argv: list[str] | None = None) -> None:
                 group["lr"] = lr
             with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
                 logits = train_model(images)
-            loss = F.cross_entropy(
-                logits.float(), labels, label_smoothing=args.label_smoothing, reduction="none"
+            losses = F.cross_entropy(
+                logits.float(), labels, reduction="none", label_smoothing=args.label_smoothing
             )
-            loss = (loss * weights[labels]).mean()
+            loss = (losses * weights[labels]).mean()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -291,19 +304,17 @@ def main(argv: list[str] | None = None) -> None:
             scaler.update()
             optimizer.zero_grad()
             total += loss.detach()
-            if step % 20 == 0 and rank == 0 and sys.stdout.isatty():  # .item() waits for the device
+            if step % 20 == 0:  # seldom, because it waits for the device
+                mean_loss = finite(total.item() / step, epoch)
                 rate = step / (time.perf_counter() - began)
                 eta = timedelta(seconds=int((steps - epoch * steps_per_epoch - step) / rate))
-                speed = f"{rate * len(labels) * world_size:.0f} img/s  eta {eta}"
-                at = f"epoch {epoch + 1}/{args.epochs}  {step}/{steps_per_epoch}"
-                progress(f"{at}  loss {total.item() / step:.3f}  {speed}")
+                at = f"epoch {epoch + 1}/{args.epochs}  {step}/{steps_per_epoch}  loss {mean_loss:.3f}"
+                show(f"{at}  {rate * args.batch_size * world_size:.0f} img/s  eta {eta}")
 
         # validation and checkpoints
         if world_size > 1:
             dist.all_reduce(total)
-        train_loss = total.item() / (steps_per_epoch * world_size)
-        if not math.isfinite(train_loss):
-            raise DataError(f"epoch {epoch + 1}: the loss is {train_loss}; lower --lr, or try another --amp")
+        train_loss = finite(total.item() / (steps_per_epoch * world_size), epoch)
         logits, labels = evaluate(model, val_loader, device, args.amp, meta["mean"], meta["std"])
         probabilities, val_loss = logits.softmax(1), F.cross_entropy(logits, labels).item()
         figures = classification_metrics(labels, probabilities)
@@ -311,7 +322,7 @@ def main(argv: list[str] | None = None) -> None:
                    | {f"val_{name}": figures[name] for name in ("accuracy", "balanced_accuracy", "auroc")}
                    | {"seconds": time.perf_counter() - began})  # fmt: skip
         if rank == 0:
-            progress("")
+            show("")
             say("  ".join(f"{name} {value:.4g}" for name, value in log[-1].items()))
             threshold = youden_threshold(labels, probabilities[:, 1]) if len(counts) == 2 else None
             checkpoint = {"model": model.state_dict(), "meta": meta, "settings": settings, "epoch": epoch + 1,
@@ -319,13 +330,8 @@ def main(argv: list[str] | None = None) -> None:
             if figures["auroc"] >= best:  # of equals the later one, whose learning rate is lower
                 best = figures["auroc"]
                 save_checkpoint(args.out / "best.pt", checkpoint)
-            checkpoint |= {
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "best": best,
-                "log": log,
-            }
-            save_checkpoint(last, checkpoint)
+            checkpoint |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            save_checkpoint(last, checkpoint | {"best": best, "log": log})
             write_log(args.out / "log.csv", log)
     if world_size > 1:
         dist.destroy_process_group()
