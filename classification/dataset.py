@@ -103,8 +103,12 @@ def augment(images: Tensor, rng: np.random.Generator, strength: float = 1.0, fli
     if strength == 0 and not flip:
         return images
     batch, device = len(images), images.device
-    draws = torch.from_numpy(rng.uniform(-1, 1, (11, batch)).astype(np.float32)).to(device, non_blocking=True)
-    angle, log_scale, log_aspect, shear, dx, dy, gamma, contrast, brightness, sigma, noise = draws * strength
+    draws = strength * rng.uniform(-1, 1, (11, batch))
+    # Half the images keep their place: interpolation blurs, and evaluation is on images that are as sharp as
+    # they come.
+    draws[:6] *= rng.random(batch) < 0.5
+    draws = torch.from_numpy(draws.astype(np.float32)).to(device, non_blocking=True)
+    angle, log_scale, log_aspect, shear, dx, dy, gamma, contrast, brightness, sigma, noise = draws
 
     # where each output pixel comes from, in the coordinates of grid_sample: -1..1 from edge to edge
     cos, sin = torch.cos(angle * math.radians(15)), torch.sin(angle * math.radians(15))

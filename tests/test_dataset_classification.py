@@ -154,14 +154,17 @@ def test_workers_give_the_same_batches(cache, workers, context):
 class Given:
     """In place of the random generator: the named draws are as given, all others are zero."""
 
-    def __init__(self, batch: int = 1, noise_seed: int = 0, **draws: float) -> None:
-        self.noise_seed, self.draws = noise_seed, np.zeros((len(DRAWS), batch))
+    def __init__(self, batch: int = 1, noise_seed: int = 0, moves: bool = True, **draws: float) -> None:
+        self.noise_seed, self.moves, self.draws = noise_seed, moves, np.zeros((len(DRAWS), batch))
         for name, value in draws.items():
             self.draws[DRAWS.index(name)] = value
 
     def uniform(self, low: float, high: float, shape: tuple) -> np.ndarray:
         assert (low, high) == (-1, 1) and shape == self.draws.shape
         return self.draws
+
+    def random(self, batch: int) -> np.ndarray:
+        return np.full(batch, 0.499 if self.moves else 0.5)
 
     def integers(self, high: int) -> int:
         return self.noise_seed
@@ -224,11 +227,21 @@ def test_flip_mirrors_half_the_images():
 
 
 def test_images_of_a_batch_are_moved_differently_and_as_far_as_meant():
-    moved = centers(augment(spots(0, 0, batch=256), rng(0)))
+    moved = centers(augment(spots(0, 0, batch=512), rng(0)))
+    still = (
+        moved.norm(dim=1) < 0.3
+    )  # half keep their place; noise and contrast shift the measured center a little
+    assert 200 < still.sum() < 312
+    moved = moved[~still]
     assert torch.pdist(moved).median() > 3
     # dx and dy are uniform up to 0.1 of 64 px: the mean length is 0.765 * 6.4 px, no direction preferred
     assert moved.norm(dim=1).mean().item() == pytest.approx(4.9, abs=0.4)
     assert moved.mean(0).abs().max() < 0.6
+
+
+def test_images_that_keep_their_place_keep_their_pixels():
+    images = torch.rand(1, 1, 16, 16)
+    assert torch.allclose(augment(images, Given(moves=False, dx=1, angle=1, scale=1)), images, atol=1e-4)
 
 
 @pytest.mark.parametrize(
