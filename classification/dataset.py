@@ -79,6 +79,7 @@ class EpochBatches(Sampler):
         return len(self.rows) // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[list[int]]:
+        # To NumPy (seed, epoch) is (seed, epoch, 0, 0); the draws of the loop count their steps from 1.
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.rows)
         for batch in order[: len(self) * self.batch_size * self.world_size].reshape(len(self), -1):
             yield batch[self.rank :: self.world_size].tolist()

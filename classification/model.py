@@ -30,7 +30,7 @@ def build_model(arch: str, num_classes: int, size: int, pretrained: bool = False
         )
     try:
         model = torchvision.models.get_model(arch, weights="DEFAULT" if pretrained else None)
-    except OSError as error:  # no network, or no place to keep the file
+    except (OSError, RuntimeError) as error:  # no network, no place to keep the file, a broken download
         raise DataError(f"--pretrained: could not fetch the ImageNet weights of {arch} ({error})") from error
     rgb_stem = model.conv1.weight
     model.conv1 = nn.Conv2d(1, 64, 3, 1, 1, bias=False) if small else nn.Conv2d(1, 64, 7, 2, 3, bias=False)

@@ -204,17 +204,19 @@ def find_rsna(raw: Path) -> tuple[list[str], list[Case]] | None:
 def read_rsna_labels(table: Path) -> dict[str, int]:
     """Labels by patientId from the challenge's CSV: patientId, x, y, width, height, Target, a row per box."""
     labels: dict[str, int] = {}
-    with open(table, newline="", encoding="utf-8-sig", errors="replace") as file:
-        reader = csv.DictReader(file)
-        missing = {"patientId", "Target"} - set(reader.fieldnames or [])
-        if missing:
-            raise DataError(f"{table}: no column {sorted(missing)}, found {reader.fieldnames}")
-        for row in reader:
-            name, target = row["patientId"], row["Target"]
-            if target not in ("0", "1") or not name:
-                raise DataError(f"{table}:{reader.line_num}: {name!r} has Target {target!r}, expected 0 or 1")
-            if labels.setdefault(name, int(target)) != int(target):
-                raise DataError(f"{table}:{reader.line_num}: {name} has rows with Target 0 and with Target 1")
+    text = table.read_text(encoding="utf-8-sig", errors="replace").replace(
+        "\0", ""
+    )  # Python 3.10 stops at NUL
+    reader = csv.DictReader(text.splitlines())
+    missing = {"patientId", "Target"} - set(reader.fieldnames or [])
+    if missing:
+        raise DataError(f"{table}: no column {sorted(missing)}, found {reader.fieldnames}")
+    for row in reader:
+        name, target = row["patientId"], row["Target"]
+        if target not in ("0", "1") or not name:
+            raise DataError(f"{table}:{reader.line_num}: {name!r} has Target {target!r}, expected 0 or 1")
+        if labels.setdefault(name, int(target)) != int(target):
+            raise DataError(f"{table}:{reader.line_num}: {name} has rows with Target 0 and with Target 1")
     return labels
 
 
