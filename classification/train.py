@@ -37,10 +37,11 @@ from classification.model import ARCHITECTURES, PRETRAINED_MEAN, PRETRAINED_STD,
 from classification.preprocess import DataError, progress, read_meta
 from common.checkpoint import (
     CheckpointError,
-    check_settings,
     file_sha256,
     load_checkpoint,
     load_weights,
+    open_run,
+    restore,
     save_checkpoint,
 )
 from common.metrics import classification_metrics, youden_threshold
@@ -124,33 +125,12 @@ def make_demo() -> None:
     preprocess.main(["--data", f"{DEMO}/raw", "--out", f"{DEMO}/cache", "--size", "96", "--overwrite"])
 
 
-def open_run(out: Path, overwrite: bool) -> None:
-    """Make the output folder. Raises DataError if it holds a training that nobody said may go."""
-    if (out / "last.pt").exists() and not overwrite:
-        raise DataError(f"{out}: holds a training; use --resume, --overwrite, or another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ("last.pt", "best.pt", "log.csv"):
-        (out / name).unlink(missing_ok=True)
-
-
 def write_log(path: Path, log: list[dict]) -> None:
     """log.csv as a whole, from the checkpoint's copy: after --resume it has no rows of lost epochs."""
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, log[0])
         writer.writeheader()
         writer.writerows(log)
-
-
-def restore(
-    path: Path, settings: dict, model: torch.nn.Module, optimizer: Optimizer, scaler: GradScaler
-) -> tuple[int, float, list[dict]]:
-    """Put last.pt into model, optimizer and scaler; returns the epochs done, the best score, and the log."""
-    checkpoint = load_checkpoint(path)
-    check_settings(checkpoint["settings"], settings, path)
-    load_weights(model, checkpoint, path)
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    scaler.load_state_dict(checkpoint["scaler"])
-    return checkpoint["epoch"], checkpoint["best"], checkpoint["log"]
 
 
 def load_data(

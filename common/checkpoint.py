@@ -6,6 +6,8 @@ import pickle
 from pathlib import Path
 
 import torch
+from torch.amp import GradScaler
+from torch.optim import Optimizer
 
 
 class CheckpointError(ValueError):
@@ -61,6 +63,30 @@ def check_settings(saved: dict, current: dict, path: Path) -> None:
     if differing:
         lines = ", ".join(f"{name} {saved.get(name)} (now {current.get(name)})" for name in differing)
         raise CheckpointError(f"{path}: cannot resume, it was trained with {lines}")
+
+
+def open_run(out: Path, overwrite: bool) -> None:
+    """Make the output folder. Raises CheckpointError if it holds a training that nobody said may go."""
+    if (out / "last.pt").exists() and not overwrite:
+        raise CheckpointError(f"{out}: holds a training; use --resume, --overwrite, or another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("last.pt", "best.pt", "log.csv"):
+        (out / name).unlink(missing_ok=True)
+
+
+def restore(
+    path: Path, settings: dict, model: torch.nn.Module, optimizer: Optimizer, scaler: GradScaler
+) -> tuple[int, float, list[dict]]:
+    """Put last.pt into model, optimizer and scaler; returns the epochs done, the best score, and the log.
+
+    Raises CheckpointError if it was trained with other settings.
+    """
+    checkpoint = load_checkpoint(path)
+    check_settings(checkpoint["settings"], settings, path)
+    load_weights(model, checkpoint, path)
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    scaler.load_state_dict(checkpoint["scaler"])
+    return checkpoint["epoch"], checkpoint["best"], checkpoint["log"]
 
 
 def file_sha256(path: Path) -> str:

@@ -101,7 +101,7 @@ def test_resume_refuses_other_settings_and_other_data(cache, trained, tmp_path):
         train.main(["--data", str(cache), "--out", str(trained), *TINY, "--resume", "--lr", "0.01"])
     with pytest.raises(CheckpointError, match="no checkpoint here"):
         train.main(["--data", str(cache), "--out", str(tmp_path), *TINY, "--resume"])
-    with pytest.raises(DataError, match="--resume, --overwrite"):
+    with pytest.raises(CheckpointError, match="--resume, --overwrite"):
         train.main(["--data", str(cache), "--out", str(trained), *TINY])
 
 
