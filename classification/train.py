@@ -1,7 +1,7 @@
 """Train a ResNet to tell classes of X-rays apart: cross entropy, best checkpoint by validation AUROC.
 
   python classification/train.py                              # no data at hand: a synthetic set
-  python classification/train.py --data data/rsna --amp bf16 --class-weights balanced
+  python classification/train.py --data data/rsna --class-weights balanced
   python classification/train.py --data data/rsna --resume     # go on where it was stopped
   torchrun --nproc-per-node 4 classification/train.py --data data/rsna
 
@@ -217,6 +217,8 @@ def main(argv: list[str] | None = None) -> None:
     device, rank, world_size = start_processes(args.device)
     say, show = (print, progress) if rank == 0 else (lambda _: None,) * 2
     torch.set_float32_matmul_precision("high")  # TF32 where there is any
+    if args.amp == "bf16" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        say("note: this processor has no bf16 arithmetic, --amp off is many times faster here")
 
     # data
     cache = args.data or DEMO / "cache"
