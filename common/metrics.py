@@ -1,8 +1,8 @@
 """Metrics as pure functions on tensors: counts or per-case values of a whole split, divided once.
 
 Shapes: `labels` int64 (N,) with values 0..C-1, `scores` float (N,) for the positive class of a binary
-task, `probabilities` float (N, C). A figure that is not defined (one class only, nothing predicted, no cases
-at all) is NaN, never 0 or 1.
+task, `probabilities` float (N, C), boxes float (N, 4). A figure that is not defined (one class only, nothing
+predicted, no cases at all) is NaN, never 0 or 1.
 """
 
 import math
@@ -130,6 +130,29 @@ def classification_metrics(
         figures["accuracy"] = (predictions == labels).double().mean().item()
         figures["balanced_accuracy"] = figures["sensitivity"]  # mean recall over the classes
     return {**figures, "brier": brier(labels, probabilities)}
+
+
+def box_iou(pred: Tensor, truth: Tensor) -> Tensor:
+    """Intersection over union (N,) of boxes (N, 4), each with that of the same row (torchvision: all pairs).
+
+    Inverted or empty boxes have IoU 0.
+    """
+    overlap = (torch.minimum(pred, truth)[:, 2:] - torch.maximum(pred, truth)[:, :2]).clamp(min=0).prod(1)
+    area = [(boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1) for boxes in (pred, truth)]
+    return torch.where(overlap > 0, overlap / (area[0] + area[1] - overlap), 0)
+
+
+def detection_metrics(pred: Tensor, truth: Tensor) -> dict[str, float]:
+    """Figures of one box per image; boxes (N, 4) xmin ymin xmax ymax in fractions of the image.
+
+    iou_75 is the share of the images with an IoU of at least 0.75; mse_224 the mean squared error of the four
+    coordinates in pixels of the image squashed to 224x224.
+    """
+    iou = box_iou(pred, truth)
+    shares = {f"iou_{k}": (iou >= k / 100).double().mean().item() for k in (50, 75, 90)}
+    mse = (224 * (pred - truth)).double().square().mean().item()
+    median = iou.quantile(0.5).item() if len(iou) else math.nan
+    return {"mean_iou": iou.mean().item(), "median_iou": median, **shares, "mse_224": mse}
 
 
 def bootstrap(

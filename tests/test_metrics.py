@@ -4,15 +4,18 @@ import math
 
 import pytest
 import torch
+import torchvision
 
 from common.metrics import (
     auroc,
     average_precision,
     binary_metrics,
     bootstrap,
+    box_iou,
     brier,
     classification_metrics,
     confusion_matrix,
+    detection_metrics,
     roc_curve,
     sensitivity_at_specificity,
     specificity_at_sensitivity,
@@ -310,3 +313,31 @@ def test_bootstrap_leaves_out_and_counts_undefined_samples():
 def test_bootstrap_without_groups_gives_no_interval():
     with pytest.raises(RuntimeError):
         bootstrap(lambda rows: {"n": len(rows)}, [])
+
+
+def test_box_iou_by_hand():
+    truth = torch.tensor([[0.0, 0.0, 0.5, 0.5]]).repeat(6, 1)
+    pred = torch.tensor([
+        [0.0, 0.0, 0.5, 0.5],
+        [0.25, 0.0, 0.75, 0.5],  # half of each: 0.125 of 0.375
+        [0.1, 0.1, 0.2, 0.2],  # inside: 0.01 of 0.25
+        [0.5, 0.5, 0.9, 0.9],  # touches
+        [0.4, 0.4, 0.1, 0.1],  # inverted
+        [0.2, 0.2, 0.2, 0.4],  # empty
+    ])  # fmt: skip
+    expected = torch.tensor([1, 1 / 3, 0.04, 0, 0, 0])
+    assert torch.allclose(box_iou(pred, truth), expected)
+    assert torch.allclose(box_iou(truth, pred), expected)
+    pairs = torch.rand(50, 2, 2, 2).sort(dim=2).values.reshape(50, 2, 4)
+    known = torchvision.ops.box_iou(pairs[:, 0], pairs[:, 1]).diagonal()
+    assert torch.allclose(box_iou(pairs[:, 0], pairs[:, 1]), known, atol=1e-6)
+
+
+def test_detection_metrics_by_hand():
+    truth = torch.tensor([[0.0, 0.0, 0.5, 0.5]]).repeat(3, 1)
+    pred = torch.tensor([[0.0, 0.0, 0.5, 0.5], [0.0, 0.0, 0.5, 0.4], [0.25, 0.0, 0.75, 0.5]])
+    figures = detection_metrics(pred, truth)
+    expected = {"mean_iou": (1 + 0.8 + 1 / 3) / 3, "median_iou": 0.8, "iou_50": 2 / 3, "iou_75": 2 / 3,
+                "iou_90": 1 / 3, "mse_224": (22.4**2 + 2 * 56**2) / 12}  # fmt: skip
+    assert figures == pytest.approx(expected, rel=1e-5)
+    assert all(math.isnan(value) for value in detection_metrics(pred[:0], truth[:0]).values())

@@ -1,0 +1,233 @@
+"""The cache of preprocess.py as batches of tensors, augmentation on the device, and the synthetic raw set."""
+
+import csv
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pydicom import uid
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+BOX = ("xmin", "ymin", "xmax", "ymax")
+
+
+def read_index(cache: Path) -> list[dict[str, str]]:
+    """The rows of index.csv (id, patient, fold, group, box, height, width, ...), as images.npy has them."""
+    with open(cache / "index.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def read_boxes(rows: list[dict[str, str]]) -> tuple[Tensor, Tensor]:
+    """Boxes float32 (N, 4) in fractions of the image, and their scale (N, 4): the image's pixels."""
+    boxes = torch.tensor([[float(row[name]) for name in BOX] for row in rows])
+    scale = torch.tensor([[float(row[name]) for name in ("width", "height")] * 2 for row in rows])
+    return boxes / scale, scale
+
+
+class XrayDataset(Dataset):
+    """Raw images and boxes of a cache, fetched a batch of row numbers at a time.
+
+    `dataset.__getitems__(rows)` gives images uint8 (B, 1, S, S) and boxes float32 (B, 4), xmin ymin xmax ymax
+    in fractions of the image. It pickles as nothing but the path: each worker maps the file itself, because a
+    pickled memory map is the whole array.
+    """
+
+    def __init__(self, cache: Path) -> None:
+        self.cache = cache
+        self.images = self.boxes = None
+
+    def __getstate__(self) -> dict:
+        return {"cache": self.cache, "images": None, "boxes": None}
+
+    def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        if self.images is None:
+            self.images = np.load(self.cache / "images.npy", mmap_mode="r")
+            self.boxes, _ = read_boxes(read_index(self.cache))
+        return torch.from_numpy(self.images[rows])[:, None], self.boxes[rows]
+
+
+def keep_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """`collate_fn` for batches that are tensors already; at module level, so that workers can be spawned."""
+    return batch
+
+
+def in_batches(rows: list[int], batch_size: int) -> list[list[int]]:
+    """Rows in their order, nothing dropped: the batches of an evaluation."""
+    return [rows[k : k + batch_size] for k in range(0, len(rows), batch_size)]
+
+
+def make_loader(
+    cache: Path, batches: Sampler | list[list[int]], workers: int, device: torch.device
+) -> DataLoader:
+    """A loader of whole batches. Workers stay from epoch to epoch: the dataset knows no epoch."""
+    return DataLoader(XrayDataset(cache), batch_sampler=batches, collate_fn=keep_batch, num_workers=workers,
+                      persistent_workers=workers > 0, pin_memory=device.type == "cuda")  # fmt: skip
+
+
+class EpochBatches(Sampler):
+    """Batches of row numbers for training, in an order given by (seed, epoch); each rank takes its share.
+
+    The rows left over by the last full step are dropped: BatchNorm fails on a batch of one, and every rank
+    needs the same number of steps. The loop sets `epoch`.
+    """
+
+    def __init__(
+        self, rows: list[int], batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self.rank, self.world_size, self.epoch = rank, world_size, 0
+
+    def __len__(self) -> int:
+        return len(self.rows) // (self.batch_size * self.world_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        # To NumPy (seed, epoch) is (seed, epoch, 0, 0); the draws of the loop count their steps from 1.
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.rows)
+        for batch in order[: len(self) * self.batch_size * self.world_size].reshape(len(self), -1):
+            yield batch[self.rank :: self.world_size].tolist()
+
+
+def blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur of (B, 1, H, W) with a sigma (B,) in pixels for each image, cut off at 4 pixels."""
+    x = torch.arange(-4, 5, device=images.device)
+    kernel = torch.exp(-0.5 * (x / sigma[:, None]).square())
+    kernel = (kernel / kernel.sum(1, keepdim=True))[:, None]
+    images = F.pad(images.transpose(0, 1), (4, 4, 4, 4), mode="replicate")  # batch as channels: a kernel each
+    images = F.conv2d(images, kernel[..., None], groups=len(sigma))
+    return F.conv2d(images, kernel[:, None], groups=len(sigma)).transpose(0, 1)
+
+
+def move_boxes(boxes: Tensor, affine: Tensor) -> Tensor:
+    """Boxes (B, 4) in fractions, of images resampled by `affine` (B, 2, 3), which is affine_grid's theta.
+
+    What moves is the ellipse inside the box, and the new box is drawn around it: a box around the moved
+    corners would grow with every rotation, while hearts are round. Cut off at the image's edge.
+    """
+    center, radius = boxes[:, 2:] + boxes[:, :2] - 1, boxes[:, 2:] - boxes[:, :2]  # in -1..1, edge to edge
+    forward = torch.linalg.inv(affine[:, :, :2])  # theta leads from the new image to the old one
+    center = (forward @ (center - affine[:, :, 2])[:, :, None])[:, :, 0]
+    radius = (forward * radius[:, None]).square().sum(2).sqrt()
+    return ((torch.cat([center - radius, center + radius], 1) + 1) / 2).clamp(0, 1)
+
+
+def augment(
+    images: Tensor, boxes: Tensor, rng: np.random.Generator, strength: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Random affine, gamma, contrast, brightness, blur and noise for float images (B, 1, S, S) in 0..1.
+
+    Boxes (B, 4) in fractions move with them. No mirroring: the heart has a side. Parameters are drawn per
+    image on the CPU from `rng`, so that neither workers nor the device change them; only the noise is drawn
+    on the device, from a generator that `rng` seeds.
+    """
+    if strength == 0:
+        return images, boxes
+    batch, device = len(images), images.device
+    draws = strength * rng.uniform(-1, 1, (11, batch))
+    draws = torch.from_numpy(draws.astype(np.float32)).to(device, non_blocking=True)
+    angle, log_scale, log_aspect, shear, dx, dy, gamma, contrast, brightness, sigma, noise = draws
+
+    # where each output pixel comes from, in the coordinates of grid_sample: -1..1 from edge to edge
+    cos, sin = torch.cos(angle * math.radians(10)), torch.sin(angle * math.radians(10))
+    sx, sy = torch.exp(0.2 * log_scale + 0.1 * log_aspect), torch.exp(0.2 * log_scale - 0.1 * log_aspect)
+    row_x = [cos * sx, (0.1 * shear * cos - sin) * sy, 0.2 * dx]
+    row_y = [sin * sx, (cos + 0.1 * shear * sin) * sy, 0.2 * dy]
+    affine = torch.stack(row_x + row_y, 1).view(batch, 2, 3)
+    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
+    images, boxes = F.grid_sample(images, grid, align_corners=False), move_boxes(boxes, affine)
+
+    gamma, contrast, brightness, noise = (v.view(-1, 1, 1, 1) for v in (gamma, contrast, brightness, noise))
+    images = images.clamp(1e-4, 1) ** torch.exp(0.5 * gamma)
+    mean = images.mean((2, 3), keepdim=True)
+    images = (images - mean) * torch.exp(0.4 * contrast) + mean + 0.2 * brightness
+    images = blur(images, (sigma * 0.012 * images.shape[-1]).clamp(min=0.05))  # half of them stay sharp
+    generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
+    images = images + 0.05 * noise.clamp(min=0) * torch.randn(
+        images.shape, generator=generator, device=device
+    )
+    return images, boxes
+
+
+def to_input(
+    images: Tensor, boxes: Tensor, device: torch.device, mean: float, std: float, *augmentation: object
+) -> tuple[Tensor, Tensor]:
+    """uint8 (B, 1, S, S) to float32 on `device`: 0..1, augmented if asked for, normalised, channels last.
+
+    The boxes (B, 4) go to the device as well, and move with the augmentation.
+    """
+    images, boxes = images.to(device, non_blocking=True).float() / 255, boxes.to(device, non_blocking=True)
+    if augmentation:
+        images, boxes = augment(images, boxes, *augmentation)
+    return ((images - mean) / std).contiguous(memory_format=torch.channels_last), boxes
+
+
+# --- the synthetic raw set ---
+
+
+def smooth_noise(rng: np.random.Generator, cells: int, size: int) -> np.ndarray:
+    """Noise of mean 0 and deviation about 1 on a coarse grid of `cells`, blown up to float (size, size)."""
+    noise = Image.fromarray(rng.normal(0, 1, (cells, cells)).astype(np.float32))
+    return np.asarray(noise.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def draw_phantom(rng: np.random.Generator, size: int = 256) -> tuple[np.ndarray, tuple[int, ...]]:
+    """A chest-like picture, float (size, size) in 0..1, and the box (xmin, ymin, xmax, ymax) of its heart."""
+    y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
+    x = (x - rng.normal(0, 0.06)) / rng.uniform(0.85, 1.1)
+    y = (y - rng.normal(0, 0.06)) / rng.uniform(0.85, 1.1)
+    edge = rng.uniform(0.02, 0.05)
+
+    def inside(cx: float, cy: float, rx: float, ry: float, power: float = 2.0) -> np.ndarray:
+        distance = (np.abs((x - cx) / rx) ** power + np.abs((y - cy) / ry) ** power) ** (1 / power)
+        return 1 / (1 + np.exp(((distance - 1) * min(rx, ry) / edge).clip(-30, 30)))
+
+    def ridge(distance: np.ndarray, width: float) -> np.ndarray:
+        return np.exp(-((distance / width) ** 2))
+
+    body, cage = inside(0, 0.15, 0.86, 1.25, 4), inside(0, 0.05, 0.78, 0.95, 3) * (np.abs(x) > 0.08)
+    lungs = np.maximum(inside(-0.4, -0.05, 0.3, 0.66, 2.6), inside(0.4, -0.05, 0.28, 0.66, 2.6))
+    for side, top in ((-1, 0.42), (1, 0.48)):  # the diaphragm: two domes, the patient's right one higher
+        lungs *= 1 - inside(0.42 * side, top + 0.6, 0.5, 0.6)
+    middle = (rng.uniform(0.08, 0.2), rng.uniform(0.12, 0.24))
+    heart = inside(*middle, rng.uniform(0.25, 0.42), rng.uniform(0.2, 0.32))
+    lungs *= 1 - 0.9 * heart
+    picture = body * (0.62 - 0.42 * lungs + 0.14 * heart)
+    picture += 0.16 * body * ridge(x, 0.1) * (1 + 0.25 * np.sin(y * 34))  # spine
+    for k in range(9):  # ribs fall from the spine to the sides
+        center = -0.75 + 0.16 * k + 0.55 * np.abs(x) ** 1.6 + rng.normal(0, 0.008)
+        picture += 0.09 * cage * ridge(y - center, 0.025)
+    picture += 0.03 * body * smooth_noise(rng, 24, size) + rng.normal(0, 0.015, picture.shape)
+    ys, xs = np.nonzero(heart > 0.5)
+    box = tuple(int(v) for v in (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1))
+    return (0.03 + 0.9 * picture.clip(0, 1.1) ** rng.uniform(0.6, 1.6)).clip(0, 1), box
+
+
+def write_dicom(path: Path, picture: np.ndarray) -> None:
+    """Write 0..1 as an uncompressed DICOM file: 12 bit, MONOCHROME1, windowed, pixels of 1.6 mm."""
+    ds = pydicom.Dataset()
+    ds.SOPClassUID = uid.ComputedRadiographyImageStorage
+    ds.SOPInstanceUID = uid.generate_uid(entropy_srcs=[path.stem])
+    ds.PatientID, ds.Modality, ds.ViewPosition = path.stem, "CR", "PA"
+    ds.WindowCenter, ds.WindowWidth, ds.PixelSpacing = 2048, 4096, [1.6, 1.6]
+    ds.set_pixel_data(
+        np.rint((1 - picture) * 4095).astype(np.uint16), "MONOCHROME1", 12, generate_instance_uid=False
+    )
+    ds.save_as(path, enforce_file_format=True)
+
+
+def write_demo(raw: Path, patients: int = 300, seed: int = 0) -> None:
+    """Write a synthetic raw set: DICOM files of a chest-like picture and boxes.csv with its heart."""
+    folder = raw / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(raw / "boxes.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("image", *BOX))
+        for k in range(patients):
+            picture, box = draw_phantom(np.random.default_rng((seed, k)))
+            write_dicom(folder / f"demo{k:04d}.dcm", picture)
+            writer.writerow((f"demo{k:04d}.dcm", *box))

@@ -1,0 +1,266 @@
+"""Evaluate checkpoints of train.py on images with known boxes, or predict new images.
+
+  python detection/eval.py --data data/heart --checkpoint runs/detection/best.pt --split val
+  python detection/eval.py --data data/other --checkpoint runs/a/best.pt runs/b/best.pt --split test
+  python detection/eval.py --checkpoint runs/detection/best.pt --images scan.dcm folder_of_images
+
+Known boxes: metrics.json with 95 % bootstrap intervals (over patients), predictions.csv in pixels of the
+original images, and gallery.png with the worst boxes first. New images: predictions.csv, and every image with
+its box. The boxes of several checkpoints are averaged. Batch size and mixed precision are those of the
+training, so that the score it printed comes out again.
+"""
+
+import argparse
+import csv
+import json
+import math
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.checkpoint import CheckpointError, file_sha256, load_checkpoint, load_weights
+from common.metrics import bootstrap, box_iou, detection_metrics
+from detection.dataset import BOX, XrayDataset, in_batches, make_loader, read_boxes, read_index
+from detection.model import build_model
+from detection.preprocess import SUFFIXES, DataError, in_threads, prepare, read_image, read_meta
+from detection.train import AMP, choose_device, evaluate
+
+TILE = 384  # pixels of one picture in a gallery
+TRUTH, PREDICTION = "#30d158", "#ff9f0a"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument_group("data").add_argument
+    add("--checkpoint", type=Path, nargs="+", required=True, help="one or more of train.py's")
+    add("--data", type=Path, metavar="CACHE", help="what preprocess.py wrote")
+    add(
+        "--split", choices=("val", "test"), default="val", help="val (default): the fold left out in training"
+    )
+    add("--images", type=Path, nargs="+", metavar="PATH", help="new images without boxes: files and folders")
+    add("--out", type=Path, help="(default: eval_val, eval_test or predictions beside the checkpoint)")
+    add = parser.add_argument_group("run").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
+    add("--amp", choices=AMP, help="mixed precision (default: as in the training)")
+    add("--workers", type=int, default=2, help="loading processes (default: %(default)s)")
+    add("--samples", type=int, default=1000, help="bootstrap samples (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if (args.data is None) == (args.images is None):
+        parser.error("give either --data CACHE (known boxes) or --images PATH ... (new images)")
+    if args.workers < 0 or args.samples < 1:
+        parser.error("expected --workers >= 0 and --samples >= 1")
+    return args
+
+
+def load_models(paths: list[Path], device: torch.device) -> tuple[list[torch.nn.Module], list[dict]]:
+    """Bare models and their checkpoints. Raises CheckpointError if they do not go together."""
+    checkpoints = [load_checkpoint(path, device) for path in paths]
+    models = []
+    for path, checkpoint in zip(paths, checkpoints, strict=True):
+        check_same(checkpoint["meta"], checkpoints[0]["meta"], path, paths[0])
+        model = build_model(checkpoint["settings"]["arch"], checkpoint["settings"]["head"])
+        load_weights(model, checkpoint, path)
+        models.append(model.to(device, memory_format=torch.channels_last))
+    return models, checkpoints
+
+
+def check_same(meta: dict, expected: dict, path: Path, other: Path) -> None:
+    """Raise CheckpointError if images were not prepared in the same way."""
+    for name in ("size",):
+        if meta[name] != expected[name]:
+            raise CheckpointError(f"{path}: {name} {meta[name]}, but {other} has {expected[name]}")
+
+
+def choose_rows(cache: Path, split: str, paths: list[Path], checkpoints: list[dict]) -> list[int]:
+    """Row numbers of the split. Raises DataError if it is empty, or if a checkpoint was trained on it."""
+    check_same(read_meta(cache), checkpoints[0]["meta"], cache, paths[0])
+    folds = {checkpoint["settings"]["fold"] for checkpoint in checkpoints}
+    if split == "val":
+        sha256 = file_sha256(cache / "index.csv")
+        if any(checkpoint["settings"]["index"] != sha256 for checkpoint in checkpoints):
+            raise DataError(f"{cache}: not the cache of the training, so its folds differ; use --split test")
+        if len(folds) > 1:
+            raise DataError(
+                f"checkpoints of folds {sorted(folds)}: they trained on each other's validation images"
+            )
+    wanted = "test" if split == "test" else str(folds.pop())
+    rows = [k for k, row in enumerate(read_index(cache)) if row["fold"] == wanted]
+    if not rows:
+        raise DataError(f"{cache}: no {split} images; preprocess.py makes them by --test-fraction or --like")
+    return rows
+
+
+# --- pictures ---
+
+
+def font(size: int) -> ImageFont.ImageFont:
+    return ImageFont.load_default(size=size)
+
+
+def draw_boxes(image: np.ndarray | Tensor, boxes: dict[str, Tensor], caption: list[str]) -> Image.Image:
+    """A gray image uint8 (H, W), scaled to TILE pixels, with boxes by their colour, under its caption."""
+    picture = Image.fromarray(np.asarray(image)).convert("RGB")
+    scale = TILE / max(picture.size)
+    picture = picture.resize([max(1, round(side * scale)) for side in picture.size])
+    size = torch.tensor(picture.size * 2)
+    pixels = pil_to_tensor(picture)
+    for colour, box in boxes.items():
+        corners = (box * size).round()[None]
+        if (corners[:, 2:] >= corners[:, :2]).all():
+            pixels = torchvision.utils.draw_bounding_boxes(pixels, corners, colors=colour, width=2)
+    tile = Image.new("RGB", (TILE, TILE + 20 * len(caption)), "black")
+    tile.paste(to_pil_image(pixels), ((TILE - picture.width) // 2, 20 * len(caption)))
+    for k, line in enumerate(caption):
+        ImageDraw.Draw(tile).text((4, 20 * k + 2), line[-48:], "white", font(14))
+    return tile
+
+
+# --- the two modes ---
+
+
+def predict(
+    models: list, checkpoints: list[dict], loader: Iterable, device: torch.device, amp: str | None
+) -> tuple[Tensor, Tensor]:
+    """Boxes float32 (N, 4) in fractions, averaged over the models, and the true ones."""
+    found = []
+    for model, checkpoint in zip(models, checkpoints, strict=True):
+        meta, mode = checkpoint["meta"], amp or checkpoint["settings"]["amp"]
+        pred, boxes = evaluate(model, loader, device, mode, meta["mean"], meta["std"])
+        found.append(pred)
+    return torch.stack(found).mean(0), boxes
+
+
+def named(box: Tensor) -> dict[str, float]:
+    return dict(zip(BOX, (round(value, 2) for value in box.tolist()), strict=True))
+
+
+def write_table(path: Path, rows: list[dict]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def evaluate_split(
+    args: argparse.Namespace, models: list, checkpoints: list[dict], device: torch.device, out: Path
+) -> None:
+    """Figures, table and gallery of images with known boxes."""
+    settings = checkpoints[0]["settings"]
+    rows = choose_rows(args.data, args.split, args.checkpoint, checkpoints)
+    loader = make_loader(args.data, in_batches(rows, settings["batch_size"]), args.workers, device)
+    pred, boxes = predict(models, checkpoints, loader, device, args.amp)
+    index = [read_index(args.data)[row] for row in rows]
+    _, scale = read_boxes(index)
+    iou, error = box_iou(pred, boxes), ((pred - boxes) * scale).abs()
+    spacing = [[float(mm) for mm in row["spacing"].split()[::-1]] or [math.nan] * 2 for row in index]
+    error_mm = error * torch.tensor(spacing).repeat(1, 2)
+    cases = [
+        {"id": row["id"], "patient": row["patient"], "group": row["group"], "iou": round(iou[k].item(), 4)}
+        | named(pred[k] * scale[k])
+        | {f"true_{name}": value for name, value in named(boxes[k] * scale[k]).items()}
+        for k, row in enumerate(index)
+    ]
+    write_table(out / "predictions.csv", cases)
+
+    groups = sorted({row["group"] for row in index} - {""})
+    members = {f"_{name}": torch.tensor([row["group"] == name for row in index]) for name in groups}
+    members = {"": torch.ones(len(rows), dtype=torch.bool)} | (members if len(groups) > 1 else {})
+
+    def figures(chosen: Tensor) -> dict[str, float]:
+        found = {}
+        for name, member in members.items():
+            k = chosen[member[chosen]]
+            one = detection_metrics(pred[k], boxes[k]) | {"mae_px": error[k].mean().item()}
+            if error_mm.isfinite().any():
+                one["mae_mm"] = error_mm[k].nanmean().item()
+            found |= {f"{figure}{name}": value for figure, value in one.items()}
+        return found
+
+    summary = bootstrap(figures, [row["patient"] for row in index], args.samples)
+    for name, figure in summary.items():
+        print("{:30} {value:.4f}  ({low:.4f} to {high:.4f})".format(name, **figure))
+    run = {
+        "command": " ".join(sys.argv), "versions": {m.__name__: m.__version__ for m in (torch, torchvision)},
+        "checkpoint_sha256": [file_sha256(path) for path in args.checkpoint],
+        "index_sha256": file_sha256(args.data / "index.csv"), "split": args.split, "n": len(rows),
+    }  # fmt: skip
+    plain = {name: {k: v if math.isfinite(v) else None for k, v in f.items()} for name, f in summary.items()}
+    (out / "metrics.json").write_text(json.dumps({"summary": plain, "cases": cases, "run": run}, indent=1))
+
+    tiles = []
+    for k in iou.argsort()[:24].tolist():  # the worst first
+        (image,), _ = XrayDataset(args.data).__getitems__([rows[k]])
+        caption = [cases[k]["id"], f"IoU {iou[k]:.3f}   green: truth, orange: prediction"]
+        tile = draw_boxes(image[0], {TRUTH: boxes[k], PREDICTION: pred[k]}, caption)
+        tiles.append(pil_to_tensor(tile))
+    to_pil_image(torchvision.utils.make_grid(tiles, nrow=6)).save(out / "gallery.png")
+    print(f"{len(rows)} images; figures and pictures in {out}")
+
+
+def predict_images(
+    args: argparse.Namespace, models: list, checkpoints: list[dict], device: torch.device, out: Path
+) -> None:
+    """Boxes of images without known ones, and overlays. DataError at the end if some are unreadable."""
+    meta, settings = checkpoints[0]["meta"], checkpoints[0]["settings"]
+    files = []
+    for path in args.images:
+        inside = path.rglob("*") if path.is_dir() else ()
+        found = sorted(p for p in inside if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        if not found:
+            raise DataError(f"{path}: no image in it, expected {' '.join(sorted(SUFFIXES))}")
+        files += found
+
+    def load(path: Path) -> tuple[Tensor, tuple[int, int]] | DataError:
+        try:
+            picture, _, _ = read_image(path)
+        except DataError as error:
+            return error
+        return torch.from_numpy(prepare(picture, meta["size"]))[None], picture.shape
+
+    loaded = dict(zip(files, in_threads(load, files, args.workers), strict=True))
+    bad = [error for error in loaded.values() if isinstance(error, DataError)]
+    for error in bad:
+        print(error, file=sys.stderr)
+    good = {path: result for path, result in loaded.items() if not isinstance(result, DataError)}
+    if good:
+        batches = torch.stack([image for image, _ in good.values()]).split(settings["batch_size"])
+        loader = [(batch, torch.zeros(len(batch), 4)) for batch in batches]
+        pred, _ = predict(models, checkpoints, loader, device, args.amp)
+        rows = []
+        for k, (path, (image, (height, width))) in enumerate(good.items()):
+            rows.append({"image": str(path)} | named(pred[k] * torch.tensor([width, height] * 2)))
+            answer = " ".join(f"{name} {rows[-1][name]:.0f}" for name in BOX)
+            picture = Image.fromarray(image[0].numpy()).resize((width, height))
+            draw_boxes(picture, {PREDICTION: pred[k]}, [str(path), answer]).save(
+                out / f"{k:04d}_{path.stem}.png"
+            )
+            print(f"{path}: {answer}")
+        write_table(out / "predictions.csv", rows)
+        print(f"{len(good)} images; predictions.csv and overlays in {out}")
+    if bad:
+        raise DataError(f"{len(bad)} of {len(files)} files could not be read (named above)")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    device = choose_device(args.device)
+    models, checkpoints = load_models(args.checkpoint, device)
+    out = args.out or args.checkpoint[0].parent / (f"eval_{args.split}" if args.data else "predictions")
+    out.mkdir(parents=True, exist_ok=True)
+    (evaluate_split if args.data else predict_images)(args, models, checkpoints, device, out)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (DataError, CheckpointError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,354 @@
+"""detection/: boxes and pixels stay together, tables are read as written, and the real commands run."""
+
+import csv
+import functools
+import importlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from detection import eval as evaluation
+from detection import preprocess, train
+from detection.dataset import augment, draw_phantom, move_boxes, to_input, write_demo, write_dicom
+from detection.model import build_model, edge_positions
+from detection.preprocess import DataError
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["--epochs", "2", "--batch-size", "8", "--workers", "0", "--device", "cpu"]
+CPU = torch.device("cpu")
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("raw")
+    write_demo(folder, patients=40)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(raw, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("cache") / "demo"
+    options = ["--size", "64", "--group-regex", "[0-9]{2}(?=..[.])", "--test-fraction", "0.2"]
+    preprocess.main(["--data", str(raw), "--out", str(out), *options])
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(cache, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "straight"
+    train.main(["--data", str(cache), "--out", str(out), *TINY])
+    return out
+
+
+# --- preprocess.py ---
+
+
+def boxes_csv(raw: Path, rows: str, files: str = "a.png b.png", header="image,xmin,ymin,xmax,ymax") -> Path:
+    """Noise of 40 x 20 pixels (width x height) and a boxes.csv beside it."""
+    raw.mkdir(parents=True)
+    for k, name in enumerate(files.split()):
+        pixels = np.random.default_rng(k).integers(0, 256, (20, 40), dtype=np.uint8)
+        Image.fromarray(pixels).save(raw / name)
+    (raw / "boxes.csv").write_text("\n".join([header, *rows.split()]))
+    return raw
+
+
+def run(raw: Path, *options: str, out: str = "out") -> tuple[np.ndarray, list[dict], dict]:
+    out = raw.parent / out
+    preprocess.main(["--data", str(raw), "--out", str(out), *options])
+    return (
+        np.load(out / "images.npy"),
+        read_table(out / "index.csv"),
+        json.loads((out / "meta.json").read_text()),
+    )
+
+
+def test_boxes_are_kept_in_original_pixels(tmp_path):
+    raw = boxes_csv(tmp_path / "raw", "a.png,0,0,40,20 b.png,1.5,2,10,11")
+    images, rows, meta = run(raw, "--size", "32")
+    assert images.shape == (2, 32, 32) and images.dtype == np.uint8 and meta["size"] == 32
+    assert [[row[k] for k in ("id", "xmin", "ymin", "xmax", "ymax", "height", "width")] for row in rows] == [
+        ["a.png", "0.0", "0.0", "40.0", "20.0", "20", "40"],
+        ["b.png", "1.5", "2.0", "10.0", "11.0", "20", "40"],
+    ]  # fmt: skip
+
+
+def test_images_are_stretched_to_the_whole_range():
+    ramp = np.linspace(0.4, 0.5, 100, dtype=np.float32).repeat(100).reshape(100, 100)
+    assert preprocess.prepare(ramp, 100)[:, 0].tolist()[::99] == [0, 255]
+    assert (preprocess.prepare(ramp, 32) == preprocess.prepare(0.1 + 5 * ramp, 32)).mean() > 0.99
+
+
+@pytest.mark.parametrize("row, reason", [
+    ("a.png,5,5,5,9", "a.png: box (5.0, 5.0, 5.0, 9.0), expected 0 <= xmin < xmax <= 40"),  # empty
+    ("a.png,9,5,5,9", "a.png: box (9.0"),  # inverted
+    ("a.png,5,5,41,9", "a.png: box (5.0, 5.0, 41.0"),  # outside
+    ("a.png,-1,5,9,9", "a.png: box (-1.0"),
+    ("a.png,x,5,9,9", "a.png: box (nan"),
+    ("a.png,,,,", "a.png: box (nan"),
+    ("c.png,1,1,9,9", "boxes.csv:3: no image 'c.png'"),
+    ("", "a.png: no box in boxes.csv"),
+    ("b.png,1,1,9,9 a.png,1,1,9,9", "boxes.csv:3: a second box for b.png, first in line 2"),
+])  # fmt: skip
+def test_bad_boxes_are_named_and_skipped(tmp_path, capsys, row, reason):
+    raw = boxes_csv(tmp_path / "raw", f"b.png,1,1,9,9 {row} d.png,1,1,9,9", "a.png b.png d.png")
+    with pytest.raises(DataError, match="cannot be used"):
+        run(raw)
+    assert reason in capsys.readouterr().err and not (tmp_path / "out").exists()
+    _, rows, _ = run(raw, "--skip-bad")
+    left = {"a.png", "d.png"} if "second" in reason else {"b.png", "d.png"}
+    assert {row["id"] for row in rows} == left
+    assert any(reason in row["reason"] for row in read_table(tmp_path / "out" / "skipped.csv"))
+
+
+@pytest.mark.parametrize("header, reason", [("image,xmin", "no column ['xmax', 'ymax', 'ymin']")])
+def test_a_table_of_another_kind_is_refused(tmp_path, header, reason):
+    with pytest.raises(DataError, match=re.escape(reason)):
+        run(boxes_csv(tmp_path / "raw", "a.png,1", header=header))
+    with pytest.raises(DataError, match=r"expected boxes.csv or rsna_heart_detection.csv"):
+        run(tmp_path)
+
+
+def test_rsna_heart_boxes_are_in_224(tmp_path, capsys):
+    folder = tmp_path / "raw" / "stage_2_train_images"
+    folder.mkdir(parents=True)
+    for name in ("p1", "p2", "unused"):
+        write_dicom(folder / f"{name}.dcm", np.random.default_rng(len(name)).random((56, 112)))
+    table = "label,x0,y0,w,h,name,img_shape_x,img_shape_y\nheart,56,112,112,56,p1,224,224\n"
+    (tmp_path / "raw" / "rsna_heart_detection.csv").write_text(f"{table}heart,1,1,9,9,gone,224,224\n")
+    _, rows, meta = run(tmp_path / "raw")
+    assert "1 of 2 images named in rsna_heart_detection.csv are not here: gone" in capsys.readouterr().out
+    (row,) = rows
+    assert [float(row[k]) for k in ("xmin", "ymin", "xmax", "ymax")] == [28, 28, 84, 42]
+    assert (row["patient"], row["spacing"], meta["layout"]) == ("p1", "1.6 1.6", "RSNA heart boxes")
+
+
+def test_groups_and_like(raw, cache, tmp_path):
+    assert {row["group"] for row in read_table(cache / "index.csv")} == {"00"}
+    raw = boxes_csv(tmp_path / "raw", "a.png,1,1,9,9 b.png,1,1,9,9")
+    _, rows, _ = run(raw, "--group-regex", "^[a-z]", "--test-group", "b")
+    assert [(row["group"], row["fold"] == "test") for row in rows] == [("a", False), ("b", True)]
+    images, rows, meta = run(raw, "--like", str(cache), out="like")
+    assert images.shape[1:] == (64, 64) and {row["fold"] for row in rows} == {"test"}
+    assert meta["mean"] == json.loads((cache / "meta.json").read_text())["mean"]
+    with pytest.raises(DataError, match=r"found the groups \['a', 'b'\]"):
+        run(raw, "--group-regex", "^[a-z]", "--test-group", "c")
+    with pytest.raises(DataError, match="finds nothing in a"):
+        run(raw, "--group-regex", "[0-9]")
+
+
+# --- dataset.py and model.py ---
+
+
+def test_box_and_pixels_stay_together():
+    size = 128
+    y, x = np.mgrid[:size, :size] + 0.5
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        (cx, cy), (rx, ry) = rng.uniform(50, 78, 2), rng.uniform(15, 30, 2)
+        ellipse = 255.0 * (((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 <= 1)
+        images = torch.from_numpy(ellipse).float()[None, None].repeat(4, 1, 1, 1) / 255
+        boxes = torch.tensor([[cx - rx, cy - ry, cx + rx, cy + ry]]).float().repeat(4, 1) / size
+        moved, boxes = augment(images, boxes, rng)
+        for image, box in zip(moved[:, 0], boxes * size, strict=True):
+            low, high = image.quantile(0.02), image.quantile(0.995)
+            ys, xs = torch.nonzero(image > (low + high) / 2, as_tuple=True)
+            found = torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+            assert (found - box).abs().max() < 1.6, (seed, found, box)  # 1 px, and noise and blur at the rim
+
+
+def test_a_box_turns_like_its_ellipse():
+    box, angle = torch.tensor([[0.2, 0.4, 0.8, 0.6]]), math.radians(30)
+    turn = torch.tensor([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]])
+    half = torch.tensor([math.hypot(0.3 * math.cos(angle), 0.1 * math.sin(angle)),
+                         math.hypot(0.3 * math.sin(angle), 0.1 * math.cos(angle))])  # fmt: skip
+    assert torch.allclose(move_boxes(box, turn[None])[0], torch.cat([0.5 - half, 0.5 + half]), atol=1e-6)
+    shift = torch.tensor([[[1.0, 0, 0.4], [0, 1, -0.2]]])  # theta moves the picture the other way, by half
+    assert torch.allclose(move_boxes(box, shift), torch.tensor([[0.0, 0.5, 0.6, 0.7]]), atol=1e-6)
+
+
+def test_augmentation_is_a_function_of_its_rng():
+    images, boxes = torch.rand(4, 1, 32, 32), torch.tensor([[0.3, 0.3, 0.7, 0.7]] * 4)
+    first, second, other = (augment(images, boxes, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    assert not torch.equal(first[1], other[1]) and len({box[0].item() for box in first[1]}) == 4
+    assert all(map(torch.equal, augment(images, boxes, np.random.default_rng(1), 0.0), (images, boxes)))
+
+
+def test_edge_positions_are_means_under_the_softmax():
+    maps = torch.full((1, 4, 8, 16), -50.0)
+    maps[0, 0, 3, 2] = maps[0, 1, 5, 9] = maps[0, 2, 3, 12] = maps[0, 3, 6, 1] = maps[0, 3, 7, 1] = 50
+    assert torch.allclose(edge_positions(maps), torch.tensor([[2.5 / 16, 5.5 / 8, 12.5 / 16, 7 / 8]]))
+
+
+@pytest.mark.parametrize("arch, head", [("resnet18", "edges"), ("resnet50", "edges"), ("resnet34", "linear")])
+def test_the_first_box_lies_inside_the_image(arch, head):
+    torch.manual_seed(0)
+    boxes = build_model(arch, head)(torch.randn(2, 1, 64, 64))
+    assert boxes.shape == (2, 4) and (boxes > 0).all() and (boxes < 1).all()
+
+
+def test_the_phantoms_box_lies_on_its_heart():
+    picture, (xmin, ymin, xmax, ymax) = draw_phantom(np.random.default_rng(3))
+    inside = picture[ymin:ymax, xmin:xmax]
+    assert picture.shape == (256, 256) and 30 < xmax - xmin < 130 and 30 < ymax - ymin < 130
+    assert inside.mean() > picture[ymin:ymax, 40:60].mean()  # lung on the left
+
+
+# --- train.py and eval.py ---
+
+
+def same(a: object, b: object) -> bool:
+    """Equal to the bit, tensors in nested dicts included."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def assert_same_training(a: Path, b: Path) -> None:
+    first, second = load_checkpoint(a / "last.pt"), load_checkpoint(b / "last.pt")
+    for row in first["log"] + second["log"]:
+        row.pop("seconds")
+    for name in ("model", "optimizer", "log", "best", "figures"):
+        assert same(first[name], second[name]), name
+
+
+def test_stop_and_resume_equal_the_straight_run_with_any_workers(cache, trained, tmp_path):
+    command = ["--data", str(cache), "--out", str(tmp_path), *TINY]
+    train.main([*command, "--stop-after", "1", "--workers", "2"])
+    train.main([*command, "--resume"])
+    assert_same_training(trained, tmp_path)
+    with pytest.raises(CheckpointError, match=r"loss mse \(now smooth_l1\)"):
+        train.main([*command, "--resume", "--loss", "smooth_l1"])
+
+
+def test_two_processes(cache, tmp_path):
+    script = str(ROOT / "detection" / "train.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    command += ["--data", str(cache), *TINY, "--batch-size", "4"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "--out", "a"], check=False, cwd=tmp_path, env=env,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 2 ") == 1  # only rank 0 speaks
+    printed = load_checkpoint(tmp_path / "a" / "last.pt")["figures"]
+    evaluation.main(["--data", str(cache), "--checkpoint", str(tmp_path / "a" / "last.pt"), "--samples", "2"])
+    summary = json.loads((tmp_path / "a" / "eval_val" / "metrics.json").read_text())["summary"]
+    assert summary["mean_iou"]["value"] == pytest.approx(printed["mean_iou"], abs=1e-6)
+
+
+@pytest.mark.parametrize("options", [[], ["--amp", "bf16", "--head", "linear", "--loss", "smooth_l1"]])
+def test_eval_gives_the_score_that_train_printed(cache, tmp_path, options):
+    train.main(["--data", str(cache), "--out", str(tmp_path), *TINY, "--epochs", "1", *options])
+    printed = load_checkpoint(tmp_path / "best.pt")["figures"]
+    evaluation.main(["--data", str(cache), "--checkpoint", str(tmp_path / "best.pt"), "--samples", "20"])
+    result = json.loads((tmp_path / "eval_val" / "metrics.json").read_text())
+    for name, value in printed.items():
+        assert result["summary"][name]["value"] == value, name
+    mm, px = (result["summary"][name]["value"] for name in ("mae_mm", "mae_px"))
+    assert mm == pytest.approx(1.6 * px) and result["run"]["n"] == len(result["cases"])
+    assert Image.open(tmp_path / "eval_val" / "gallery.png").size[0] > evaluation.TILE
+    rows = read_table(tmp_path / "eval_val" / "predictions.csv")
+    truth = {row["image"]: row for row in read_table(Path(json.loads((cache / "meta.json").read_text())
+             ["options"]["data"]) / "boxes.csv")}  # fmt: skip
+    assert all(float(row["true_xmax"]) == float(truth[row["id"]]["xmax"]) for row in rows)
+
+
+def test_compile_has_no_graph_breaks(cache, tmp_path, monkeypatch):
+    compiler = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", compiler)
+    train.main(["--data", str(cache), "--out", str(tmp_path), *TINY, "--epochs", "1", "--compile"])
+    assert all(not name.startswith("_orig_mod") for name in load_checkpoint(tmp_path / "last.pt")["model"])
+
+
+def test_overfits_eight_images(cache, tmp_path):
+    rows, images = read_table(cache / "index.csv"), np.load(cache / "images.npy")
+    np.save(tmp_path / "images.npy", np.concatenate([images[:8]] * 6))  # validated on what it has seen
+    with open(tmp_path / "index.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(row | {"fold": fold} for fold in (1, 1, 1, 1, 1, 0) for row in rows[:8])
+    (tmp_path / "meta.json").write_text((cache / "meta.json").read_text())
+    options = ["--epochs", "18", "--augment", "0", "--batch-size", "8", "--workers", "0"]
+    train.main(["--data", str(tmp_path), "--out", str(tmp_path / "run"), *options])
+    log = load_checkpoint(tmp_path / "run" / "last.pt")["log"]
+    assert log[-1]["val_mean_iou"] > 0.95 > log[0]["val_mean_iou"]
+
+
+def test_new_images_get_the_boxes_of_the_labelled_run(cache, raw, trained, tmp_path, capsys):
+    checkpoint = ["--checkpoint", str(trained / "best.pt")]
+    evaluation.main(["--data", str(cache), *checkpoint, "--samples", "2", "--split", "test"])
+    known = {row["id"]: row for row in read_table(trained / "eval_test" / "predictions.csv")}
+    (tmp_path / "new").mkdir()
+    for name in known:
+        (tmp_path / "new" / name).write_bytes((raw / "images" / name).read_bytes())
+    evaluation.main([*checkpoint, "--out", str(tmp_path / "out"), "--images", str(tmp_path / "new")])
+    rows = read_table(tmp_path / "out" / "predictions.csv")
+    assert len(rows) == len(known) == len(list((tmp_path / "out").glob("*.png")))
+    for row in rows:
+        for name in ("xmin", "ymin", "xmax", "ymax"):
+            assert float(row[name]) == pytest.approx(float(known[Path(row["image"]).name][name]), abs=0.02)
+    (tmp_path / "new" / "bad.png").write_text("no picture")
+    with pytest.raises(DataError, match=f"1 of {len(known) + 1} files"):
+        evaluation.main([*checkpoint, "--out", str(tmp_path / "out"), "--images", str(tmp_path / "new")])
+    assert "bad.png" in capsys.readouterr().err
+
+
+def test_eval_refuses_what_was_trained_on(cache, raw, trained, tmp_path):
+    other = load_checkpoint(trained / "best.pt")
+    other["settings"]["fold"] = 1
+    save_checkpoint(tmp_path / "fold1.pt", other)
+    paths = [str(trained / "best.pt"), str(tmp_path / "fold1.pt")]
+    with pytest.raises(DataError, match=r"folds \[0, 1\]"):
+        evaluation.main(["--data", str(cache), "--checkpoint", *paths])
+    preprocess.main(["--data", str(raw), "--out", str(tmp_path / "like"), "--like", str(cache)])
+    with pytest.raises(DataError, match="not the cache of the training"):
+        evaluation.main(["--data", str(tmp_path / "like"), "--checkpoint", paths[0]])
+    evaluation.main(
+        ["--data", str(tmp_path / "like"), "--checkpoint", *paths, "--split", "test", "--samples", "2"]
+    )
+    preprocess.main(["--data", str(raw), "--out", str(tmp_path / "small"), "--size", "40"])
+    with pytest.raises(CheckpointError, match="size 40"):
+        evaluation.main(["--data", str(tmp_path / "small"), "--checkpoint", paths[0]])
+
+
+def test_to_input_normalises():
+    images, boxes = to_input(
+        torch.full((1, 1, 8, 8), 255, dtype=torch.uint8), torch.rand(1, 4), CPU, 0.5, 0.25
+    )
+    assert images.dtype == boxes.dtype == torch.float32 and (images == 2).all()
+
+
+@pytest.mark.parametrize("script", ["preprocess", "train", "eval"])
+def test_help_and_errors_of_the_command_line(script, tmp_path, capsys):
+    path = str(ROOT / "detection" / f"{script}.py")
+    options = {
+        "preprocess": ["--data", "nowhere", "--out", "cache"],
+        "train": ["--data", "nowhere"],
+        "eval": ["--data", "nowhere", "--checkpoint", "nowhere.pt"],
+    }[script]
+    command = functools.partial(subprocess.run, check=False, cwd=tmp_path, capture_output=True, text=True)
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(f"detection.{script}").main(["--help"])
+    assert stop.value.code == 0 and f"python detection/{script}.py" in capsys.readouterr().out
+    command = [sys.executable, path, *options]
+    done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: nowhere") and done.stderr.count("\n") == 1
