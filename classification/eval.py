@@ -296,18 +296,25 @@ def write_roc(out: Path, labels: Tensor, probabilities: Tensor, classes: list[st
     draw_roc(curves).save(out / "roc.png")
 
 
+def list_images(paths: list[Path]) -> list[Path]:
+    """The files, and the images anywhere in the folders. Raises DataError for a folder without any."""
+    files = []
+    for path in paths:
+        found = (
+            sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        )
+        if not found:
+            raise DataError(f"{path}: no image in it, expected {' '.join(sorted(SUFFIXES))}")
+        files += found
+    return files
+
+
 def predict_images(
     args: argparse.Namespace, models: list, checkpoints: list[dict], device: torch.device, out: Path
 ) -> None:
     """Probabilities and overlays of images without labels. DataError at the end if some are unreadable."""
     meta, settings = checkpoints[0]["meta"], checkpoints[0]["settings"]
-    files = []
-    for path in args.images:
-        inside = path.rglob("*") if path.is_dir() else ()
-        found = sorted(p for p in inside if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-        if not found:
-            raise DataError(f"{path}: no image in it, expected {' '.join(sorted(SUFFIXES))}")
-        files += found
+    files = list_images(args.images)
 
     def load(path: Path) -> Tensor | DataError:
         try:
