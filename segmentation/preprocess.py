@@ -5,8 +5,8 @@
   python segmentation/preprocess.py --data other_hospital --out data/other --like data/atrium
 
 RAW is a folder as in the Medical Segmentation Decathlon (MSD): imagesTr/NAME.nii.gz, 3D, or 4D with the
-channels last; labelsTr/NAME.nii.gz; and dataset.json, which names labels and modalities. imagesTs and labelsTs,
-if both are there, become test cases. Without dataset.json the classes are called by the values in the masks.
+channels last; labelsTr/NAME.nii.gz; and dataset.json, which names labels and modalities. If there are
+imagesTs and labelsTs, they become test cases. Without dataset.json classes are called by their values.
 
 Written to OUT: index.csv (id, group, fold, image, mask), meta.json, and for each case in volumes/
   ID.image.npy     float16 (C, X, Y, Z), axes to the right, front and top (RAS), resampled, normalised
@@ -34,6 +34,8 @@ import numpy as np
 import pydicom
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 
+# What of meta.json goes into --like caches and checkpoints: all that a new image needs.
+META = ("classes", "values", "channels", "resample", "spacing", "slice_axis", "shape", "normalisation")
 RAS = [[0, 1], [1, 1], [2, 1]]  # nibabel's way to say: every axis stays, none is flipped
 FOLDS = 5
 
@@ -46,7 +48,7 @@ class DataError(ValueError):
 
 
 def read_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Read a folder with one DICOM series: float32 (X, Y, Z, 1), rescaled, and its affine (4, 4) to RAS in mm.
+    """Read a folder with one DICOM series: float32 (X, Y, Z, 1), rescaled, and its affine (4, 4) to RAS mm.
 
     Slices are put in order by their positions along the normal (PS3.3 C.7.6.2.1.1), not by name or number.
     """
@@ -111,7 +113,7 @@ def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray, nib.Nifti1Header | 
 
 
 def read_mask(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
-    """Read a mask, uint8 (X, Y, Z). Raises DataError unless it lies on its image's grid and holds integers."""
+    """Read a mask, uint8 (X, Y, Z). Raises DataError unless it holds integers on its image's grid."""
     try:
         nifti = nib.load(path)
         mask, own = np.asanyarray(nifti.dataobj), nifti.affine
@@ -144,7 +146,7 @@ def hash_pixels(pixels: np.ndarray) -> str:
 
 
 def orient(affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How nibabel turns the axes of a file into RAS, (3, 2), and the spacing (3,) in mm along the RAS axes."""
+    """How nibabel turns the axes of a file into RAS, (3, 2), and the spacing in mm along the RAS axes."""
     orientation, spacing = io_orientation(affine), np.empty(3)
     spacing[orientation[:, 0].astype(int)] = nib.affines.voxel_sizes(affine)
     return orientation, spacing
@@ -511,7 +513,7 @@ def convert(case: Case, folder: Path, meta: dict) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    like = read_meta(args.like) if args.like else {}
+    like = {k: v for k, v in read_meta(args.like).items() if k in META} if args.like else {}
 
     # what there is: every case once, and what fails is collected, so that one run names it all
     cases, bad = find_cases(args.data)
