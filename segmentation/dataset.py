@@ -241,9 +241,9 @@ def to_input(
 def draw_phantom(
     rng: np.random.Generator, shape: list[int], affine: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A trunk-like volume, int16 (X, Y, Z), and its mask, uint8: 1 = an organ on the right side, 2 = its cap.
+    """A trunk-like volume, int16 (X, Y, Z), and its mask, uint8: 1 = the wall, 2 = the core of an organ.
 
-    It is drawn in mm in RAS, so that it is the same on any grid. A smaller, darker twin on the left side and
+    It is drawn in mm in RAS, so that it is the same on any grid. A smaller, darker twin on the other side and
     small spheres as bright as the organ are background.
     """
     index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
@@ -259,14 +259,14 @@ def draw_phantom(
     center = np.array([15, 3, 0]) + rng.normal(0, 2.5, 3)
     radii = np.array([10, 9, 13]) * rng.uniform(0.85, 1.15, 3)
     organ = ellipsoid(center, radii, 0.12)
-    cap = organ & ((z - center[2]) / radii[2] + 0.4 * (x - center[0]) / radii[0] > 0.25)
+    core = ellipsoid(center + rng.normal(0, 1, 3), 0.55 * radii, 0.12) & organ
     picture[ellipsoid(np.array([-15, 3, 0]) + rng.normal(0, 2.5, 3), 0.85 * radii, 0.12)] = 0.66
     for _ in range(5):
         picture[ellipsoid(rng.uniform(-1, 1, 3) * [24, 18, 24], np.full(3, rng.uniform(2.5, 4.5)))] = 0.8
-    picture[organ], picture[cap] = 0.8, 0.9
+    picture[organ], picture[core] = 0.8, 0.58
     bias, texture = (resample(rng.normal(0, 1, [n] * 3).astype(np.float32), shape) for n in (3, 12))
     picture = picture * (1 + 0.08 * bias + 0.06 * texture) + rng.normal(0, 0.04, shape)
-    return np.rint(picture.clip(0) * rng.uniform(500, 2000)).astype(np.int16), organ.astype(np.uint8) + cap
+    return np.rint(picture.clip(0) * rng.uniform(500, 2000)).astype(np.int16), organ.astype(np.uint8) + core
 
 
 def write_demo(raw: Path, cases: int = 30, size: float = 72, seed: int = 0) -> None:
@@ -290,5 +290,5 @@ def write_demo(raw: Path, cases: int = 30, size: float = 72, seed: int = 0) -> N
         nib.save(nib.Nifti1Image(volume, affine), raw / "imagesTr" / f"{name}.nii.gz")
         nib.save(nib.Nifti1Image(mask, affine), raw / "labelsTr" / f"{name}.nii.gz")
     description = {"name": "synthetic", "modality": {"0": "MRI"}, "numTraining": cases,
-                   "labels": {"0": "background", "1": "organ", "2": "cap"}}  # fmt: skip
+                   "labels": {"0": "background", "1": "wall", "2": "core"}}  # fmt: skip
     (raw / "dataset.json").write_text(json.dumps(description))

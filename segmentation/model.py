@@ -3,6 +3,7 @@
 import itertools
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,14 +42,14 @@ def plan_stages(patch: list[int], spacing: list[float]) -> list[tuple[list[int],
     return stages
 
 
-def conv_unit(inputs: int, outputs: int, kernel: list[int], stride: list[int]) -> nn.Sequential:
-    """Convolution, instance norm, leaky ReLU."""
-    conv, norm = (nn.Conv2d, nn.InstanceNorm2d) if len(kernel) == 2 else (nn.Conv3d, nn.InstanceNorm3d)
-    return nn.Sequential(
-        conv(inputs, outputs, kernel, stride, [k // 2 for k in kernel], bias=False),
-        norm(outputs, affine=True),
-        nn.LeakyReLU(0.01, inplace=True),
-    )
+def conv_unit(
+    inputs: int, outputs: int, kernel: list[int], stride: list[int], norm: bool = True
+) -> nn.Sequential:
+    """Convolution, instance norm unless told otherwise, leaky ReLU."""
+    conv, norms = (nn.Conv2d, nn.InstanceNorm2d) if len(kernel) == 2 else (nn.Conv3d, nn.InstanceNorm3d)
+    first = conv(inputs, outputs, kernel, stride, [k // 2 for k in kernel], bias=not norm)
+    middle = [norms(outputs, affine=True)] if norm else []
+    return nn.Sequential(first, *middle, nn.LeakyReLU(0.01, inplace=True))
 
 
 class ResidualUnit(nn.Module):
@@ -70,7 +71,9 @@ class UNet(nn.Module):
 
     Full resolution costs nearly all the time, so the first stage is thin: half of `channels`, a single
     convolution on the way down and on the way up. Below are residual units of `channels`, twice as many, ...
-    up to 256. `patch` and `spacing` have two or three axes and decide how deep it is.
+    up to 256. `patch` and `spacing` have two or three axes and decide how deep it is. The last convolution
+    before the head has no norm: brought to the same deviation in every image, features of a structure that an
+    image lacks look as if it were there, and training takes several times as long.
     """
 
     def __init__(
@@ -83,12 +86,12 @@ class UNet(nn.Module):
         transposed, conv = (nn.ConvTranspose2d, nn.Conv2d) if flat else (nn.ConvTranspose3d, nn.Conv3d)
         self.down, self.up, self.merge = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for k, (kernel, stride) in enumerate(stages):
-            unit = ResidualUnit if k else conv_unit
-            self.down.append(unit(widths[k - 1] if k else in_channels, widths[k], kernel, stride))
+            down, merge = (ResidualUnit, ResidualUnit) if k else (conv_unit, partial(conv_unit, norm=False))
+            self.down.append(down(widths[k - 1] if k else in_channels, widths[k], kernel, stride))
             if k + 1 < len(stages):
                 stride = stages[k + 1][1]
                 self.up.append(transposed(widths[k + 1], widths[k], stride, stride))
-                self.merge.append(unit(2 * widths[k], widths[k], kernel, [1] * len(kernel)))
+                self.merge.append(merge(2 * widths[k], widths[k], kernel, [1] * len(kernel)))
         self.head = conv(widths[0], num_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,9 +101,8 @@ class UNet(nn.Module):
             skips.append(x)
         skips.pop()
         for up, merge, skip in zip(reversed(self.up), reversed(self.merge), reversed(skips), strict=True):
-            x = up(x)[
-                (..., *(slice(n) for n in skip.shape[2:]))
-            ]  # an odd size was rounded up on the way down
+            # an odd size was rounded up on the way down
+            x = up(x)[(..., *(slice(n) for n in skip.shape[2:]))]
             x = merge(torch.cat([x, skip], 1))
         return self.head(x)
 
@@ -115,13 +117,15 @@ def build_model(meta: dict, channels: int, patch: list[int]) -> UNet:
 def segmentation_loss(logits: Tensor, masks: Tensor, kind: str) -> Tensor:
     """Soft Dice loss, plus cross entropy if "dice_ce"; logits float32 (B, K, *S), masks int64 (B, *S).
 
-    Dice (Milletari et al., 3DV 2016) is taken per image and foreground class and then averaged. The 1 added
-    on both sides, one voxel, decides where a class is absent: predicting nothing is right.
+    Dice (Milletari et al., 3DV 2016) is taken per image and foreground class and then averaged. Where a class
+    is absent Dice is not defined; there the loss is the share of voxels it is predicted on. (A constant added
+    to both sides of the fraction instead makes "nothing" the safe answer for every doubtful structure.)
     """
     probabilities = logits.softmax(1)[:, 1:].flatten(2)
     truth = F.one_hot(masks, logits.shape[1]).movedim(-1, 1)[:, 1:].flatten(2)
-    common, total = (probabilities * truth).sum(2), probabilities.sum(2) + truth.sum(2)
-    loss = 1 - ((2 * common + 1) / (total + 1)).mean()
+    common, size, predicted = (probabilities * truth).sum(2), truth.sum(2), probabilities.sum(2)
+    dice = 2 * common / (size + predicted).clamp(min=1e-6)
+    loss = torch.where(size > 0, 1 - dice, predicted / truth.shape[2]).mean()
     return loss + F.cross_entropy(logits, masks) if kind == "dice_ce" else loss
 
 
@@ -144,10 +148,10 @@ def window_weights(length: int, size: int) -> list[tuple[int, Tensor]]:
 
 @torch.no_grad()
 def predict_volume(
-    models: list[nn.Module], image: np.ndarray, patch: list[int], slice_axis: int, device: torch.device,
+    model: nn.Module, image: np.ndarray, patch: list[int], slice_axis: int, device: torch.device,
     amp: torch.dtype | None, batch_size: int, mirror: bool = False
 ) -> Tensor:  # fmt: skip
-    """Class probabilities float16 (K, X, Y, Z), on the CPU, of a volume (C, X, Y, Z); mean of the models.
+    """Class probabilities float16 (K, X, Y, Z), on the CPU, of a volume (C, X, Y, Z).
 
     Windows have the size of the patch; with a patch of two axes they are whole slices. As the windows lie
     on a lattice, their weights are known beforehand to add up to one, so that one array of the result's size
@@ -166,10 +170,10 @@ def predict_volume(
         cuts = np.stack([cut(image, [start for start, _ in window], size) for window in batch])
         images = torch.from_numpy(cuts).to(device, non_blocking=True).float()
         images, mean = images if flat is None else images.squeeze(flat), 0
-        for model, axes in itertools.product(models, flips if mirror else [()]):
+        for axes in flips if mirror else [()]:
             with torch.autocast(device.type, amp, enabled=amp is not None):
                 logits = model(images.flip(axes))
-            mean = mean + logits.float().softmax(1).flip(axes) / (len(models) * (len(flips) if mirror else 1))
+            mean = mean + logits.float().softmax(1).flip(axes) / (len(flips) if mirror else 1)
         mean = (mean if flat is None else mean.unsqueeze(flat)).cpu()
         if result is None:
             result = torch.zeros(mean.shape[1], *image.shape[1:], dtype=torch.float16)

@@ -137,6 +137,14 @@ def read_mask(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> np.ndar
     return whole.astype(np.uint8)
 
 
+def write_mask(path: Path, mask: np.ndarray, affine: np.ndarray, header: nib.Nifti1Header | None) -> None:
+    """Write uint8 (X, Y, Z) with the affine and the header of the image it belongs to."""
+    nifti = nib.Nifti1Image(mask, affine, header)
+    nifti.set_data_dtype(np.uint8)
+    nifti.header["cal_min"] = nifti.header["cal_max"] = 0  # the image's window would hide the classes
+    nib.save(nifti, path)
+
+
 def hash_pixels(pixels: np.ndarray) -> str:
     """What tells copies: the SHA-256 of shape and stored pixels."""
     return hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
@@ -497,9 +505,7 @@ def convert(case: Case, folder: Path, meta: dict) -> None:
     """Write the four files of a case."""
     volume, affine, header = read_volume(case.image)
     mask = read_mask(case.mask, volume.shape[:3], affine)
-    truth = nib.Nifti1Image(mask, affine, header)
-    truth.set_data_dtype(np.uint8)
-    nib.save(truth, folder / f"{case.id}.truth.nii.gz")
+    write_mask(folder / f"{case.id}.truth.nii.gz", mask, affine, header)
     np.save(folder / f"{case.id}.image.npy", to_grid(volume, affine, meta))
     labels = mask_to_grid(mask, affine, meta)
     np.save(folder / f"{case.id}.mask.npy", labels)

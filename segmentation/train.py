@@ -197,7 +197,7 @@ def evaluate(
     scores = {}
     for name in names[rank::world_size]:
         image, mask = open_case(cache, name)
-        probabilities = predict_volume([model], image, settings["patch"], meta["slice_axis"], device,
+        probabilities = predict_volume(model, image, settings["patch"], meta["slice_axis"], device,
                                        AMP[settings["amp"]], settings["batch_size"])  # fmt: skip
         truth, prediction = torch.from_numpy(np.array(mask)), probabilities.argmax(0)
         scores[name] = dice_scores(truth, prediction, len(meta["classes"]))
@@ -251,9 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.compile:
         train_model = torch.compile(train_model)
     say(f"torch {torch.__version__}, {json.dumps(settings)}")
-    say(
-        f"{len(train_loader.batch_sampler.shapes)} training cases, {steps_per_epoch} steps an epoch, {device}"
-    )
+    say(f"{steps_per_epoch} steps an epoch, {len(val_names)} validation cases, {device}")
 
     # training
     for epoch in range(start, min(args.epochs, args.stop_after or args.epochs)):
