@@ -150,6 +150,11 @@ def draw_panels(
     return torch.cat([pil_to_tensor(head), pair], 1)
 
 
+def fullest(marked: np.ndarray, axis: int) -> int:
+    """The slice with the most marked voxels of (X, Y, Z)."""
+    return int(marked.sum(tuple(k for k in range(3) if k != axis)).argmax())
+
+
 def write_gif(path: Path, image: np.ndarray, maps: list[np.ndarray | None], meta: dict, caption: str) -> None:
     """All slices of a volume as an animation, at most some 100 of them."""
     count = image.shape[meta["slice_axis"] + 1]
@@ -193,17 +198,15 @@ def write_table(path: Path, rows: list[dict]) -> None:
 def judge(
     truth: np.ndarray, prediction: np.ndarray, affine: np.ndarray, classes: list[str]
 ) -> dict[str, float]:
-    """Every figure of a case: NAME_CLASS for each foreground class, and under NAME the mean over the classes."""
+    """Every figure of a case as NAME_CLASS for each foreground class; NAME is the mean over the classes."""
     spacing = nib.affines.voxel_sizes(affine).tolist()
     found = {}
     for k, name in enumerate(classes[1:], 1):
         masks = torch.from_numpy(truth == k), torch.from_numpy(prediction == k)
         found[name] = segmentation_metrics(*masks, spacing)
-    names = list(found[classes[1]])
-    means = {
-        n: torch.tensor([one[n] for one in found.values()], dtype=torch.float64).nanmean().item()
-        for n in names
-    }
+    names, means = list(found[classes[1]]), {}
+    for n in names:
+        means[n] = torch.tensor([one[n] for one in found.values()], dtype=torch.float64).nanmean().item()
     return means | {f"{n}_{name}": one[n] for n in names for name, one in found.items()}
 
 
@@ -233,11 +236,10 @@ def evaluate_split(
         cases.append({"id": name, "group": index[row]["group"]} | figures)
 
         on_grid = on_grid.numpy().astype(np.uint8)
-        others = tuple(axis for axis in range(3) if axis != meta["slice_axis"])
-        position = int((mask != on_grid).sum(others).argmax())
+        position = fullest(mask != on_grid, meta["slice_axis"])
         caption = [name, f"dice {figures['dice']:.3f}  hd95 {figures['hd95_mm']:.1f} mm"]
         tiles.append(draw_panels(image, [None, mask, on_grid], meta, position, caption))
-        if worst is None or figures["dice"] < worst[0]:
+        if worst is None or figures["dice"] < worst[0] or math.isnan(worst[0]):
             worst = figures["dice"], image, mask, on_grid, name
         progress(f"{k}/{len(rows)}  {name}  dice {figures['dice']:.3f}")
     progress("")
@@ -264,7 +266,8 @@ def evaluate_split(
 
     order = table[:, names.index("dice")].nan_to_num(2.0).argsort()[:12].tolist()
     write_gallery(out / "worst.png", [tiles[k] for k in order])
-    write_gif(out / "worst.gif", *worst[1:2], list(worst[2:4]), meta, worst[4])
+    _, image, mask, on_grid, name = worst
+    write_gif(out / "worst.gif", image, [mask, on_grid], meta, name)
     print(f"{len(rows)} cases; {empty[0]} structures absent in both, {empty[1]} in one; all of it in {out}")
 
 
@@ -292,7 +295,8 @@ def predict_images(
             bad.append(error)
             print(error, file=sys.stderr)
             continue
-        shape, image = volume.shape[:3], to_grid(volume, affine, meta)
+        shape, voxel = volume.shape[:3], abs(np.linalg.det(affine[:3, :3])) / 1000
+        image = to_grid(volume, affine, meta)
         del volume
         probabilities = predict(models, checkpoints, image, device, args.amp, args.tta)
         labels = from_grid(probabilities.numpy(), shape, affine)
@@ -300,18 +304,12 @@ def predict_images(
         if any(row["mask"] == f"{name}.nii.gz" for row in rows):
             name = f"{len(rows):04d}_{name}"
         write_mask(out / f"{name}.nii.gz", np.array(meta["values"], np.uint8)[labels], affine, header)
-        ml = (
-            np.bincount(labels.reshape(-1), minlength=len(meta["classes"]))
-            * abs(np.linalg.det(affine[:3, :3]))
-            / 1000
-        )
+        ml = voxel * np.bincount(labels.reshape(-1), minlength=len(meta["classes"]))
         volumes = {f"ml_{c}": round(float(v), 3) for c, v in zip(meta["classes"][1:], ml[1:], strict=True)}
         rows.append({"image": str(path), "mask": f"{name}.nii.gz"} | volumes)
         on_grid = probabilities.argmax(0).numpy().astype(np.uint8)
-        others = tuple(axis for axis in range(3) if axis != meta["slice_axis"])
-        tiles.append(
-            draw_panels(image, [None, on_grid], meta, int((on_grid > 0).sum(others).argmax()), [name])
-        )
+        position = fullest(on_grid > 0, meta["slice_axis"])
+        tiles.append(draw_panels(image, [None, on_grid], meta, position, [name]))
         if len(rows) == 1:
             write_gif(out / "first.gif", image, [None, on_grid], meta, name)
         print(f"{path}: " + "  ".join(f"{name} {value} ml" for name, value in volumes.items()))
@@ -327,6 +325,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = choose_device(args.device)
     models, checkpoints = load_models(args.checkpoint, device)
+    if args.tta and not all(checkpoint["settings"]["mirror"] for checkpoint in checkpoints):
+        raise DataError("--tta: a checkpoint has not seen mirrored images, expected trainings with --mirror")
     out = args.out or args.checkpoint[0].parent / (f"eval_{args.split}" if args.data else "predictions")
     out.mkdir(parents=True, exist_ok=True)
     (evaluate_split if args.data else predict_images)(args, models, checkpoints, device, out)

@@ -53,14 +53,23 @@ def conv_unit(
 
 
 class ResidualUnit(nn.Module):
-    """Two convolutions beside a shortcut (He et al., CVPR 2016); the first and the shortcut may stride."""
+    """Two convolutions beside a shortcut (He et al., CVPR 2016); the first may stride.
+
+    The shortcut averages instead of striding: it sees every voxel, and on the CPU a strided 1x1 convolution
+    of few channels in channels-last order writes beyond its memory (torch 2.15).
+    """
 
     def __init__(self, inputs: int, outputs: int, kernel: list[int], stride: list[int]) -> None:
         super().__init__()
+        ones = [1] * len(kernel)
+        pool = nn.AvgPool2d if len(kernel) == 2 else nn.AvgPool3d
         self.first = conv_unit(inputs, outputs, kernel, stride)
-        self.second = conv_unit(outputs, outputs, kernel, [1] * len(kernel))[:2]
-        shortcut = conv_unit(inputs, outputs, [1] * len(kernel), stride)[:2]
-        self.shortcut = nn.Identity() if inputs == outputs and max(stride) == 1 else shortcut
+        self.second = conv_unit(outputs, outputs, kernel, ones)[:2]
+        self.shortcut = nn.Sequential()
+        if max(stride) > 1:
+            self.shortcut.append(pool(stride, ceil_mode=True, count_include_pad=False))
+        if inputs != outputs:
+            self.shortcut.extend(conv_unit(inputs, outputs, ones, ones)[:2])
 
     def forward(self, x: Tensor) -> Tensor:
         return F.leaky_relu(self.second(self.first(x)) + self.shortcut(x), 0.01, inplace=True)

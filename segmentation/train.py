@@ -63,7 +63,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--channels", type=int, default=16, help="of the first residual unit (default: %(default)s)")
     add("--patch", type=int, nargs="+", metavar="N", help="voxels (default: the median, up to 2^18 in all)")
     add("--init", type=Path, metavar="CHECKPOINT", help="start from the weights of another training")
-    add("--epochs", type=int, default=100, help="(default: %(default)s; synthetic set: 12, 3D: 40)")
+    add("--epochs", type=int, default=100, help="(default: %(default)s; synthetic set: 12, 3D: 60)")
     add("--batch-size", type=int, help="per process (default: 16 slices or 2 volumes)")
     add("--lr", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
     add("--weight-decay", type=float, default=0.05, help="(default: %(default)s)")
@@ -80,7 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace the training in --out")
     args = parser.parse_args(argv)
     if args.data is None:
-        parser.set_defaults(epochs=12 if args.dims == 2 else 40, overwrite=not args.resume)
+        parser.set_defaults(epochs=12 if args.dims == 2 else 60, overwrite=not args.resume)
         args = parser.parse_args(argv)
     args.batch_size = args.batch_size or {2: 16, 3: 2}[args.dims]
     least = {"fold": 0, "workers": 0, "epochs": 1, "batch_size": 1, "augment": 0, "seed": 0, "stop_after": 1}
