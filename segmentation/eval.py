@@ -179,12 +179,15 @@ def predict(
     models: list, checkpoints: list[dict], image: np.ndarray, device: torch.device, amp: str | None, tta: bool
 ) -> Tensor:
     """Class probabilities float16 (K, X, Y, Z) of an image (C, X, Y, Z), averaged over the models."""
-    total = 0
+    total = None
     for model, checkpoint in zip(models, checkpoints, strict=True):
         settings, axis = checkpoint["settings"], checkpoint["meta"]["slice_axis"]
         mode = AMP[amp or settings["amp"]]
-        total = total + predict_volume(model, image, settings["patch"], axis, device, mode,
-                                       settings["batch_size"], tta) / len(models)  # fmt: skip
+        part = predict_volume(
+            model, image, settings["patch"], axis, device, mode, settings["batch_size"], tta
+        )
+        part /= len(models)
+        total = part if total is None else total.add_(part)
     return total
 
 
@@ -223,19 +226,19 @@ def evaluate_split(
         name = index[row]["id"]
         image, mask = open_case(args.data, name)
         probabilities = predict(models, checkpoints, image, device, args.amp, args.tta)
-        on_grid = probabilities.argmax(0)
-        cached = dice_scores(torch.from_numpy(np.array(mask)), on_grid, len(classes)).nanmean().item()
         nifti = nib.load(args.data / "volumes" / f"{name}.truth.nii.gz")
         truth = np.searchsorted(meta["values"], np.asanyarray(nifti.dataobj)).astype(np.uint8)
         labels = from_grid(probabilities.numpy(), truth.shape, nifti.affine)
         written = np.array(meta["values"], np.uint8)[labels]
         write_mask(out / "predictions" / f"{name}.nii.gz", written, nifti.affine, nifti.header)
-        figures = judge(truth, labels, nifti.affine, classes) | {"dice_cache": cached}
+        figures = judge(truth, labels, nifti.affine, classes)
         for c in range(1, len(classes)):
             empty[int((truth == c).any()) + int((labels == c).any())] += 1
-        cases.append({"id": name, "group": index[row]["group"]} | figures)
 
-        on_grid = on_grid.numpy().astype(np.uint8)
+        on_grid = probabilities.argmax(0).byte()
+        cached = dice_scores(torch.from_numpy(np.array(mask)), on_grid, len(classes)).nanmean().item()
+        cases.append({"id": name, "group": index[row]["group"]} | figures | {"dice_cache": cached})
+        on_grid = on_grid.numpy()
         position = fullest(mask != on_grid, meta["slice_axis"])
         caption = [name, f"dice {figures['dice']:.3f}  hd95 {figures['hd95_mm']:.1f} mm"]
         tiles.append(draw_panels(image, [None, mask, on_grid], meta, position, caption))
@@ -243,8 +246,19 @@ def evaluate_split(
             worst = figures["dice"], image, mask, on_grid, name
         progress(f"{k}/{len(rows)}  {name}  dice {figures['dice']:.3f}")
     progress("")
-    write_table(out / "cases.csv", cases)
+    write_report(args, cases, classes, empty, out)
+    order = torch.tensor([case["dice"] for case in cases]).nan_to_num(2.0).argsort()[:12].tolist()
+    write_gallery(out / "worst.png", [tiles[k] for k in order])
+    _, image, mask, on_grid, name = worst
+    write_gif(out / "worst.gif", image, [mask, on_grid], meta, name)
+    print(f"{len(rows)} cases; {empty[0]} structures absent in both, {empty[1]} in one; all of it in {out}")
 
+
+def write_report(
+    args: argparse.Namespace, cases: list[dict], classes: list[str], empty: Counter, out: Path
+) -> None:
+    """cases.csv, and the summary with its intervals, printed and in metrics.json."""
+    write_table(out / "cases.csv", cases)
     names = [name for name in cases[0] if name not in ("id", "group")]
     table = torch.tensor([[case[name] for name in names] for case in cases], dtype=torch.float64)
 
@@ -257,18 +271,12 @@ def evaluate_split(
     run = {
         "command": " ".join(sys.argv), "versions": {m.__name__: m.__version__ for m in (torch, nib)},
         "checkpoint_sha256": [file_sha256(path) for path in args.checkpoint],
-        "index_sha256": file_sha256(args.data / "index.csv"), "split": args.split, "n": len(rows),
+        "index_sha256": file_sha256(args.data / "index.csv"), "split": args.split, "n": len(cases),
         "classes": classes, "tta": args.tta, "both_empty": empty[0], "one_empty": empty[1],
     }  # fmt: skip
     plain = {name: {k: v if math.isfinite(v) else None for k, v in f.items()} for name, f in summary.items()}
     cases = [{k: None if v != v else v for k, v in case.items()} for case in cases]  # NaN is not JSON
     (out / "metrics.json").write_text(json.dumps({"summary": plain, "cases": cases, "run": run}, indent=1))
-
-    order = table[:, names.index("dice")].nan_to_num(2.0).argsort()[:12].tolist()
-    write_gallery(out / "worst.png", [tiles[k] for k in order])
-    _, image, mask, on_grid, name = worst
-    write_gif(out / "worst.gif", image, [mask, on_grid], meta, name)
-    print(f"{len(rows)} cases; {empty[0]} structures absent in both, {empty[1]} in one; all of it in {out}")
 
 
 def find_images(paths: list[Path]) -> list[Path]:
@@ -307,7 +315,7 @@ def predict_images(
         ml = voxel * np.bincount(labels.reshape(-1), minlength=len(meta["classes"]))
         volumes = {f"ml_{c}": round(float(v), 3) for c, v in zip(meta["classes"][1:], ml[1:], strict=True)}
         rows.append({"image": str(path), "mask": f"{name}.nii.gz"} | volumes)
-        on_grid = probabilities.argmax(0).numpy().astype(np.uint8)
+        on_grid = probabilities.argmax(0).byte().numpy()
         position = fullest(on_grid > 0, meta["slice_axis"])
         tiles.append(draw_panels(image, [None, on_grid], meta, position, [name]))
         if len(rows) == 1:
