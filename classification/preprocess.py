@@ -387,7 +387,7 @@ def write_npy(path: Path, images: Iterable[np.ndarray], shape: tuple[int, ...]) 
 def open_output(out: Path, overwrite: bool) -> Path:
     """The folder to write into before it becomes OUT, so that an interrupted run leaves no OUT."""
     found = {p.name for p in out.iterdir()} if out.is_dir() else {"a file"} if out.exists() else set()
-    ours = {"images.npy", "index.csv", "meta.json", "skipped.csv"}
+    ours = {"images.npy", "volumes", "index.csv", "meta.json", "skipped.csv"}
     if found and not {"meta.json"} <= found <= ours:  # --overwrite never deletes what is not ours
         raise DataError(f"{out}: holds {min(found - ours or found)}, expected a new folder or a cache")
     if found and not overwrite:

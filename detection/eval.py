@@ -95,7 +95,7 @@ def choose_rows(cache: Path, split: str, paths: list[Path], checkpoints: list[di
     wanted = "test" if split == "test" else str(folds.pop())
     rows = [k for k, row in enumerate(read_index(cache)) if row["fold"] == wanted]
     if not rows:
-        raise DataError(f"{cache}: no {split} images; preprocess.py makes them by --test-fraction or --like")
+        raise DataError(f"{cache}: no {split} rows; preprocess.py makes them by --test-fraction or --like")
     return rows
 
 

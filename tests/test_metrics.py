@@ -16,9 +16,15 @@ from common.metrics import (
     classification_metrics,
     confusion_matrix,
     detection_metrics,
+    dice_figures,
+    dice_scores,
+    overlap,
     roc_curve,
+    segmentation_metrics,
     sensitivity_at_specificity,
     specificity_at_sensitivity,
+    surface,
+    surface_distances,
     youden_threshold,
 )
 
@@ -341,3 +347,70 @@ def test_detection_metrics_by_hand():
                 "iou_90": 1 / 3, "mse_224": (22.4**2 + 2 * 56**2) / 12}  # fmt: skip
     assert figures == pytest.approx(expected, rel=1e-5)
     assert all(math.isnan(value) for value in detection_metrics(pred[:0], truth[:0]).values())
+
+
+# --- segmentation ---
+
+
+def box(shape: tuple, *corners: tuple[int, int]) -> torch.Tensor:
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask[tuple(slice(*pair) for pair in corners)] = True
+    return mask
+
+
+def test_dice_and_iou_by_hand():
+    truth, found = box((4, 4, 4), (0, 2), (0, 2), (0, 2)), box((4, 4, 4), (1, 3), (0, 2), (0, 2))
+    assert overlap(truth, found) == {"dice": 0.5, "iou": approx(1 / 3)}
+    empty = torch.zeros_like(truth)
+    assert overlap(empty, found) == {"dice": 0, "iou": 0} == overlap(truth, empty)
+    assert overlap(empty, empty) == approx({"dice": math.nan, "iou": math.nan})
+    scores = dice_scores(truth.long() + 2 * found, truth.long() + 2 * truth, 5)  # 3 = both, 4 = nowhere
+    assert scores.tolist() == approx([0, 0, 2 * 4 / (4 + 8), math.nan])
+
+
+def test_dice_figures_leave_out_what_is_not_defined():
+    scores = torch.tensor([[1.0, 0.5], [math.nan, 0.25], [math.nan, math.nan]], dtype=torch.float64)
+    assert dice_figures(scores, ["background", "a", "b"]) == {"dice": 0.5, "dice_a": 1.0, "dice_b": 0.375}
+
+
+def test_surface_is_inside_and_beyond_the_volume_is_outside():
+    mask = box((5, 5, 5), (0, 3), (0, 3), (0, 3))
+    assert surface(mask).sum() == 26 and not surface(mask)[1, 1, 1] and surface(mask)[0, 1, 1]
+
+
+def test_distances_of_shifted_planes():
+    truth, found = box((9, 4, 4), (2, 3), (0, 4), (0, 4)), box((9, 4, 4), (5, 6), (0, 4), (0, 4))
+    figures = segmentation_metrics(truth, found, [1.5, 2.0, 3.0])
+    assert figures == {"dice": 0, "iou": 0, "hd95_mm": 4.5, "assd_mm": 4.5, "volume_error_ml": 0}
+    more = segmentation_metrics(truth, truth | found, [1.5, 2.0, 3.0])
+    assert more["volume_error_ml"] == approx(16 * 9 / 1000)
+    assert more["assd_mm"] == approx(16 * 4.5 / 48)  # 16 there at 0, 16 back at 0, 16 back at 4.5
+
+
+def test_one_mask_empty_is_the_diagonal_and_both_is_nan():
+    mask, empty = box((3, 4, 12), (0, 2), (0, 2), (0, 2)), torch.zeros((3, 4, 12), dtype=torch.bool)
+    figures = segmentation_metrics(mask, empty, [1.0, 1.0, 1.0])
+    assert figures["hd95_mm"] == figures["assd_mm"] == 13 and figures["dice"] == 0
+    both = segmentation_metrics(empty, empty, [1.0, 1.0, 1.0])
+    assert all(math.isnan(both[name]) for name in ("dice", "iou", "hd95_mm", "assd_mm"))
+
+
+@pytest.mark.parametrize("shape", [(9, 7, 5), (6, 1, 8), (1, 1, 4), (12, 11, 13)])
+@pytest.mark.parametrize("density", [0.02, 0.3, 0.9])
+def test_surface_distances_equal_brute_force(shape, density):
+    generator = torch.Generator().manual_seed(int(100 * density) + sum(shape))
+    spacing = torch.tensor([0.7, 2.0, 1.3], dtype=torch.float64)
+    a, b = (torch.rand(shape, generator=generator) < density for _ in range(2))
+    a[0, 0, 0] = b[-1, -1, -1] = True
+
+    def points(mask: torch.Tensor) -> torch.Tensor:
+        inside = set(map(tuple, mask.nonzero().tolist()))
+        steps = [(1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1)]
+        found = [p for p in inside if any((p[0] + x, p[1] + y, p[2] + z) not in inside for x, y, z in steps)]
+        return torch.tensor(sorted(found), dtype=torch.float64) * spacing
+
+    apart = (points(a)[:, None] - points(b)).square().sum(2).sqrt()
+    expected = torch.cat([apart.amin(1), apart.amin(0)])
+    found = surface_distances(a, b, spacing.tolist())
+    assert found.dtype == torch.float64 and found.tolist() == pytest.approx(expected.tolist(), abs=1e-12)
+    assert segmentation_metrics(a, b, spacing.tolist())["hd95_mm"] == approx(expected.quantile(0.95).item())

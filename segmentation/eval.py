@@ -1,0 +1,350 @@
+"""Evaluate checkpoints of train.py on cases with masks, or outline the structures in new images.
+
+  python segmentation/eval.py --data data/hippocampus --checkpoint runs/segmentation/best.pt --split val
+  python segmentation/eval.py --data data/other --checkpoint runs/a/best.pt runs/b/best.pt --split test
+  python segmentation/eval.py --checkpoint runs/segmentation/best.pt --images scan.nii.gz dicom_folder
+
+With masks: metrics.json with 95 % bootstrap intervals (over cases), cases.csv, predictions/ID.nii.gz on the
+grid of the original file, where all figures but dice_cache are taken, and pictures: worst.png (image, truth,
+prediction on the slice with the most errors, worst case first), worst.gif. New images (.nii, .nii.gz, or a
+folder with one DICOM series): NIfTI masks, volumes.csv, pictures. The probabilities of several checkpoints
+are averaged. dice_cache, on the grid of the cache, is the score that train.py printed.
+"""
+
+import argparse
+import csv
+import json
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resize, to_pil_image
+from torchvision.utils import draw_segmentation_masks
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.checkpoint import CheckpointError, file_sha256, load_checkpoint, load_weights
+from common.metrics import bootstrap, dice_scores, segmentation_metrics
+from segmentation.dataset import open_case, read_index
+from segmentation.model import build_model, predict_volume
+from segmentation.preprocess import (
+    DataError,
+    from_grid,
+    list_volumes,
+    progress,
+    read_meta,
+    read_volume,
+    to_grid,
+    write_mask,
+)
+from segmentation.train import AMP, choose_device
+
+TILE = 256  # pixels of one picture in a gallery
+COLOURS = ("#ff4040", "#40c0ff", "#ffd040", "#60e060", "#d070ff", "#ff9040", "#40e0d0", "#ff80c0")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument_group("data").add_argument
+    add("--checkpoint", type=Path, nargs="+", required=True, help="one or more of train.py's")
+    add("--data", type=Path, metavar="CACHE", help="what preprocess.py wrote")
+    add(
+        "--split", choices=("val", "test"), default="val", help="val (default): the fold left out in training"
+    )
+    add("--images", type=Path, nargs="+", metavar="PATH", help="new images without masks: files and folders")
+    add("--tta", action="store_true", help="average over mirrored copies; for trainings with --mirror")
+    add("--out", type=Path, help="(default: eval_val, eval_test or predictions beside the checkpoint)")
+    add = parser.add_argument_group("run").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
+    add("--amp", choices=AMP, help="mixed precision (default: as in the training)")
+    add("--samples", type=int, default=1000, help="bootstrap samples (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if (args.data is None) == (args.images is None):
+        parser.error("give either --data CACHE (with masks) or --images PATH ... (new images)")
+    if args.samples < 1:
+        parser.error("expected --samples >= 1")
+    return args
+
+
+def load_models(paths: list[Path], device: torch.device) -> tuple[list[torch.nn.Module], list[dict]]:
+    """Bare models and their checkpoints. Raises CheckpointError if they do not go together."""
+    checkpoints = [load_checkpoint(path, device) for path in paths]
+    models = []
+    for path, checkpoint in zip(paths, checkpoints, strict=True):
+        check_same(checkpoint["meta"], checkpoints[0]["meta"], path, paths[0])
+        settings = checkpoint["settings"]
+        model = build_model(checkpoint["meta"], settings["channels"], settings["patch"])
+        load_weights(model, checkpoint, path)
+        models.append(model.to(device).eval())
+    return models, checkpoints
+
+
+def check_same(meta: dict, expected: dict, path: Path, other: Path) -> None:
+    """Raise CheckpointError if images were not prepared in the same way."""
+    for name in ("classes", "values", "channels", "resample", "spacing", "slice_axis", "normalisation"):
+        if meta[name] != expected[name]:
+            raise CheckpointError(f"{path}: {name} {meta[name]}, but {other} has {expected[name]}")
+
+
+def choose_rows(cache: Path, split: str, paths: list[Path], checkpoints: list[dict]) -> list[int]:
+    """Row numbers of the split. Raises DataError if it is empty, or if a checkpoint was trained on it."""
+    check_same(read_meta(cache), checkpoints[0]["meta"], cache, paths[0])
+    folds = {checkpoint["settings"]["fold"] for checkpoint in checkpoints}
+    if split == "val":
+        sha256 = file_sha256(cache / "index.csv")
+        if any(checkpoint["settings"]["index"] != sha256 for checkpoint in checkpoints):
+            raise DataError(f"{cache}: not the cache of the training, so its folds differ; use --split test")
+        if len(folds) > 1:
+            raise DataError(
+                f"checkpoints of folds {sorted(folds)}: they trained on each other's validation images"
+            )
+    wanted = "test" if split == "test" else str(folds.pop())
+    rows = [k for k, row in enumerate(read_index(cache)) if row["fold"] == wanted]
+    if not rows:
+        raise DataError(f"{cache}: no {split} rows; preprocess.py makes them by --test-fraction or --like")
+    return rows
+
+
+# --- pictures ---
+
+
+def font(size: int) -> ImageFont.ImageFont:
+    return ImageFont.load_default(size=size)
+
+
+def draw_panels(
+    image: np.ndarray, maps: list[np.ndarray | None], meta: dict, position: int, caption: list[str]
+) -> Tensor:
+    """A slice of an image (C, X, Y, Z) once for each map of classes (X, Y, Z), side by side: uint8 (3, H, W).
+
+    The axes of RAS go to the right and up, with the proportions they have in mm.
+    """
+    axis = meta["slice_axis"]
+    plane = np.take(image[0], position, axis).astype(np.float32).T[::-1]
+    low, high = np.percentile(plane, (0.5, 99.5))
+    gray = torch.from_numpy(255 * ((plane - low) / (high - low or 1)).clip(0, 1)).byte().expand(3, -1, -1)
+    across, up = (s for k, s in enumerate(meta["spacing"]) if k != axis)
+    mm = (gray.shape[1] * up, gray.shape[2] * across)
+    size = [max(1, round(TILE * length / max(mm))) for length in mm]
+    panels = []
+    for labels in maps:
+        panel = resize(gray, size)
+        if labels is not None:
+            cut = torch.from_numpy(np.take(labels, position, axis).T[::-1].copy())[None]
+            cut = resize(cut, size, InterpolationMode.NEAREST)
+            masks = torch.cat([cut == k for k in range(1, len(meta["classes"]))])
+            colours = [COLOURS[k % len(COLOURS)] for k in range(len(masks))]
+            panel = draw_segmentation_masks(panel, masks, alpha=0.45, colors=colours)
+        panels += [panel, torch.zeros(3, size[0], 2, dtype=torch.uint8)]
+    pair = torch.cat(panels[:-1], 2)
+    head = Image.new("RGB", (pair.shape[2], 20 * len(caption)), "black")
+    for k, line in enumerate(caption):
+        ImageDraw.Draw(head).text((4, 20 * k + 2), line[-pair.shape[2] // 8 :], "white", font(14))
+    return torch.cat([pil_to_tensor(head), pair], 1)
+
+
+def fullest(marked: np.ndarray, axis: int) -> int:
+    """The slice with the most marked voxels of (X, Y, Z)."""
+    return int(marked.sum(tuple(k for k in range(3) if k != axis)).argmax())
+
+
+def write_gif(path: Path, image: np.ndarray, maps: list[np.ndarray | None], meta: dict, caption: str) -> None:
+    """All slices of a volume as an animation, at most some 100 of them."""
+    count = image.shape[meta["slice_axis"] + 1]
+    frames = [
+        to_pil_image(draw_panels(image, maps, meta, k, [f"{caption}  slice {k + 1}/{count}"]))
+        for k in range(0, count, math.ceil(count / 100))
+    ]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
+
+
+def write_gallery(path: Path, tiles: list[Tensor]) -> None:
+    """Tiles of different sizes below each other in three columns."""
+    height, width = max(tile.shape[1] for tile in tiles), max(tile.shape[2] for tile in tiles)
+    tiles = [torch.nn.functional.pad(t, [0, width - t.shape[2], 0, height - t.shape[1]]) for t in tiles]
+    to_pil_image(torchvision.utils.make_grid(tiles, nrow=3)).save(path)
+
+
+# --- the two modes ---
+
+
+def predict(
+    models: list, checkpoints: list[dict], image: np.ndarray, device: torch.device, amp: str | None, tta: bool
+) -> Tensor:
+    """Class probabilities float16 (K, X, Y, Z) of an image (C, X, Y, Z), averaged over the models.
+
+    Raises DataError if it shall be mirrored (`tta`) and a training was not.
+    """
+    if tta and not all(checkpoint["settings"]["mirror"] for checkpoint in checkpoints):
+        raise DataError("--tta: a checkpoint has not seen mirrored images, expected trainings with --mirror")
+    total = None
+    for model, checkpoint in zip(models, checkpoints, strict=True):
+        settings, axis = checkpoint["settings"], checkpoint["meta"]["slice_axis"]
+        mode = AMP[amp or settings["amp"]]
+        part = predict_volume(
+            model, image, settings["patch"], axis, device, mode, settings["batch_size"], tta
+        )
+        part /= len(models)
+        total = part if total is None else total.add_(part)
+    return total
+
+
+def write_table(path: Path, rows: list[dict]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def judge(
+    truth: np.ndarray, prediction: np.ndarray, affine: np.ndarray, classes: list[str]
+) -> dict[str, float]:
+    """Every figure of a case as NAME_CLASS for each foreground class; NAME is the mean over the classes."""
+    spacing = nib.affines.voxel_sizes(affine).tolist()
+    found = {}
+    for k, name in enumerate(classes[1:], 1):
+        masks = torch.from_numpy(truth == k), torch.from_numpy(prediction == k)
+        found[name] = segmentation_metrics(*masks, spacing)
+    names, means = list(found[classes[1]]), {}
+    for n in names:
+        means[n] = torch.tensor([one[n] for one in found.values()], dtype=torch.float64).nanmean().item()
+    return means | {f"{n}_{name}": one[n] for n in names for name, one in found.items()}
+
+
+def evaluate_split(
+    args: argparse.Namespace, models: list, checkpoints: list[dict], device: torch.device, out: Path
+) -> None:
+    """Figures, tables, masks and pictures of a split."""
+    meta = checkpoints[0]["meta"]
+    classes = meta["classes"]
+    rows, index = choose_rows(args.data, args.split, args.checkpoint, checkpoints), read_index(args.data)
+    (out / "predictions").mkdir(exist_ok=True)
+    cases, tiles, worst, empty = [], [], None, Counter()
+    for k, row in enumerate(rows, 1):
+        name = index[row]["id"]
+        image, mask = open_case(args.data, name)
+        probabilities = predict(models, checkpoints, image, device, args.amp, args.tta)
+        nifti = nib.load(args.data / "volumes" / f"{name}.truth.nii.gz")
+        truth = np.searchsorted(meta["values"], np.asanyarray(nifti.dataobj)).astype(np.uint8)
+        labels = from_grid(probabilities.numpy(), truth.shape, nifti.affine)
+        written = np.array(meta["values"], np.uint8)[labels]
+        write_mask(out / "predictions" / f"{name}.nii.gz", written, nifti.affine, nifti.header)
+        figures = judge(truth, labels, nifti.affine, classes)
+        for c in range(1, len(classes)):
+            empty[int((truth == c).any()) + int((labels == c).any())] += 1
+
+        on_grid = probabilities.argmax(0).byte()
+        cached = dice_scores(torch.from_numpy(np.array(mask)), on_grid, len(classes)).nanmean().item()
+        cases.append({"id": name, "group": index[row]["group"]} | figures | {"dice_cache": cached})
+        on_grid = on_grid.numpy()
+        position = fullest(mask != on_grid, meta["slice_axis"])
+        caption = [name, f"dice {figures['dice']:.3f}  hd95 {figures['hd95_mm']:.1f} mm"]
+        tiles.append(draw_panels(image, [None, mask, on_grid], meta, position, caption))
+        if worst is None or figures["dice"] < worst[0] or math.isnan(worst[0]):
+            worst = figures["dice"], image, mask, on_grid, name
+        progress(f"{k}/{len(rows)}  {name}  dice {figures['dice']:.3f}")
+    progress("")
+    write_report(args, cases, classes, empty, out)
+    order = torch.tensor([case["dice"] for case in cases]).nan_to_num(2.0).argsort()[:12].tolist()
+    write_gallery(out / "worst.png", [tiles[k] for k in order])
+    _, image, mask, on_grid, name = worst
+    write_gif(out / "worst.gif", image, [mask, on_grid], meta, name)
+    print(f"{len(rows)} cases; {empty[0]} structures absent in both, {empty[1]} in one; all of it in {out}")
+
+
+def write_report(
+    args: argparse.Namespace, cases: list[dict], classes: list[str], empty: Counter, out: Path
+) -> None:
+    """cases.csv, and the summary with its intervals, printed and in metrics.json."""
+    write_table(out / "cases.csv", cases)
+    names = [name for name in cases[0] if name not in ("id", "group")]
+    table = torch.tensor([[case[name] for name in names] for case in cases], dtype=torch.float64)
+
+    def figures_of(chosen: Tensor) -> dict[str, float]:
+        return dict(zip(names, table[chosen].nanmean(0).tolist(), strict=True))
+
+    summary = bootstrap(figures_of, [case["group"] for case in cases], args.samples)
+    for name, figure in summary.items():
+        print("{:30} {value:.4f}  ({low:.4f} to {high:.4f})".format(name, **figure))
+    run = {
+        "command": " ".join(sys.argv), "versions": {m.__name__: m.__version__ for m in (torch, nib)},
+        "checkpoint_sha256": [file_sha256(path) for path in args.checkpoint],
+        "index_sha256": file_sha256(args.data / "index.csv"), "split": args.split, "n": len(cases),
+        "classes": classes, "tta": args.tta, "both_empty": empty[0], "one_empty": empty[1],
+    }  # fmt: skip
+    plain = {name: {k: v if math.isfinite(v) else None for k, v in f.items()} for name, f in summary.items()}
+    cases = [{k: None if v != v else v for k, v in case.items()} for case in cases]  # NaN is not JSON
+    (out / "metrics.json").write_text(json.dumps({"summary": plain, "cases": cases, "run": run}, indent=1))
+
+
+def find_images(paths: list[Path]) -> list[Path]:
+    """Files as they are; of a folder its .nii and .nii.gz files, or the folder itself as a DICOM series."""
+    found = []
+    for path in paths:
+        inside = sorted(list_volumes(path).values()) if path.is_dir() else []
+        found += inside or [path]
+    return found
+
+
+def predict_images(
+    args: argparse.Namespace, models: list, checkpoints: list[dict], device: torch.device, out: Path
+) -> None:
+    """Masks and pictures of images without masks. DataError at the end if some are unreadable."""
+    meta, files = checkpoints[0]["meta"], find_images(args.images)
+    rows, tiles, bad = [], [], []
+    for path in files:
+        try:
+            volume, affine, header = read_volume(path)
+            if volume.shape[3] != len(meta["channels"]):
+                raise DataError(f"{path}: {volume.shape[3]} channels, expected {meta['channels']}")
+        except DataError as error:
+            bad.append(error)
+            print(error, file=sys.stderr)
+            continue
+        shape, voxel = volume.shape[:3], abs(np.linalg.det(affine[:3, :3])) / 1000
+        image = to_grid(volume, affine, meta)
+        del volume
+        probabilities = predict(models, checkpoints, image, device, args.amp, args.tta)
+        labels = from_grid(probabilities.numpy(), shape, affine)
+        name = path.name.split(".nii")[0]
+        if any(row["mask"] == f"{name}.nii.gz" for row in rows):
+            name = f"{len(rows):04d}_{name}"
+        write_mask(out / f"{name}.nii.gz", np.array(meta["values"], np.uint8)[labels], affine, header)
+        ml = voxel * np.bincount(labels.reshape(-1), minlength=len(meta["classes"]))
+        volumes = {f"ml_{c}": round(float(v), 3) for c, v in zip(meta["classes"][1:], ml[1:], strict=True)}
+        rows.append({"image": str(path), "mask": f"{name}.nii.gz"} | volumes)
+        on_grid = probabilities.argmax(0).byte().numpy()
+        position = fullest(on_grid > 0, meta["slice_axis"])
+        tiles.append(draw_panels(image, [None, on_grid], meta, position, [name]))
+        if len(rows) == 1:
+            write_gif(out / "first.gif", image, [None, on_grid], meta, name)
+        print(f"{path}: " + "  ".join(f"{name} {value} ml" for name, value in volumes.items()))
+    if rows:
+        write_table(out / "volumes.csv", rows)
+        write_gallery(out / "overlays.png", tiles[:30])
+        print(f"{len(rows)} images; masks, volumes.csv and pictures in {out}")
+    if bad:
+        raise DataError(f"{len(bad)} of {len(files)} images could not be read (named above)")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    device = choose_device(args.device)
+    models, checkpoints = load_models(args.checkpoint, device)
+    out = args.out or args.checkpoint[0].parent / (f"eval_{args.split}" if args.data else "predictions")
+    out.mkdir(parents=True, exist_ok=True)
+    (evaluate_split if args.data else predict_images)(args, models, checkpoints, device, out)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (DataError, CheckpointError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,329 @@
+"""segmentation/train.py and eval.py: the real commands at a tiny setting."""
+
+import csv
+import difflib
+import functools
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from classification import dataset as other_dataset
+from classification import eval as other_eval
+from classification import preprocess as other_preprocess
+from classification import train as other_train
+from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from segmentation import dataset, preprocess, train
+from segmentation import eval as evaluation
+from segmentation.preprocess import DataError
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["--epochs", "2", "--workers", "0", "--device", "cpu", "--channels", "4"]
+DIMS = pytest.mark.parametrize("dims", ["2", "3"])
+
+
+def run(*command: str, cwd: Path) -> subprocess.CompletedProcess:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *command]
+    return subprocess.run(command, check=False, cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("raw3")
+    dataset.write_demo(folder, cases=8)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(raw, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("cache3") / "demo"
+    preprocess.main(["--data", str(raw), "--out", str(out), "--spacing", "4", "4", "5"])
+    return out
+
+
+@pytest.fixture(scope="session")
+def trained(cache, tmp_path_factory) -> dict[str, Path]:
+    out = tmp_path_factory.mktemp("runs3")
+    for dims in "23":
+        train.main(["--data", str(cache), "--out", str(out / dims), "--dims", dims, *TINY])
+    return {dims: out / dims for dims in "23"}
+
+
+def same(a: object, b: object) -> bool:
+    """Equal to the bit, tensors in nested dicts included."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def assert_same_training(a: Path, b: Path) -> None:
+    first, second = load_checkpoint(a / "last.pt"), load_checkpoint(b / "last.pt")
+    for row in first["log"] + second["log"]:
+        row.pop("seconds")
+        row.pop("train_seconds")
+    for name in ("model", "optimizer", "log", "best", "figures"):
+        assert same(first[name], second[name]), name
+
+
+# --- train.py ---
+
+
+def test_shared_functions_are_the_same_text():
+    shared = {
+        (
+            preprocess,
+            other_preprocess,
+        ): "DataError progress in_threads hash_pixels group_patients assign_fold open_output read_meta",
+        (dataset, other_dataset): "keep_batch in_batches",
+        (train, other_train): "choose_device start_processes write_log finite learning_rate make_optimizer",
+        (evaluation, other_eval): "font write_table",
+    }
+    for (ours, theirs), names in shared.items():
+        for name in names.split():
+            assert inspect.getsource(getattr(ours, name)) == inspect.getsource(getattr(theirs, name)), name
+    texts = [(ROOT / t / "train.py").read_text().splitlines() for t in ("classification", "segmentation")]
+    assert difflib.SequenceMatcher(None, *texts, autojunk=False).ratio() >= 0.75
+
+
+@DIMS
+def test_stop_and_resume_equal_the_straight_run(cache, trained, tmp_path, dims):
+    command = ["--data", str(cache), "--out", str(tmp_path), "--dims", dims, *TINY]
+    train.main([*command, "--stop-after", "1"])
+    train.main([*command, "--resume", "--workers", "2"])  # workers change nothing either
+    assert_same_training(trained[dims], tmp_path)
+    assert [row["epoch"] for row in read_table(tmp_path / "log.csv")] == ["1", "2"]
+
+
+def test_resume_refuses_other_settings(cache, trained):
+    command = ["--data", str(cache), "--out", str(trained["2"]), *TINY]
+    with pytest.raises(CheckpointError, match=r"loss dice_ce \(now dice\)"):
+        train.main([*command, "--resume", "--loss", "dice"])
+    with pytest.raises(CheckpointError, match="--resume, --overwrite"):
+        train.main(command)
+
+
+def test_two_processes_and_eval(cache, tmp_path):
+    script = str(ROOT / "segmentation" / "train.py")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    done = run(*command, "--data", str(cache), *TINY, "--out", "a", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 2 ") == 1  # only rank 0 speaks
+    printed = load_checkpoint(tmp_path / "a" / "last.pt")["figures"]["dice"]
+    evaluation.main(["--data", str(cache), "--checkpoint", str(tmp_path / "a" / "last.pt"), "--samples", "2"])
+    assert read_metrics(tmp_path / "a" / "eval_val")["summary"]["dice_cache"]["value"] == printed
+
+
+@DIMS
+def test_overfits_two_volumes(cache, tmp_path, dims):
+    (tmp_path / "volumes").mkdir()
+    for k in range(4):  # validated on what it has seen
+        rng, mask = np.random.default_rng(k % 2), np.zeros((16, 14, 12), np.uint8)
+        x, y, z = rng.integers(1, 4, 3)
+        mask[x : x + 9, y : y + 8, z : z + 6] = 1
+        mask[x + 2 : x + 6, y + 2 : y + 6, z : z + 4] = 2
+        image = rng.normal(0, 0.3, mask.shape) + np.array([0, 2, 1])[mask]
+        points = np.argwhere(mask)
+        points = np.column_stack([mask[tuple(points.T)], points])
+        for kind, array in (("mask", mask), ("image", image[None].astype(np.float16)), ("points", points)):
+            np.save(tmp_path / "volumes" / f"{k}.{kind}.npy", array)
+    rows = [("id", "group", "fold"), *((k, k, k // 2) for k in range(4))]
+    (tmp_path / "index.csv").write_text("\n".join(",".join(map(str, row)) for row in rows))
+    meta = preprocess.read_meta(cache) | {"shape": [16, 14, 12], "spacing": [1, 1, 1]}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    options = ["--augment", "0", "--workers", "0", "--lr", "5e-3", "--dims", dims]
+    options += ["--epochs", "40", "--batch-size", "6"] if dims == "2" else ["--epochs", "80"]
+    train.main(["--data", str(tmp_path), "--out", str(tmp_path / "run"), *options])
+    log = load_checkpoint(tmp_path / "run" / "last.pt")["log"]
+    assert log[0]["val_dice"] < 0.6 and log[-1]["val_dice"] > 0.95
+
+
+def test_compile_has_no_graph_breaks(cache, trained, tmp_path, monkeypatch):
+    compiler = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", compiler)
+    options = [*TINY, "--epochs", "1", "--compile"]
+    train.main(["--data", str(cache), "--out", str(tmp_path), *options])
+    names = [set(load_checkpoint(path / "last.pt")["model"]) for path in (tmp_path, trained["2"])]
+    assert names[0] == names[1]
+
+
+@DIMS
+def test_two_channels_small_volumes_and_mirroring(raw, tmp_path, dims):
+    for path in sorted(raw.glob("*Tr/*.nii.gz")):
+        nifti = nib.load(path)
+        voxels = np.asanyarray(nifti.dataobj)
+        voxels = voxels if path.parent.name == "labelsTr" else np.stack([voxels, voxels[::-1]], -1)
+        out = tmp_path / "raw" / path.parent.name / path.name
+        out.parent.mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(voxels, nifti.affine), out)
+    command = ["--data", str(tmp_path / "raw"), "--out", str(tmp_path / "cache")]
+    preprocess.main([*command, "--spacing", "6", "6", "6"])
+    patch = ["--patch", *["16"] * int(dims), "--mirror", "--loss", "dice"]  # more than the volume
+    train.main(["--data", str(tmp_path / "cache"), "--out", str(tmp_path), "--dims", dims, *TINY, *patch])
+    command = ["--data", str(tmp_path / "cache"), "--checkpoint", str(tmp_path / "best.pt"), "--samples", "2"]
+    evaluation.main([*command, "--tta"])
+    evaluation.main([*command, "--out", str(tmp_path / "plain")])
+    printed = load_checkpoint(tmp_path / "best.pt")["figures"]["dice"]
+    assert read_metrics(tmp_path / "plain")["summary"]["dice_cache"]["value"] == printed
+
+
+def test_a_loss_that_is_not_finite_stops(cache, tmp_path):
+    with pytest.raises(DataError, match=r"epoch 1: the loss is .*lower --lr"):
+        options = [*TINY, "--lr", "1e38", "--weight-decay", "1e38"]
+        train.main(["--data", str(cache), "--out", str(tmp_path), *options])
+    assert not (tmp_path / "last.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--fold", "7"], "fold 7 leaves no validation cases"),
+        (["--batch-size", "4000"], "less than one batch"),
+        (["--init", "nowhere.pt"], "nowhere.pt: no checkpoint"),
+    ],
+)
+def test_what_does_not_fit_is_refused(cache, tmp_path, options, message):
+    with pytest.raises((DataError, CheckpointError), match=re.escape(message)):
+        train.main(["--data", str(cache), "--out", str(tmp_path), "--workers", "0", *options])
+
+
+@pytest.mark.parametrize("options", [["--epochs", "0"], ["--patch", "8"], ["--dims", "4"], ["--lr", "0"]])
+def test_impossible_options_exit_with_status_2(options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--data", "x", *options])
+    assert stop.value.code == 2 and options[0] in capsys.readouterr().err
+
+
+# --- eval.py ---
+
+
+@DIMS
+def test_eval_gives_the_score_that_train_printed(cache, raw, trained, dims):
+    path = trained[dims] / "best.pt"
+    evaluation.main(["--data", str(cache), "--checkpoint", str(path), "--samples", "20"])
+    out = trained[dims] / "eval_val"
+    result, printed = read_metrics(out), load_checkpoint(path)["figures"]
+    assert result["summary"]["dice_cache"]["value"] == printed["dice"]
+    names = {"dice", "iou", "hd95_mm", "assd_mm", "volume_error_ml", "dice_wall", "dice_core"}
+    assert names <= result["summary"].keys() and result["run"]["n"] == len(result["cases"]) == 2
+    assert Image.open(out / "worst.png").size[0] > 500 and Image.open(out / "worst.gif").n_frames > 10
+    for row in read_table(out / "cases.csv"):
+        image, truth, found = (
+            nib.load(folder / f"{row['id']}.nii.gz")
+            for folder in (raw / "imagesTr", raw / "labelsTr", out / "predictions")
+        )
+        assert found.get_data_dtype() == np.uint8 and found.shape == image.shape
+        assert np.array_equal(found.affine, image.affine)
+        a, b = (np.asanyarray(nifti.dataobj) == 1 for nifti in (truth, found))
+        assert float(row["dice_wall"]) == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
+
+
+def test_eval_on_the_own_grid_is_the_score_itself(raw, tmp_path):
+    preprocess.main(["--data", str(raw), "--out", str(tmp_path / "cache"), "--spacing", "keep"])
+    train.main(["--data", str(tmp_path / "cache"), "--out", str(tmp_path), *TINY, "--epochs", "1"])
+    command = ["--data", str(tmp_path / "cache"), "--checkpoint", str(tmp_path / "best.pt"), "--samples", "2"]
+    evaluation.main(command)
+    summary = read_metrics(tmp_path / "eval_val")["summary"]
+    for name, value in load_checkpoint(tmp_path / "best.pt")["figures"].items():
+        assert summary[name]["value"] == (None if np.isnan(value) else value), name
+
+
+def test_new_images_get_the_masks_of_the_labelled_run(cache, raw, trained, tmp_path, capsys):
+    path = trained["3"] / "best.pt"
+    command = ["--data", str(cache), "--checkpoint", str(path), "--samples", "2"]
+    evaluation.main([*command, "--out", str(tmp_path / "a")])
+    known = sorted((tmp_path / "a" / "predictions").glob("*.nii.gz"))
+    (tmp_path / "new").mkdir()
+    for file in known:
+        (tmp_path / "new" / file.name).write_bytes((raw / "imagesTr" / file.name).read_bytes())
+    command = ["--checkpoint", str(path), "--out", str(tmp_path / "b"), "--images", str(tmp_path / "new")]
+    evaluation.main(command)
+    for file in known:
+        first, second = nib.load(file), nib.load(tmp_path / "b" / file.name)
+        assert np.array_equal(np.asanyarray(first.dataobj), np.asanyarray(second.dataobj))
+        assert np.array_equal(first.affine, second.affine)
+    assert len(read_table(tmp_path / "b" / "volumes.csv")) == len(known) == 2
+    (tmp_path / "bad.nii.gz").write_text("no volume")
+    with pytest.raises(DataError, match="1 of 3 images"):
+        evaluation.main([*command, str(tmp_path / "bad.nii.gz")])
+    assert "bad.nii.gz" in capsys.readouterr().err
+
+
+def test_the_prediction_lies_on_its_image_in_the_world(raw, cache, tmp_path, monkeypatch):
+    """A network that outlines what is bright: its mask's center in mm is the center of the bright voxels."""
+    nifti = nib.load(raw / "imagesTr" / "demo_002.nii.gz")
+    cube = np.zeros(nifti.shape, np.float32)
+    cube[5:14, 8:20, 20:30] = 1
+    volume = cube + np.random.default_rng(0).normal(0, 0.02, cube.shape).astype(np.float32)
+    nib.save(nib.Nifti1Image(volume, nifti.affine), tmp_path / "cube.nii.gz")
+    meta = preprocess.read_meta(cache)
+    checkpoint = {"settings": {"patch": [16, 16, 16], "batch_size": 2, "amp": "off"}, "meta": meta}
+
+    class Bright(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([1 - x, x - 1, -9 + 0 * x], 1)
+
+    monkeypatch.setattr(evaluation, "load_models", lambda *_: ([Bright()], [checkpoint]))
+    options = ["--checkpoint", "none", "--images", str(tmp_path / "cube.nii.gz"), "--out", str(tmp_path)]
+    evaluation.main([*options[:-1], str(tmp_path / "out")])
+    found = nib.load(tmp_path / "out" / "cube.nii.gz")
+    centers = [
+        nib.affines.apply_affine(n.affine, np.argwhere(v > 0)).mean(0)
+        for n, v in ((nifti, cube), (found, np.asanyarray(found.dataobj)))
+    ]
+    assert np.abs(centers[0] - centers[1]).max() < 1  # a fifth of a voxel of the coarse grid
+
+
+def test_several_checkpoints_are_averaged(cache, trained, tmp_path):
+    paths = [str(path / "last.pt") for path in trained.values()]  # slices and volumes together
+    evaluation.main(["--data", str(cache), "--checkpoint", *paths, "--samples", "2", "--out", str(tmp_path)])
+    assert len(read_metrics(tmp_path)["run"]["checkpoint_sha256"]) == 2
+
+
+def test_eval_refuses_what_was_trained_on(cache, raw, trained, tmp_path):
+    other = load_checkpoint(trained["2"] / "best.pt")
+    other["settings"]["fold"] = 1
+    save_checkpoint(tmp_path / "fold1.pt", other)
+    paths = [str(trained["2"] / "best.pt"), str(tmp_path / "fold1.pt")]
+    with pytest.raises(DataError, match=r"folds \[0, 1\]"):
+        evaluation.main(["--data", str(cache), "--checkpoint", *paths])
+    with pytest.raises(DataError, match="--mirror"):
+        evaluation.main(["--data", str(cache), "--checkpoint", paths[0], "--tta"])
+    preprocess.main(["--data", str(raw), "--out", str(tmp_path / "like"), "--like", str(cache)])
+    with pytest.raises(DataError, match="not the cache of the training"):
+        evaluation.main(["--data", str(tmp_path / "like"), "--checkpoint", paths[0]])
+    options = ["--checkpoint", *paths, "--split", "test", "--samples", "2", "--out", str(tmp_path / "out")]
+    evaluation.main(["--data", str(tmp_path / "like"), *options])
+    assert read_metrics(tmp_path / "out")["run"]["n"] == 8
+
+
+@pytest.mark.parametrize("script", ["preprocess", "eval"])  # train.py is run above
+def test_errors_of_the_command_line(script, tmp_path):
+    path = str(ROOT / "segmentation" / f"{script}.py")
+    options = {
+        "preprocess": ["--data", "nowhere", "--out", "cache"],
+        "eval": ["--data", "nowhere", "--checkpoint", "nowhere.pt"],
+    }[script]
+    done = run(path, *options, cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: nowhere") and done.stderr.count("\n") == 1
