@@ -82,7 +82,7 @@ class UNet(nn.Module):
     convolution on the way down and on the way up. Below are residual units of `channels`, twice as many, ...
     up to 256. `patch` and `spacing` have two or three axes and decide how deep it is. The last convolution
     before the head has no norm: brought to the same deviation in every image, features of a structure that an
-    image lacks look as if it were there, and training takes several times as long.
+    image lacks look as if it were there.
     """
 
     def __init__(
@@ -127,8 +127,7 @@ def segmentation_loss(logits: Tensor, masks: Tensor, kind: str) -> Tensor:
     """Soft Dice loss, plus cross entropy if "dice_ce"; logits float32 (B, K, *S), masks int64 (B, *S).
 
     Dice (Milletari et al., 3DV 2016) is taken per image and foreground class and then averaged. Where a class
-    is absent Dice is not defined; there the loss is the share of voxels it is predicted on. (A constant added
-    to both sides of the fraction instead makes "nothing" the safe answer for every doubtful structure.)
+    is absent Dice is not defined; there the loss is the share of voxels it is predicted on.
     """
     probabilities = logits.softmax(1)[:, 1:].flatten(2)
     truth = F.one_hot(masks, logits.shape[1]).movedim(-1, 1)[:, 1:].flatten(2)
