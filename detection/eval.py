@@ -67,7 +67,7 @@ def load_models(paths: list[Path], device: torch.device) -> tuple[list[torch.nn.
     models = []
     for path, checkpoint in zip(paths, checkpoints, strict=True):
         check_same(checkpoint["meta"], checkpoints[0]["meta"], path, paths[0])
-        model = build_model(checkpoint["settings"]["arch"], checkpoint["settings"]["head"])
+        model = build_model(*(checkpoint["settings"][name] for name in ("arch", "head", "channels")))
         load_weights(model, checkpoint, path)
         models.append(model.to(device, memory_format=torch.channels_last))
     return models, checkpoints

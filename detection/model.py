@@ -70,20 +70,40 @@ def edge_positions(maps: Tensor) -> Tensor:
     return torch.stack([along_x[:, 0], along_y[:, 1], along_x[:, 2], along_y[:, 3]], 1)
 
 
-def build_model(arch: str, head: str, pretrained: bool = False) -> nn.Module:
-    """A BoxNet with random weights.
+def narrow(net: nn.Module, share: float) -> None:
+    """Give every convolution and norm in a ResNet that share of its channels, with new random weights.
 
-    `pretrained` takes torchvision's ImageNet weights, the stem's filters summed over RGB. Raises DataError if
-    it cannot.
+    torchvision's ResNets have one width, made for ImageNet. On a CPU half of it takes a quarter of the time,
+    and finds boxes better for the same time.
+    """
+    for name, part in net.named_children():
+        if isinstance(part, nn.Conv2d):
+            inputs, outputs = round(part.in_channels * share), round(part.out_channels * share)
+            conv = nn.Conv2d(inputs, outputs, part.kernel_size, part.stride, part.padding, bias=False)
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
+            setattr(net, name, conv)
+        elif isinstance(part, nn.BatchNorm2d):
+            setattr(net, name, nn.BatchNorm2d(round(part.num_features * share)))
+        else:
+            narrow(part, share)
+
+
+def build_model(arch: str, head: str, channels: int = 32, pretrained: bool = False) -> nn.Module:
+    """A BoxNet with random weights, `channels` in the first stage (torchvision has 64), doubled in each next.
+
+    `pretrained` takes torchvision's ImageNet weights (of 64 channels), the stem's filters summed over RGB.
+    Raises DataError if it cannot.
     """
     try:
-        model = torchvision.models.get_model(arch, weights="DEFAULT" if pretrained else None)
+        net = torchvision.models.get_model(arch, weights="DEFAULT" if pretrained else None)
     except (OSError, RuntimeError) as error:  # no network, no place to keep the file, a broken download
         raise DataError(f"--pretrained: could not fetch the ImageNet weights of {arch} ({error})") from error
-    rgb_stem = model.conv1.weight
-    model.conv1 = nn.Conv2d(1, 64, 7, 2, 3, bias=False)
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
+    rgb_stem = net.conv1.weight
+    if channels != 64:
+        narrow(net, channels / 64)
+    net.conv1 = nn.Conv2d(1, channels, 7, 2, 3, bias=False)
+    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
     if pretrained:
-        model.conv1.weight = nn.Parameter(rgb_stem.detach().sum(1, keepdim=True))
-    model.fc = nn.Identity()
-    return BoxNet(model, head)
+        net.conv1.weight = nn.Parameter(rgb_stem.detach().sum(1, keepdim=True))
+    net.fc = nn.Identity()
+    return BoxNet(net, head)

@@ -65,6 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("training").add_argument
     add("--arch", choices=ARCHITECTURES, default="resnet18", help="(default: %(default)s)")
     add("--head", choices=HEADS, default="edges", help="(default: %(default)s)")
+    add("--channels", type=int, help="of the first stage (default: 32; --pretrained: its 64)")
     add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
     add("--init", type=Path, metavar="CHECKPOINT", help="start from the weights of another training")
     add("--epochs", type=int, default=15, help="(default: %(default)s; synthetic set: 12)")
@@ -91,6 +92,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}, expected {low} or more")
     if not (args.lr > 0 and args.weight_decay >= 0):
         parser.error("expected --lr > 0 and --weight-decay >= 0")
+    args.channels = args.channels or (64 if args.pretrained else 32)
+    if args.channels < 4 or (args.pretrained and args.channels != 64):
+        parser.error(f"--channels {args.channels}, expected 4 or more, and 64 with --pretrained")
     if args.init and args.pretrained:
         parser.error("--init and --pretrained both set the first weights: choose one")
     return args
@@ -229,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # model, loss, optimizer
     torch.manual_seed(args.seed)
-    model = build_model(args.arch, args.head, args.pretrained and not args.resume)
+    model = build_model(args.arch, args.head, args.channels, args.pretrained and not args.resume)
     model = model.to(device, memory_format=torch.channels_last)
     if args.pretrained:
         meta |= {"mean": PRETRAINED_MEAN, "std": PRETRAINED_STD}

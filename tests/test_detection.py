@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from detection import eval as evaluation
 from detection import preprocess, train
 from detection.dataset import augment, draw_phantom, move_boxes, to_input, write_demo, write_dicom
-from detection.model import build_model, edge_positions
+from detection.model import build_model, edge_positions, narrow
 from detection.preprocess import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -196,11 +197,22 @@ def test_edge_positions_are_means_under_the_softmax():
     assert torch.allclose(edge_positions(maps), torch.tensor([[2.5 / 16, 5.5 / 8, 12.5 / 16, 7 / 8]]))
 
 
-@pytest.mark.parametrize("arch, head", [("resnet18", "edges"), ("resnet50", "edges"), ("resnet34", "linear")])
-def test_the_first_box_lies_inside_the_image(arch, head):
+@pytest.mark.parametrize(
+    "arch, head, channels", [("resnet18", "edges", 32), ("resnet50", "edges", 64), ("resnet34", "linear", 20)]
+)
+def test_the_first_box_lies_inside_the_image(arch, head, channels):
     torch.manual_seed(0)
-    boxes = build_model(arch, head)(torch.randn(2, 1, 64, 64))
+    model = build_model(arch, head, channels)
+    boxes = model(torch.randn(2, 1, 64, 64))
     assert boxes.shape == (2, 4) and (boxes > 0).all() and (boxes < 1).all()
+    assert model.backbone.layer4[0].conv1.out_channels == 8 * channels
+
+
+def test_all_channels_give_the_torchvision_network():
+    expected = {k: v.shape for k, v in torchvision.models.resnet18().state_dict().items() if k[:5] == "layer"}
+    narrowed = torchvision.models.resnet18()
+    narrow(narrowed, 1.0)
+    assert {k: v.shape for k, v in narrowed.state_dict().items() if k[:5] == "layer"} == expected
 
 
 def test_the_phantoms_box_lies_on_its_heart():
