@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.checkpoint import CheckpointError, file_sha256, load_checkpoint, load_weights
 from common.metrics import bootstrap, box_iou, detection_metrics
 from detection.dataset import BOX, XrayDataset, in_batches, make_loader, read_boxes, read_index
-from detection.model import Shifted, build_model
+from detection.model import build_model
 from detection.preprocess import SUFFIXES, DataError, in_threads, prepare, read_image, read_meta
 from detection.train import AMP, choose_device, evaluate
 
@@ -51,7 +51,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("run").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
     add("--amp", choices=AMP, help="mixed precision (default: as in the training)")
-    add("--tta", action="store_true", help="average over shifted copies: slower, a little better")
     add("--workers", type=int, default=2, help="loading processes (default: %(default)s)")
     add("--samples", type=int, default=1000, help="bootstrap samples (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -62,9 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_models(
-    paths: list[Path], device: torch.device, tta: bool
-) -> tuple[list[torch.nn.Module], list[dict]]:
+def load_models(paths: list[Path], device: torch.device) -> tuple[list[torch.nn.Module], list[dict]]:
     """Bare models and their checkpoints. Raises CheckpointError if they do not go together."""
     checkpoints = [load_checkpoint(path, device) for path in paths]
     models = []
@@ -72,8 +69,7 @@ def load_models(
         check_same(checkpoint["meta"], checkpoints[0]["meta"], path, paths[0])
         model = build_model(*(checkpoint["settings"][name] for name in ("arch", "head", "channels")))
         load_weights(model, checkpoint, path)
-        model = model.to(device, memory_format=torch.channels_last)
-        models.append(Shifted(model) if tta else model)
+        models.append(model.to(device, memory_format=torch.channels_last))
     return models, checkpoints
 
 
@@ -195,8 +191,7 @@ def evaluate_split(
     run = {
         "command": " ".join(sys.argv), "versions": {m.__name__: m.__version__ for m in (torch, torchvision)},
         "checkpoint_sha256": [file_sha256(path) for path in args.checkpoint],
-        "index_sha256": file_sha256(args.data / "index.csv"), "split": args.split, "tta": args.tta,
-        "n": len(rows),
+        "index_sha256": file_sha256(args.data / "index.csv"), "split": args.split, "n": len(rows),
     }  # fmt: skip
     plain = {name: {k: v if math.isfinite(v) else None for k, v in f.items()} for name, f in summary.items()}
     (out / "metrics.json").write_text(json.dumps({"summary": plain, "cases": cases, "run": run}, indent=1))
@@ -265,7 +260,7 @@ def predict_images(
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = choose_device(args.device)
-    models, checkpoints = load_models(args.checkpoint, device, args.tta)
+    models, checkpoints = load_models(args.checkpoint, device)
     out = args.out or args.checkpoint[0].parent / (f"eval_{args.split}" if args.data else "predictions")
     out.mkdir(parents=True, exist_ok=True)
     (evaluate_split if args.data else predict_images)(args, models, checkpoints, device, out)

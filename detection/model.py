@@ -1,6 +1,5 @@
 """A torchvision ResNet for gray images that gives one box."""
 
-import itertools
 import sys
 from pathlib import Path
 
@@ -69,26 +68,6 @@ def edge_positions(maps: Tensor) -> Tensor:
     y = (torch.arange(maps.shape[2], device=maps.device) + 0.5) / maps.shape[2]
     along_x, along_y = (chance.sum(2) * x).sum(2), (chance.sum(3) * y).sum(2)
     return torch.stack([along_x[:, 0], along_y[:, 1], along_x[:, 2], along_y[:, 3]], 1)
-
-
-class Shifted(nn.Module):
-    """A BoxNet asked about nine copies of an image, moved by 3 % of its side; the mean of its boxes.
-
-    Strides make the answer depend a little on where the pixels lie on the lattice of the last stage.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        height, width = images.shape[2:]
-        reach = max(1, round(0.03 * width))
-        padded, boxes = F.pad(images, (reach,) * 4, mode="replicate"), 0
-        for x, y in itertools.product((0, reach, 2 * reach), repeat=2):
-            found = self.model(padded[:, :, y : y + height, x : x + width]).float()
-            boxes = boxes + found + found.new_tensor([(x - reach) / width, (y - reach) / height] * 2)
-        return boxes / 9
 
 
 def narrow(net: nn.Module, share: float) -> None:

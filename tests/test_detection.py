@@ -21,7 +21,7 @@ from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from detection import eval as evaluation
 from detection import preprocess, train
 from detection.dataset import augment, draw_phantom, move_boxes, to_input, write_demo, write_dicom
-from detection.model import Shifted, build_model, edge_positions, narrow
+from detection.model import build_model, edge_positions, narrow
 from detection.preprocess import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -215,18 +215,6 @@ def test_all_channels_give_the_torchvision_network():
     assert {k: v.shape for k, v in narrowed.state_dict().items() if k[:5] == "layer"} == expected
 
 
-def test_shifted_copies_give_the_same_box_back():
-    class Blob(torch.nn.Module):
-        def forward(self, images):
-            centre = edge_positions(images.expand(-1, 4, -1, -1) * 50)
-            return centre + torch.tensor([-0.1, -0.2, 0.1, 0.2])
-
-    images = torch.zeros(1, 1, 64, 128)
-    images[0, 0, 20, 70] = 1
-    expected = torch.tensor([[70.5 / 128 - 0.1, 20.5 / 64 - 0.2, 70.5 / 128 + 0.1, 20.5 / 64 + 0.2]])
-    assert torch.allclose(Shifted(Blob())(images), expected, atol=1e-5)
-
-
 def test_the_phantoms_box_lies_on_its_heart():
     picture, (xmin, ymin, xmax, ymax) = draw_phantom(np.random.default_rng(3))
     inside = picture[ymin:ymax, xmin:xmax]
@@ -316,9 +304,8 @@ def test_overfits_eight_images(cache, tmp_path):
     assert log[-1]["val_mean_iou"] > 0.95 > log[0]["val_mean_iou"]
 
 
-@pytest.mark.parametrize("options", [[], ["--tta"]], ids=str)
-def test_new_images_get_the_boxes_of_the_labelled_run(cache, raw, trained, tmp_path, capsys, options):
-    checkpoint = ["--checkpoint", str(trained / "best.pt"), *options]
+def test_new_images_get_the_boxes_of_the_labelled_run(cache, raw, trained, tmp_path, capsys):
+    checkpoint = ["--checkpoint", str(trained / "best.pt")]
     evaluation.main(["--data", str(cache), *checkpoint, "--samples", "2", "--split", "test"])
     known = {row["id"]: row for row in read_table(trained / "eval_test" / "predictions.csv")}
     (tmp_path / "new").mkdir()
