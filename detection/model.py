@@ -88,7 +88,7 @@ def narrow(net: nn.Module, share: float) -> None:
             narrow(part, share)
 
 
-def build_model(arch: str, head: str, channels: int = 32, pretrained: bool = False) -> nn.Module:
+def build_model(arch: str, head: str, channels: int, pretrained: bool = False) -> nn.Module:
     """A BoxNet with random weights, `channels` in the first stage (torchvision has 64), doubled in each next.
 
     `pretrained` takes torchvision's ImageNet weights (of 64 channels), the stem's filters summed over RGB.

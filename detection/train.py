@@ -92,7 +92,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}, expected {low} or more")
     if not (args.lr > 0 and args.weight_decay >= 0):
         parser.error("expected --lr > 0 and --weight-decay >= 0")
-    args.channels = args.channels or (64 if args.pretrained else 32)
+    if args.channels is None:
+        args.channels = 64 if args.pretrained else 32
     if args.channels < 4 or (args.pretrained and args.channels != 64):
         parser.error(f"--channels {args.channels}, expected 4 or more, and 64 with --pretrained")
     if args.init and args.pretrained:
