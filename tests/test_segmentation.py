@@ -1,9 +1,7 @@
 """segmentation/train.py and eval.py: the real commands at a tiny setting."""
 
 import csv
-import difflib
 import functools
-import inspect
 import json
 import os
 import re
@@ -17,10 +15,6 @@ import pytest
 import torch
 from PIL import Image
 
-from classification import dataset as other_dataset
-from classification import eval as other_eval
-from classification import preprocess as other_preprocess
-from classification import train as other_train
 from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from segmentation import dataset, preprocess, train
 from segmentation import eval as evaluation
@@ -87,23 +81,6 @@ def assert_same_training(a: Path, b: Path) -> None:
 
 
 # --- train.py ---
-
-
-def test_shared_functions_are_the_same_text():
-    shared = {
-        (
-            preprocess,
-            other_preprocess,
-        ): "DataError progress in_threads hash_pixels group_patients assign_fold open_output read_meta",
-        (dataset, other_dataset): "keep_batch in_batches",
-        (train, other_train): "choose_device start_processes write_log finite learning_rate make_optimizer",
-        (evaluation, other_eval): "font write_table",
-    }
-    for (ours, theirs), names in shared.items():
-        for name in names.split():
-            assert inspect.getsource(getattr(ours, name)) == inspect.getsource(getattr(theirs, name)), name
-    texts = [(ROOT / t / "train.py").read_text().splitlines() for t in ("classification", "segmentation")]
-    assert difflib.SequenceMatcher(None, *texts, autojunk=False).ratio() >= 0.75
 
 
 @DIMS
