@@ -120,11 +120,11 @@ def font(size: int) -> ImageFont.ImageFont:
 
 
 def draw_panels(
-    image: np.ndarray, maps: list[np.ndarray | None], meta: dict, position: int, caption: list[str]
+    image: np.ndarray, maps: dict[str, np.ndarray | None], meta: dict, position: int, caption: list[str]
 ) -> Tensor:
     """A slice of an image (C, X, Y, Z) once for each map of classes (X, Y, Z), side by side: uint8 (3, H, W).
 
-    The axes of RAS go to the right and up, with the proportions they have in mm.
+    The axes of RAS go to the right and up, with the proportions they have in mm; the names of the maps above.
     """
     axis = meta["slice_axis"]
     plane = np.take(image[0], position, axis).astype(np.float32).T[::-1]
@@ -134,7 +134,7 @@ def draw_panels(
     mm = (gray.shape[1] * up, gray.shape[2] * across)
     size = [max(1, round(TILE * length / max(mm))) for length in mm]
     panels = []
-    for labels in maps:
+    for labels in maps.values():
         panel = resize(gray, size)
         if labels is not None:
             cut = torch.from_numpy(np.take(labels, position, axis).T[::-1].copy())[None]
@@ -144,9 +144,11 @@ def draw_panels(
             panel = draw_segmentation_masks(panel, masks, alpha=0.45, colors=colours)
         panels += [panel, torch.zeros(3, size[0], 2, dtype=torch.uint8)]
     pair = torch.cat(panels[:-1], 2)
-    head = Image.new("RGB", (pair.shape[2], 20 * len(caption)), "black")
+    head = Image.new("RGB", (pair.shape[2], 20 * (len(caption) + 1)), "black")
     for k, line in enumerate(caption):
         ImageDraw.Draw(head).text((4, 20 * k + 2), line[-pair.shape[2] // 8 :], "white", font(14))
+    for k, name in enumerate(maps):
+        ImageDraw.Draw(head).text((k * (size[1] + 2) + 4, head.height - 18), name, "white", font(14))
     return torch.cat([pil_to_tensor(head), pair], 1)
 
 
@@ -155,7 +157,7 @@ def fullest(marked: np.ndarray, axis: int) -> int:
     return int(marked.sum(tuple(k for k in range(3) if k != axis)).argmax())
 
 
-def write_gif(path: Path, image: np.ndarray, maps: list[np.ndarray | None], meta: dict, caption: str) -> None:
+def write_gif(path: Path, image: np.ndarray, maps: dict, meta: dict, caption: str) -> None:
     """All slices of a volume as an animation, at most some 100 of them."""
     count = image.shape[meta["slice_axis"] + 1]
     frames = [
@@ -246,16 +248,17 @@ def evaluate_split(
         on_grid = on_grid.numpy()
         position = fullest(mask != on_grid, meta["slice_axis"])
         caption = [name, f"dice {figures['dice']:.3f}  hd95 {figures['hd95_mm']:.1f} mm"]
-        tiles.append(draw_panels(image, [None, mask, on_grid], meta, position, caption))
+        maps = {"truth": mask, "prediction": on_grid}
+        tiles.append(draw_panels(image, {"image": None} | maps, meta, position, caption))
         if worst is None or figures["dice"] < worst[0] or math.isnan(worst[0]):
-            worst = figures["dice"], image, mask, on_grid, name
+            worst = figures["dice"], image, maps, name
         progress(f"{k}/{len(rows)}  {name}  dice {figures['dice']:.3f}")
     progress("")
     write_report(args, cases, classes, empty, out)
     order = torch.tensor([case["dice"] for case in cases]).nan_to_num(2.0).argsort()[:12].tolist()
     write_gallery(out / "worst.png", [tiles[k] for k in order])
-    _, image, mask, on_grid, name = worst
-    write_gif(out / "worst.gif", image, [mask, on_grid], meta, name)
+    _, image, maps, name = worst
+    write_gif(out / "worst.gif", image, maps, meta, name)
     print(f"{len(rows)} cases; {empty[0]} structures absent in both, {empty[1]} in one; all of it in {out}")
 
 
@@ -322,10 +325,11 @@ def predict_images(
         rows.append({"image": str(path), "mask": f"{name}.nii.gz"} | volumes)
         on_grid = probabilities.argmax(0).byte().numpy()
         position = fullest(on_grid > 0, meta["slice_axis"])
-        tiles.append(draw_panels(image, [None, on_grid], meta, position, [name]))
+        maps = {"image": None, "prediction": on_grid}
+        tiles.append(draw_panels(image, maps, meta, position, [name]))
         if len(rows) == 1:
-            write_gif(out / "first.gif", image, [None, on_grid], meta, name)
-        print(f"{path}: " + "  ".join(f"{name} {value} ml" for name, value in volumes.items()))
+            write_gif(out / "first.gif", image, maps, meta, name)
+        print(f"{path}: " + "  ".join(f"{name[3:]} {value} ml" for name, value in volumes.items()))
     if rows:
         write_table(out / "volumes.csv", rows)
         write_gallery(out / "overlays.png", tiles[:30])
