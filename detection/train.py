@@ -68,7 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--channels", type=int, help="of the first stage (default: 32; --pretrained: its 64)")
     add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
     add("--init", type=Path, metavar="CHECKPOINT", help="start from the weights of another training")
-    add("--epochs", type=int, default=15, help="(default: %(default)s; synthetic set: 12)")
+    add("--epochs", type=int, default=15, help="(default: %(default)s; synthetic set: 30)")
     add("--batch-size", type=int, default=32, help="per process (default: %(default)s)")
     add("--lr", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
     add("--weight-decay", type=float, default=0.05, help="(default: %(default)s)")
@@ -84,7 +84,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace the training in --out")
     args = parser.parse_args(argv)
     if args.data is None:
-        parser.set_defaults(epochs=12, overwrite=not args.resume)
+        parser.set_defaults(epochs=30, overwrite=not args.resume)
         args = parser.parse_args(argv)
     least = {"fold": 0, "workers": 0, "epochs": 1, "batch_size": 2, "augment": 0, "seed": 0, "stop_after": 1}
     for name, low in least.items():

@@ -32,7 +32,7 @@ def test_the_first_command_is_a_training_without_data():
 
 @pytest.mark.parametrize("task, options, figure, low, picture", [
     ("classification", "", "auroc", 0.8, "mistakes"),
-    ("detection", "--epochs 4", "mean_iou", 0.6, "gallery"),  # a third of what it takes without options
+    ("detection", "--epochs 4", "mean_iou", 0.6, "gallery"),  # a part of what it takes without options
 ])  # fmt: skip
 def test_a_training_without_data_names_the_next_command(task, options, figure, low, picture, tmp_path):
     def run(command: str) -> str:
