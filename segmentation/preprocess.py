@@ -1,7 +1,7 @@
 """Turn labelled MR or CT volumes into arrays on a common grid and an index that train.py and eval.py read.
 
   python segmentation/preprocess.py --data Task04_Hippocampus --out data/hippocampus
-  python segmentation/preprocess.py --data left_atrium --out data/atrium --spacing 1.25 1.25 1.25
+  python segmentation/preprocess.py --data left_atrium --out data/atrium --spacing 1.5 1.5 1.5
   python segmentation/preprocess.py --data other_hospital --out data/other --like data/atrium
 
 RAW is a folder as in the Medical Segmentation Decathlon (MSD): imagesTr/NAME.nii.gz, 3D, or 4D with the
