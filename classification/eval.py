@@ -28,10 +28,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from classification import preprocess
 from classification.dataset import XrayDataset, in_batches, make_loader, read_index, to_input
 from classification.model import build_model, class_activation_maps
-from classification.preprocess import SUFFIXES, DataError, in_threads, read_image, read_meta
+from classification.preprocess import (
+    DataError,
+    count_files,
+    find_images,
+    in_threads,
+    list_files,
+    positive_class,
+    read_image,
+    read_meta,
+    report_bad,
+    report_notes,
+)
 from classification.train import AMP, choose_device, evaluate
 from common.checkpoint import CheckpointError, file_sha256, load_checkpoint, load_weights
-from common.metrics import bootstrap, classification_metrics, confusion_matrix, roc_curve
+from common.metrics import bootstrap, classification_metrics, confusion_matrix, print_summary, roc_curve
 
 TILE = 256  # pixels of one picture in a gallery
 
@@ -117,6 +128,8 @@ def draw_confusion_matrix(counts: Tensor, classes: list[str]) -> Image.Image:
     draw = ImageDraw.Draw(picture)
     draw.text((margin + cell * len(classes) / 2, 80), "predicted", "black", font(18), anchor="mm")
     draw.text((10, margin - 30), "truth", "black", font(18), anchor="lm")
+    if positive := positive_class(classes):
+        draw.text((10, 30), f"positive: {positive[:32]}", "black", font(18), anchor="lm")
     for i, name in enumerate(classes):
         middle = margin + (i + 0.5) * cell
         draw.text((middle, margin - 30), name[:14], "black", font(16), anchor="mm")
@@ -254,13 +267,15 @@ def evaluate_split(
     if args.compare:
         theirs = read_predictions(args.compare, [case["id"] for case in cases], classes)
         summary |= bootstrap(difference, patients, args.samples)
-    for name, figure in summary.items():
-        print("{:30} {value:.4f}  ({low:.4f} to {high:.4f})".format(name, **figure))
+    positive = positive_class(classes)
+    if positive:
+        print(f"positive class: {positive}")
+    print_summary(summary, patients)
     run = {
         "command": " ".join(sys.argv), "versions": {m.__name__: m.__version__ for m in (torch, torchvision)},
         "checkpoint_sha256": [file_sha256(path) for path in args.checkpoint],
         "index_sha256": file_sha256(args.data / "index.csv"), "split": args.split, "n": len(rows),
-        "classes": classes, "threshold_tuned": threshold,
+        "classes": classes, "positive_class": positive, "threshold_tuned": threshold,
     }  # fmt: skip
     plain = {name: {k: v if math.isfinite(v) else None for k, v in f.items()} for name, f in summary.items()}
     (out / "metrics.json").write_text(json.dumps({"summary": plain, "cases": cases, "run": run}, indent=1))
@@ -291,7 +306,8 @@ def write_roc(out: Path, labels: Tensor, probabilities: Tensor, classes: list[st
         for point in zip(thresholds.tolist(), fpr.tolist(), tpr.tolist(), strict=True):
             points.append(dict(zip(("class", "threshold", "fpr", "tpr"), (classes[k], *point), strict=True)))
         if fpr.isfinite().all() and tpr.isfinite().all():  # not with one class only
-            curves[f"{classes[k]}  AUROC {torch.trapezoid(tpr, fpr):.3f}"] = (fpr, tpr)
+            role = "positive class " if len(classes) == 2 else ""
+            curves[f"{role}{classes[k]}  AUROC {torch.trapezoid(tpr, fpr):.3f}"] = (fpr, tpr)
     write_table(out / "roc.csv", points)
     draw_roc(curves).save(out / "roc.png")
 
@@ -300,12 +316,17 @@ def list_images(paths: list[Path]) -> list[Path]:
     """The files, and the images anywhere in the folders. Raises DataError for a folder without any."""
     files = []
     for path in paths:
-        found = (
-            sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-        )
-        if not found:
-            raise DataError(f"{path}: no image in it, expected {' '.join(sorted(SUFFIXES))}")
-        files += found
+        if not path.is_dir():
+            files.append(path)
+            continue
+        images = find_images(path)
+        others = sorted(set(list_files(path)) - set(images))
+        if not images:
+            found = count_files(others, path) or "nothing"
+            raise DataError(f"{path}: no image in it, found {found}, expected DICOM, JPEG, PNG or TIFF")
+        if others:
+            print(f"note: {path}: passed over: {count_files(others, path)}")
+        files += images
     return files
 
 
@@ -316,18 +337,23 @@ def predict_images(
     meta, settings = checkpoints[0]["meta"], checkpoints[0]["settings"]
     files = list_images(args.images)
 
-    def load(path: Path) -> Tensor | DataError:
+    def load(path: Path) -> tuple[Tensor, tuple[str, ...]] | DataError:
         try:
-            picture, _, _ = read_image(path)
+            picture = read_image(path)
         except DataError as error:
             return error
-        return torch.from_numpy(preprocess.resize(picture, meta["size"], meta["fit"]))[None]
+        image = preprocess.resize(picture.gray, meta["size"], meta["fit"])
+        return torch.from_numpy(image)[None], picture.notes
 
-    loaded = dict(zip(files, in_threads(load, files, args.workers), strict=True))
-    bad = [error for error in loaded.values() if isinstance(error, DataError)]
-    for error in bad:
-        print(error, file=sys.stderr)
-    good = {path: image for path, image in loaded.items() if not isinstance(image, DataError)}
+    good, bad, notes = {}, [], []
+    for path, result in zip(files, in_threads(load, files, args.workers), strict=True):
+        if isinstance(result, DataError):
+            bad.append((str(path), str(result)))
+            continue
+        good[path], image_notes = result
+        notes.extend((str(path), note) for note in image_notes)
+    report_bad(bad)
+    report_notes(notes)
     if good:
         batches = torch.stack(list(good.values())).split(settings["batch_size"])
         loader = [(batch, torch.zeros(len(batch), dtype=torch.long)) for batch in batches]
@@ -357,6 +383,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a code page that lacks a name's letters
     try:
         main()
     except (DataError, CheckpointError, OSError) as error:

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from classification import preprocess
 from classification.dataset import EpochBatches, in_batches, make_loader, read_index, to_input, write_demo
 from classification.model import ARCHITECTURES, PRETRAINED_MEAN, PRETRAINED_STD, build_model
-from classification.preprocess import DataError, progress, read_meta
+from classification.preprocess import DataError, positive_class, progress, read_meta
 from common.checkpoint import (
     CheckpointError,
     file_sha256,
@@ -260,6 +260,8 @@ def main(argv: list[str] | None = None) -> None:
         train_model = torch.compile(train_model)
     say(f"torch {torch.__version__}, torchvision {torchvision.__version__}, {json.dumps(settings)}")
     say(f"{counts.tolist()} training images of {meta['classes']}, {steps_per_epoch} steps an epoch, {device}")
+    if positive := positive_class(meta["classes"]):
+        say(f"positive class: {positive}")
 
     # training
     for epoch in range(start, min(args.epochs, args.stop_after or args.epochs)):
@@ -321,6 +323,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a code page that lacks a name's letters
     try:
         main()
     except (DataError, CheckpointError, OSError) as error:

@@ -27,10 +27,21 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.checkpoint import CheckpointError, file_sha256, load_checkpoint, load_weights
-from common.metrics import bootstrap, box_iou, detection_metrics
+from common.metrics import bootstrap, box_iou, detection_metrics, print_summary
 from detection.dataset import BOX, XrayDataset, in_batches, make_loader, read_boxes, read_index
 from detection.model import build_model
-from detection.preprocess import SUFFIXES, DataError, in_threads, prepare, read_image, read_meta
+from detection.preprocess import (
+    DataError,
+    count_files,
+    find_images,
+    in_threads,
+    list_files,
+    prepare,
+    read_image,
+    read_meta,
+    report_bad,
+    report_notes,
+)
 from detection.train import AMP, choose_device, evaluate
 
 TILE = 384  # pixels of one picture in a gallery
@@ -185,9 +196,9 @@ def evaluate_split(
             found |= {f"{figure}{name}": value for figure, value in one.items()}
         return found
 
-    summary = bootstrap(figures, [row["patient"] for row in index], args.samples)
-    for name, figure in summary.items():
-        print("{:30} {value:.4f}  ({low:.4f} to {high:.4f})".format(name, **figure))
+    patients = [row["patient"] for row in index]
+    summary = bootstrap(figures, patients, args.samples)
+    print_summary(summary, patients)
     run = {
         "command": " ".join(sys.argv), "versions": {m.__name__: m.__version__ for m in (torch, torchvision)},
         "checkpoint_sha256": [file_sha256(path) for path in args.checkpoint],
@@ -210,12 +221,17 @@ def list_images(paths: list[Path]) -> list[Path]:
     """The files, and the images anywhere in the folders. Raises DataError for a folder without any."""
     files = []
     for path in paths:
-        found = (
-            sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-        )
-        if not found:
-            raise DataError(f"{path}: no image in it, expected {' '.join(sorted(SUFFIXES))}")
-        files += found
+        if not path.is_dir():
+            files.append(path)
+            continue
+        images = find_images(path)
+        others = sorted(set(list_files(path)) - set(images))
+        if not images:
+            found = count_files(others, path) or "nothing"
+            raise DataError(f"{path}: no image in it, found {found}, expected DICOM, JPEG, PNG or TIFF")
+        if others:
+            print(f"note: {path}: passed over: {count_files(others, path)}")
+        files += images
     return files
 
 
@@ -226,18 +242,24 @@ def predict_images(
     meta, settings = checkpoints[0]["meta"], checkpoints[0]["settings"]
     files = list_images(args.images)
 
-    def load(path: Path) -> tuple[Tensor, tuple[int, int]] | DataError:
+    def load(path: Path) -> tuple[Tensor, tuple[int, int], tuple[str, ...]] | DataError:
         try:
-            picture, _, _ = read_image(path)
+            picture = read_image(path)
         except DataError as error:
             return error
-        return torch.from_numpy(prepare(picture, meta["size"]))[None], picture.shape
+        image = prepare(picture.gray, meta["size"])
+        return torch.from_numpy(image)[None], picture.gray.shape, picture.notes
 
-    loaded = dict(zip(files, in_threads(load, files, args.workers), strict=True))
-    bad = [error for error in loaded.values() if isinstance(error, DataError)]
-    for error in bad:
-        print(error, file=sys.stderr)
-    good = {path: result for path, result in loaded.items() if not isinstance(result, DataError)}
+    good, bad, notes = {}, [], []
+    for path, result in zip(files, in_threads(load, files, args.workers), strict=True):
+        if isinstance(result, DataError):
+            bad.append((str(path), str(result)))
+            continue
+        image, shape, image_notes = result
+        good[path] = (image, shape)
+        notes.extend((str(path), note) for note in image_notes)
+    report_bad(bad)
+    report_notes(notes)
     if good:
         batches = torch.stack([image for image, _ in good.values()]).split(settings["batch_size"])
         loader = [(batch, torch.zeros(len(batch), 4)) for batch in batches]
@@ -267,6 +289,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a code page that lacks a name's letters
     try:
         main()
     except (DataError, CheckpointError, OSError) as error:

@@ -30,7 +30,7 @@ from torchvision.utils import draw_segmentation_masks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.checkpoint import CheckpointError, file_sha256, load_checkpoint, load_weights
-from common.metrics import bootstrap, dice_scores, segmentation_metrics
+from common.metrics import bootstrap, dice_scores, print_summary, segmentation_metrics
 from segmentation.dataset import open_case, read_index
 from segmentation.model import build_model, predict_volume
 from segmentation.preprocess import (
@@ -273,9 +273,9 @@ def write_report(
     def figures_of(chosen: Tensor) -> dict[str, float]:
         return dict(zip(names, table[chosen].nanmean(0).tolist(), strict=True))
 
-    summary = bootstrap(figures_of, [case["group"] for case in cases], args.samples)
-    for name, figure in summary.items():
-        print("{:30} {value:.4f}  ({low:.4f} to {high:.4f})".format(name, **figure))
+    groups = [case["group"] for case in cases]
+    summary = bootstrap(figures_of, groups, args.samples)
+    print_summary(summary, groups)
     run = {
         "command": " ".join(sys.argv), "versions": {m.__name__: m.__version__ for m in (torch, nib)},
         "checkpoint_sha256": [file_sha256(path) for path in args.checkpoint],
@@ -348,6 +348,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a code page that lacks a name's letters
     try:
         main()
     except (DataError, CheckpointError, OSError) as error:

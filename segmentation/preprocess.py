@@ -425,6 +425,13 @@ def read_meta(cache: Path) -> dict:
         raise DataError(f"{cache}: no finished cache here; make one by: {command}") from error
 
 
+def default_workers() -> int:
+    """As many threads as this process may use, at most 8: each holds an image as large as its file says."""
+    if hasattr(os, "sched_getaffinity"):  # on a shared node fewer than os.cpu_count()
+        return min(8, len(os.sched_getaffinity(0)))
+    return min(8, os.cpu_count() or 1)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
@@ -437,7 +444,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--like", type=Path, metavar="CACHE", help="a test set for the models of this cache: its classes, "
         "spacing and normalisation, every row test")  # fmt: skip
     add = parser.add_argument_group("run").add_argument
-    add("--workers", type=int, default=os.cpu_count() or 1, help="threads, each with a volume in memory "
+    add("--workers", type=int, default=default_workers(), help="threads, each with a volume in memory "
         "(default: %(default)s)")  # fmt: skip
     add("--skip-bad", action="store_true", help="leave unusable cases out and list them in skipped.csv")
     add("--overwrite", action="store_true", help="replace a finished cache in OUT")
@@ -588,6 +595,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a code page that lacks a name's letters
     try:
         main()
     except (DataError, OSError) as error:

@@ -307,6 +307,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a code page that lacks a name's letters
     try:
         main()
     except (DataError, CheckpointError, OSError) as error:

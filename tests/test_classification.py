@@ -144,6 +144,8 @@ def test_eval_gives_the_score_that_train_printed(cache, tmp_path, amp, capsys):
     for name, value in printed.items():
         assert result["summary"][name]["value"] == (None if np.isnan(value) else value), name
     assert result["run"]["n"] == len(result["cases"])
+    assert result["run"]["positive_class"] == "pneumonia"
+    assert capsys.readouterr().out.count("positive class: pneumonia\n") == 2  # by train.py and by eval.py
     assert "f1_tuned" in result["summary"]
     for name in ("confusion_matrix.png", "roc.png", "mistakes.png"):
         assert Image.open(tmp_path / "eval_val" / name).size[0] > 200
@@ -298,6 +300,7 @@ def test_three_classes(tmp_path):
     command = ["--data", str(tmp_path / "cache"), "--checkpoint", str(tmp_path / "run" / "best.pt")]
     evaluation.main([*command, "--samples", "20"])
     result = json.loads((tmp_path / "run" / "eval_val" / "metrics.json").read_text())
+    assert result["run"]["positive_class"] is None
     assert (
         result["summary"]["auroc"]["value"]
         == load_checkpoint(tmp_path / "run" / "best.pt")["figures"]["auroc"]

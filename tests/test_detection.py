@@ -23,6 +23,7 @@ from detection import preprocess, train
 from detection.dataset import augment, draw_phantom, move_boxes, to_input, write_demo, write_dicom
 from detection.model import build_model, edge_positions, narrow
 from detection.preprocess import DataError
+from tests.test_preprocess import dicom
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--epochs", "2", "--batch-size", "8", "--workers", "0", "--device", "cpu"]
@@ -137,6 +138,69 @@ def test_rsna_heart_boxes_are_in_224(tmp_path, capsys):
     (row,) = rows
     assert [float(row[k]) for k in ("xmin", "ymin", "xmax", "ymax")] == [28, 28, 84, 42]
     assert (row["patient"], row["spacing"], meta["layout"]) == ("p1", "1.6 1.6", "RSNA heart boxes")
+
+
+def test_boxes_are_in_the_coordinates_of_the_image_as_it_is_shown(tmp_path):
+    raw = boxes_csv(tmp_path / "raw", "a.png,0,0,20,40")  # 40 x 20 as stored, shown 20 x 40
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.open(raw / "a.png").save(raw / "a.png", exif=exif)
+    (raw / "b.png").unlink()
+    (row,) = run(raw)[1]
+    assert [row[k] for k in ("xmax", "ymax", "height", "width")] == ["20.0", "40.0", "40", "20"]
+
+
+def test_an_unusable_pixel_spacing_never_stops_a_run(tmp_path, cache, trained, capsys):
+    names = ("0.15\\0.14", "0,15\\0,14", "0.0\\0.000", "0.1500000", "1\\1\\1\\1\\1")
+    rows = " ".join(f"{k}.dcm,1,1,20,20" for k in range(len(names)))
+    raw = boxes_csv(tmp_path / "raw", rows, "")
+    for k, written in enumerate(names):
+        pixels = np.random.default_rng(k).integers(0, 256, (30, 40), dtype=np.uint8)
+        dicom(raw / f"{k}.dcm", pixels, PixelSpacing=[0.15, 0.14], PatientID=f"p{k}")
+        data = (raw / f"{k}.dcm").read_bytes()
+        (raw / f"{k}.dcm").write_bytes(data.replace(b"0.15\\0.14", written.encode()))
+    assert [row["spacing"] for row in run(raw, "--like", str(cache))[1]] == ["0.15 0.14", "", "", "", ""]
+    capsys.readouterr()
+    checkpoint = str(trained / "best.pt")
+    evaluation.main(["--data", str(tmp_path / "out"), "--checkpoint", checkpoint, "--split", "test"])
+    printed = capsys.readouterr().out
+    assert "note: the intervals rest on 5 patients and are too narrow" in printed
+    figures = json.loads((trained / "eval_test" / "metrics.json").read_text())["summary"]
+    assert figures["mae_mm"]["value"] > 0.5  # of the one image that says how large a pixel is
+
+
+def test_patients_by_file_name(tmp_path):
+    rows = "p1_a.png,1,1,9,9 p1_b.png,1,1,9,9 p2_a.png,1,1,9,9"
+    raw = boxes_csv(tmp_path / "raw", rows, "p1_a.png p1_b.png p2_a.png")
+    assert [row["patient"] for row in run(raw, "--patient-regex", "(p[0-9])_")[1]] == ["p1", "p1", "p2"]
+    with pytest.raises(DataError, match=r"--patient-regex 'p1' finds nothing in p2_a\.png"):
+        run(raw, "--patient-regex", "p1", "--overwrite")
+
+
+def test_files_are_found_by_their_content(tmp_path, capsys):
+    raw = boxes_csv(tmp_path / "raw", "IM1,1,1,9,9 b.png,1,1,9,9", "b.png")
+    dicom(raw / "IM1", np.random.default_rng(0).integers(0, 256, (20, 40), dtype=np.uint8))
+    (raw / "notes.txt").write_text("x")
+    (raw / "._b.png").write_text("x")
+    assert [row["id"] for row in run(raw)[1]] == ["IM1", "b.png"]
+    assert "note: left out: 1 .txt\n" in capsys.readouterr().out
+    files = evaluation.list_images([raw])
+    assert [path.name for path in files] == ["IM1", "b.png"]
+    assert f"note: {raw}: passed over: 1 .csv, 1 .txt\n" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"raw: found b/; expected boxes\.csv or rsna_heart"):
+        (tmp_path / "empty/raw/b").mkdir(parents=True)
+        run(tmp_path / "empty/raw")
+    with pytest.raises(DataError, match=r"one folder too high: raw holds boxes\.csv; use --data"):
+        preprocess.main(["--data", str(tmp_path), "--out", str(tmp_path / "x")])
+
+
+def test_two_files_of_one_name_are_told(tmp_path, capsys):
+    raw = tmp_path / "raw"
+    for name in ("x/a.dcm", "y/a.dcm", "x/b.dcm"):
+        dicom(raw / name, np.random.default_rng(0).integers(0, 256, (20, 40), dtype=np.uint8))
+    (raw / "rsna_heart_detection.csv").write_text("name,x0,y0,w,h\na,9,9,99,99\nb,9,9,99,99\n")
+    assert [row["id"] for row in run(raw, "--skip-bad")[1]] == ["b"]
+    assert "csv:2: 2 files for a: " in capsys.readouterr().err
 
 
 def test_groups_and_like(raw, cache, tmp_path):

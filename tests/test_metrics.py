@@ -19,6 +19,7 @@ from common.metrics import (
     dice_figures,
     dice_scores,
     overlap,
+    print_summary,
     roc_curve,
     segmentation_metrics,
     sensitivity_at_specificity,
@@ -414,3 +415,21 @@ def test_surface_distances_equal_brute_force(shape, density):
     found = surface_distances(a, b, spacing.tolist())
     assert found.dtype == torch.float64 and found.tolist() == pytest.approx(expected.tolist(), abs=1e-12)
     assert segmentation_metrics(a, b, spacing.tolist())["hd95_mm"] == approx(expected.quantile(0.95).item())
+
+
+def test_one_patient_has_no_interval_and_few_have_a_note(capsys):
+    def mean(rows):
+        return {"mean": rows.double().mean().item()}
+
+    one = bootstrap(mean, ["a"] * 4, 50)
+    assert one["mean"]["value"] == 1.5 and math.isnan(one["mean"]["low"]) and math.isnan(one["mean"]["high"])
+    print_summary(one, ["a"] * 4)
+    assert capsys.readouterr().out == f"{'mean':30} 1.5000\nnote: one patient, so no intervals\n"
+    for count, has_note in ((2, True), (9, True), (10, False)):
+        groups = [str(k) for k in range(count)]
+        summary = bootstrap(mean, groups, 50)
+        assert summary["mean"]["low"] < summary["mean"]["value"] < summary["mean"]["high"]
+        print_summary(summary, groups)
+        printed = capsys.readouterr().out
+        assert (f"note: the intervals rest on {count} patients" in printed) == has_note
+        assert printed.startswith(f"{'mean':30} {(count - 1) / 2:.4f}  (")

@@ -4,6 +4,8 @@ import csv
 import hashlib
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import zlib
@@ -51,7 +53,10 @@ def dicom(path: Path, pixels: object, lut: tuple = (), **header: object) -> Path
         item.add_new("LUTData", "US", [int(v) for v in lut[2]])
         ds.VOILUTSequence = pydicom.Sequence([item])
     for name, value in header.items():
-        setattr(ds, name, value)
+        if isinstance(value, pydicom.DataElement):
+            ds.add(value)
+        else:
+            setattr(ds, name, value)
     path.parent.mkdir(parents=True, exist_ok=True)
     ds.save_as(path, enforce_file_format=True)
     return path
@@ -129,20 +134,19 @@ PRIMARY = np.uint16([[[255, 0, 0], [0, 255, 0], [0, 0, 255]]])
      {"PhotometricInterpretation": "YBR_FULL"}),  # PS3.3 C.7.6.3.1.2: (254, 0, 0) and a gray
 ])  # fmt: skip
 def test_dicom_by_hand(tmp_path, pixels, expected, header):
-    picture, _, patient = read_image(dicom(tmp_path / "a.dcm", pixels, **header))
-    np.testing.assert_allclose(picture, np.atleast_2d(expected), atol=1e-6)
-    assert picture.dtype == np.float32 and patient == HASH
+    picture = read_image(dicom(tmp_path / "a.dcm", pixels, **header))
+    np.testing.assert_allclose(picture.gray, np.atleast_2d(expected), atol=1e-6)
+    assert picture.gray.dtype == np.float32 and picture.patient == HASH
 
 
 @pytest.mark.parametrize("reason, header", [
-    ("PALETTE COLOR", {"PhotometricInterpretation": "PALETTE COLOR"}),
+    ("No suitable Palette Color", {"PhotometricInterpretation": "PALETTE COLOR"}),
     ("YBR_PARTIAL_420", {"PhotometricInterpretation": "YBR_PARTIAL_420"}),
     ("without pixel data", {"PixelData": None}),
     ("2 frames", {"NumberOfFrames": 2}),
     ("expected a single image", {"Rows": 1}),  # pixels of a second frame that the header does not count
     ("bytes of pixel data is less", {"Rows": 9}),
-    ("high bit 15", {"HighBit": 15}),
-    ("no contrast", window(9999, 2)),
+    ("window 9999/2 shows none of 1 to 4$", window(9999, 2)),
 ])  # fmt: skip
 def test_dicom_refused(tmp_path, reason, header):
     path = dicom(tmp_path / "a.dcm", [[1, 2], [3, 4]], **header)
@@ -155,7 +159,7 @@ def test_files_of_pydicom():
     pictures, refusals = [], {}
     for path in sorted((Path(pydicom.__file__).parent / "data").rglob("*.dcm")):
         try:
-            pictures.append(read_image(path)[0])
+            pictures.append(read_image(path).gray)
         except DataError as error:
             assert str(error).startswith(f"{path}: ")
             refusals[path.name] = str(error)
@@ -185,7 +189,7 @@ def test_pictures_by_hand(tmp_path, image, name, expected, options):
         with pytest.raises(DataError, match=f"{tmp_path / name}: {expected}"):
             read_image(tmp_path / name)
     else:
-        np.testing.assert_allclose(read_image(tmp_path / name)[0], expected, atol=1e-6)
+        np.testing.assert_allclose(read_image(tmp_path / name).gray, expected, atol=1e-6)
 
 
 def test_resize():
@@ -216,7 +220,7 @@ def test_rsna(tmp_path, stage, capsys):
 @pytest.mark.parametrize("reason, rows, header", [
     (r"labels\.csv:3: a has rows with Target 0 and with Target 1", "a,,0 a,,1", "patientId,x,Target"),
     (r"labels\.csv:2: 'a' has Target '2', expected 0 or 1", "a,,2", "patientId,x,Target"),
-    (r"labels\.csv:2: 'a' has Target None", "a", "patientId,x,Target"),
+    (r"labels\.csv:2: 'a' has Target ''", "a", "patientId,x,Target"),
     (r"labels\.csv: no column \['Target'\], found \['patientId', 'label'\]", "a,1", "patientId,label"),
     (r"labels\.csv: no column", "", ""),
     ("none of the 1 patients", "b,,0", "patientId,x,Target"),
@@ -229,8 +233,9 @@ def test_class_folders(tmp_path, capsys):
     raw = folders(tmp_path / "raw", "NORMAL/p1_a NORMAL/p1_b NORMAL/p2_a COVID/p3_a .cache/p4_a")
     for name in ("NORMAL/._p1_a.png", "NORMAL/scan.bmp"):  # what macOS leaves behind; a type that is not read
         (raw / name).write_bytes(b"x")
-    images, rows, meta = run(raw, "--patient-regex", "(p[0-9])_", "--size", "12")
-    assert "1 files of other types or in other folders left out, such as NORMAL/sc" in capsys.readouterr().out
+    order = ("--classes", "COVID", "NORMAL")
+    images, rows, meta = run(raw, *order, "--patient-regex", "(p[0-9])_", "--size", "12")
+    assert "note: left out: 1 .bmp\n" in capsys.readouterr().out
     assert [row["patient"] for row in rows] == ["p3", "p1", "p1", "p2"] and rows[1]["fold"] == rows[2]["fold"]
     for image, row in zip(images, rows, strict=True):
         assert (image == noise(row["id"].removesuffix(".png"))).all() and row["id"] == row["source"]
@@ -242,16 +247,16 @@ def test_class_folders(tmp_path, capsys):
     assert [row["patient"] for row in rows] == ["p3", "p1", "p1", "p2"]
     refused(r"in 3 names: .*p1_a\.png", raw, "--patient-regex", "p3")
     refused(r"\['COVID', 'NORMAL'\], expected \['NORMAL', 'ILL'\]", raw, "--classes", "NORMAL", "ILL")
-    refused("expected two or more", folders(tmp_path / "one", "A/1 A/2"))
+    refused("found A/; expected a folder for each of two or more", folders(tmp_path / "one", "A/1 A/2"))
 
 
 def test_official_split(tmp_path, capsys):
-    names = " ".join(f"train/{c}/{c}{k} val/{c}/v{c}{k} test/{c}/t{c}{k}" for c in "AB" for k in range(8))
-    raw = folders(tmp_path / "raw", f"{names} test/A/A1 val/C/vC")  # A1 lies on both sides; C is in val only
+    names = " ".join(f"train/{c}/{c}{k} val/{c}/v{c}{k} test/{c}/t{c}{k}" for c in "AB" for k in range(12))
+    raw = folders(tmp_path / "raw", f"{names} train/A/p9/1 test/A/p9/2 test/A/A1")  # p9 lies on both sides
     _, rows, meta = run(raw)
     found = {(row["id"].split("/")[0], row["fold"]) for row in rows}
     assert found == {("val", "0"), ("test", "test"), *(("train", fold) for fold in "1234")}
-    assert meta["classes"] == ["A", "B", "C"] and list(meta["overlaps"].values()) == [0, 0, 1]
+    assert meta["classes"] == ["A", "B"] and list(meta["overlaps"].values()) == [0, 0, 1]
     assert "1 patients on both sides of an official split" in capsys.readouterr().out
     refused("official split", raw, "--test-fraction", "0.2", "--overwrite")
 
@@ -318,8 +323,8 @@ def test_copies_share_a_fold(tmp_path, capsys):
 
 def test_patient_id_is_hashed(tmp_path):
     for name in ("A/1", "A/2", "B/3"):
-        dicom(tmp_path / "raw" / f"{name}.dcm", noise(name))
-    assert {row["patient"] for row in run(tmp_path / "raw")[1]} == {HASH}
+        dicom(tmp_path / "raw" / f"{name}.dcm", noise(name), PatientID="Doe^1234 " if "A" in name else "Roe")
+    assert [row["patient"] for row in run(tmp_path / "raw")[1]][:2] == [HASH, HASH]
     assert not any(b"Doe" in path.read_bytes() for path in (tmp_path / "out").iterdir())
 
 
@@ -406,3 +411,178 @@ def test_overwrite_and_interrupt(tmp_path, monkeypatch):
     for folder in ("out", "raw", "raw/A/1.png"):
         refused("expected a new folder or a cache", raw, "--overwrite", out=folder)
     assert (out / "notes.txt").is_file() and (raw / "A/1.png").is_file()
+
+
+# --- folders as people have them ---
+
+
+def patients_of(rows: list[dict]) -> dict[str, str]:
+    return {row["id"].rsplit(".", 1)[0]: row["patient"] for row in rows}
+
+
+def test_one_patient_id_in_every_file_is_none(tmp_path, capsys):
+    for name in ("A/1", "A/2", "B/3"):
+        dicom(tmp_path / "raw" / f"{name}.dcm", noise(name), PatientID="ANONYMOUS")
+    (tmp_path / "raw/A/._1.dcm").write_bytes(b"x")
+    assert patients_of(run(tmp_path / "raw")[1]) == {"A/1": "1", "A/2": "2", "B/3": "3"}
+    printed = capsys.readouterr().out
+    assert (
+        "note: one PatientID stands in every file, so it names no patient: each file counts as one" in printed
+    )
+    dicom(tmp_path / "raw/B/4.dcm", noise("4"), PatientID="Roe")  # two of them do name patients
+    patients = patients_of(run(tmp_path / "raw", "--overwrite")[1])
+    assert patients["A/1"] == patients["A/2"] == patients["B/3"] != patients["B/4"]
+
+
+def test_notes_tell_how_many_patients_there_are(tmp_path, capsys):
+    run(folders(tmp_path / "few", "A/1 A/2 B/3"), out="few_out")
+    printed = capsys.readouterr().out
+    assert "note: 3 images name no patient (--patient-regex finds one in file names): each is one" in printed
+    assert "note: 3 patients only: folds are uneven" in printed
+    many = " ".join(f"{'AB'[k % 2]}/p{k if k < 12 else 0}_{k}" for k in range(20))
+    run(folders(tmp_path / "many", many), "--patient-regex", "(p[0-9]+)_", out="many_out")
+    printed = capsys.readouterr().out
+    assert (
+        "note: one patient has 9 of 20 images: folds are uneven" in printed
+        and "name no patient" not in printed
+    )
+
+
+def test_a_file_name_in_two_folders_is_no_patient(tmp_path):
+    _, rows, _ = run(folders(tmp_path / "raw", "train/A/1 train/B/1 train/B/x test/A/1 test/B/y"))
+    assert patients_of(rows) == {name: name for name in ("train/A/1", "train/B/1", "test/A/1")} | {
+        "train/B/x": "x", "test/B/y": "y"}  # fmt: skip
+
+
+def test_a_folder_below_the_class_is_a_patient(tmp_path, capsys):
+    names = "A/p1/1 A/p1/deep/2 A/3 B/p1/1 B/images/4 B/images/p2/5 B/masks/4 B/masks/p2/5"
+    _, rows, _ = run(folders(tmp_path / "raw", names))
+    assert patients_of(rows) == {
+        "A/p1/1": "p1", "A/p1/deep/2": "p1", "A/3": "3",
+        "B/p1/1": "p1", "B/images/4": "4", "B/images/p2/5": "p2",
+    }  # fmt: skip
+    assert "note: left out: 1 .png in B/masks/, 1 .png in B/masks/p2/\n" in capsys.readouterr().out
+    _, rows, _ = run(folders(tmp_path / "b", "A/p1/1 B/p2/2"), "--patient-regex", "p([0-9])/", out="b_out")
+    assert patients_of(rows) == {"A/p1/1": "1", "B/p2/2": "2"}
+
+
+@pytest.mark.parametrize("train, val, test", [
+    ("train", "valid", "test"), ("Train", "Val", "Test"), ("training", "validation", "testing"),
+    ("TRAIN", "VALID", "TEST")])  # fmt: skip
+def test_split_folders_by_any_of_their_names(tmp_path, train, val, test):
+    names = " ".join(
+        f"{split}/{c}/{split}{c}{k}" for split in (train, val, test) for c in "AB" for k in range(14)
+    )
+    _, rows, _ = run(folders(tmp_path / "raw", names))
+    found = {(row["id"].split("/")[0], row["fold"]) for row in rows}
+    assert found == {(val, "0"), (test, "test"), *((train, fold) for fold in "1234")}
+
+
+@pytest.mark.parametrize("names, words", [
+    ("train/ill/1 train/ok/2 test/Ill/3", r"test has the classes \['Ill'\], which train has not.*'ok'"),
+    ("train/ill/1 train/ok/2 val/il/3", r"val has the classes \['il'\]"),
+    ("No_Finding/1 ill/2 no finding/3", "No_Finding and no finding look like one class"),
+    ("chest/train/A/1 chest/train/B/2", "one folder too high: chest holds train/; use --data .*raw/chest$"),
+    ("set/A/1 set/B/2", "one folder too high: set holds class folders; use --data .*raw/set;"),
+    ("images/1 images/2", "found images/; expected a folder for each of two or more classes"),
+    ("a b c", r"found 3 \.png; expected stage_2_train_images/"),
+    ("", "found nothing; expected stage_2_train_images/"),
+])  # fmt: skip
+def test_folders_that_are_refused_say_what_lies_there(tmp_path, names, words):
+    (tmp_path / "raw").mkdir()
+    for name in names.replace("no finding", "no?finding").split():
+        folders(tmp_path / "raw", name)
+    for path in (tmp_path / "raw").glob("no?finding"):
+        path.rename(path.with_name("no finding"))
+    refused(words, tmp_path / "raw")
+
+
+@pytest.mark.parametrize("first, last", [
+    ("covid", "normal"), ("Abnormal", "Healthy"), ("ill", "negative"), ("case", "control"),
+    ("mass", "no_mass"), ("COVID", "NonCOVID"), ("finding", "no finding"), ("Edema", "NoFinding"),
+    ("TB", "normal_chest")])  # fmt: skip
+def test_a_negative_class_is_never_positive_unasked(tmp_path, first, last):
+    for name in (first, last):
+        (tmp_path / "raw" / name).mkdir(parents=True)
+        Image.fromarray(noise(name)).save(tmp_path / "raw" / name / f"{name[:2]}.png")
+    line = shlex.join([last, first])
+    refused(f"'{last}' would be the positive class, .* --classes {line} ", tmp_path / "raw")
+    assert run(tmp_path / "raw", "--classes", last, first)[2]["positive_class"] == first
+    assert run(tmp_path / "raw", "--classes", first, last, "--overwrite")[2]["positive_class"] == last
+
+
+def test_the_positive_class_is_printed_and_stored(tmp_path, capsys):
+    assert (
+        run(folders(tmp_path / "raw", "normal/1 nodule/2"), "--classes", "normal", "nodule")[2][
+            "positive_class"
+        ]
+        == "nodule"
+    )
+    assert "positive class: nodule\n" in capsys.readouterr().out
+    assert run(folders(tmp_path / "three", "a/1 b/2 normal/3"), out="o3")[2]["positive_class"] is None
+    assert "positive class" not in capsys.readouterr().out
+
+
+def test_rsna_files_of_other_names(tmp_path, capsys):
+    raw = rsna(tmp_path / "raw", "a,,0 b,,1 c,,0 d,,1", "a b")
+    images = raw / "stage_2_train_images"
+    (images / "b.dcm").rename(images / "b.DCM")
+    dicom(images / "c", noise("c"))
+    Image.fromarray(noise("d")).save(images / "d.png")
+    (raw / "stage_2_train_labels.csv").write_text(' patientId ,x,Target\n a,,0\n"b ",,1\nc ,, 0\nd,,1 \n')
+    folders(raw, "stage_2_test_images/e")
+    assert [row["id"] for row in run(raw, "--size", "12")[1]] == list("abcd")
+    assert "note: left out: 1 .png in stage_2_test_images/\n" in capsys.readouterr().out
+    folders(images, "a")
+    refused("a second file of patient a", raw)
+    refused("one folder too high: raw holds stage_2_train_images/; use --data .*raw$", tmp_path, out="x/y")
+    shutil.rmtree(images)
+    refused(r"stage_2_train_images: not found, expected stage_2_train_labels\.csv and stage_2", raw)
+
+
+def test_colour_becomes_gray_with_a_note(tmp_path, capsys):
+    raw = folders(tmp_path / "raw", "A/1 B/2")
+    Image.fromarray(noise("c", 12, 12, 3)).save(raw / "A/c.png")
+    run(raw)
+    assert "note: 1 images: colour turned gray, such as A/c.png\n" in capsys.readouterr().out
+    np.savez(tmp_path / "m.npz", train_images=noise("m", 9, 8, 8, 3), train_labels=np.arange(9) % 2)
+    run(tmp_path / "m.npz", out="m")
+    assert "note: 9 images: colour turned gray, such as m.npz:train/0\n" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are Unicode there")
+def test_a_name_that_is_not_utf8_is_refused_by_name(tmp_path):
+    raw = folders(tmp_path / "raw", "A/1 A/2 B/3 B/4")
+    os.rename(raw / "A/2.png", os.fsencode(raw) + b"/A/\xff2.png")
+    command = [sys.executable, preprocess.__file__, "--data", raw, "--out", tmp_path / "out"]
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert result.returncode == 1 and r"A/\udcff2.png: the name is not UTF-8" in result.stderr
+    assert [row["id"] for row in run(raw, "--skip-bad")[1]] == ["A/1.png", "B/3.png", "B/4.png"]
+    assert r"A/\udcff2.png" in (tmp_path / "out/skipped.csv").read_text()
+
+
+def test_names_that_the_output_cannot_show_are_escaped(tmp_path):
+    raw = folders(tmp_path / "raw", "正常/1 肺炎/2")
+    command = [sys.executable, preprocess.__file__, "--data", raw, "--out", tmp_path / "out"]
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    result = subprocess.run(command, check=False, capture_output=True, env=environment)
+    assert result.returncode == 0 and rb"positive class: \u80ba\u708e" in result.stdout
+    assert "肺炎" in (tmp_path / "out/index.csv").read_text("utf-8")
+
+
+def test_a_missing_decoder_is_told_once(capsys):
+    words = "RuntimeError: Unable to decode as all plugins are missing dependencies"
+    preprocess.report_bad(
+        [(f"{k}.dcm", f"raw/{k}.dcm: {words}") for k in range(3)] + [("x", "raw/x: zero bytes")]
+    )
+    assert capsys.readouterr().err == f"raw/0.dcm: {words} (and 2 more files)\nraw/x: zero bytes\n"
+
+
+def test_threads_are_no_more_than_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(3)), raising=False)
+    assert preprocess.default_workers() == 3
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    assert preprocess.default_workers() == 8
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert preprocess.default_workers() == 8

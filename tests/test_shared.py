@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("classification", "detection", "segmentation")
 # Functions and classes that may differ although folders call them the same: what the task is about.
 OWN = {
-    "preprocess": {"Case", "find_cases", "parse_args", "load", "write_index", "main"},
+    "preprocess": {"Case", "find_cases", "recognise_layout", "parse_args", "load", "write_index", "main"},
     "dataset": {"read_index", "XrayDataset", "augment", "to_input"}
     | {"draw_phantom", "write_dicom", "write_demo"},
     "model": {"build_model"},
