@@ -116,6 +116,10 @@ def read_image(path: Path) -> Picture:
             raise DataError(f"{path}: neither DICOM nor JPEG, PNG or TIFF, by its first bytes")
     except DataError:
         raise
+    except PIL.UnidentifiedImageError as error:
+        raise DataError(
+            f"{path}: a {kind} picture that Pillow cannot read: damaged, or of a rare kind"
+        ) from error
     except Exception as error:  # the one place where the readers' many exceptions become ours
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         if "plugin" in reason and find_spec("pylibjpeg") is None:
@@ -186,7 +190,7 @@ def check_single_image(ds: pydicom.Dataset, path: Path) -> None:
     frames = number(ds, "NumberOfFrames", 1)
     if frames > 1:
         raise DataError(f"{path}: DICOM with {frames:.0f} frames, expected a single image")
-    photometric = str(ds.get("PhotometricInterpretation", "")).strip().upper()
+    photometric = str(ds.get("PhotometricInterpretation", "")).strip(" \0").upper()
     if photometric not in PHOTOMETRIC:
         raise DataError(f"{path}: photometric interpretation {photometric!r}, expected one of {PHOTOMETRIC}")
     ds.PhotometricInterpretation = photometric

@@ -184,6 +184,8 @@ def test_dicom_without_preamble_or_meta_header(tmp_path):
         assert_shows(tmp_path / name, SHOWN)
     (tmp_path / "prefix").write_bytes(whole[128:])  # begins with DICM
     (tmp_path / "meta").write_bytes(whole[132:])  # begins with the meta header
+    (tmp_path / "no_meta").write_bytes(bytes(128) + b"DICM" + (tmp_path / "e").read_bytes())
+    assert_shows(tmp_path / "no_meta", SHOWN)
     assert_shows(tmp_path / "prefix", SHOWN)
     assert_shows(tmp_path / "meta", SHOWN)
 
@@ -333,6 +335,7 @@ def test_files_are_known_by_their_content(tmp_path):
     ("a.png", b"%!PS-Adobe-3.0 EPSF-3.0\n", "neither DICOM nor JPEG, PNG or TIFF"),
     ("a.dcm", b"patient,label\n1,0\n", "neither DICOM nor JPEG, PNG or TIFF"),
     ("a.jpg", b"", "zero bytes"),
+    ("a.tif", b"II*\0" + bytes(99), "a TIFF picture that Pillow cannot read"),
 ])  # fmt: skip
 def test_what_is_no_image_is_told_in_plain_words(tmp_path, name, content, words):
     if isinstance(content, str):
