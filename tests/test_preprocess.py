@@ -290,6 +290,9 @@ def test_medmnist_refused(tmp_path, reason, split, images, labels):
     path, labels = tmp_path / "a.npz", np.arange(np.prod(labels)).reshape(labels) % 2
     np.savez(path, **{f"{split}_images": images, f"{split}_labels": labels})
     refused(rf"a\.npz: {reason}", path)
+    np.savez(tmp_path / "b.npz", train_images=noise("b", 4, 8, 8))
+    refused(r"b\.npz: arrays \['train_images'\], expected train_images, train_labels", tmp_path / "b.npz")
+    refused(r"2 \.npz files, expected one; give --data the file itself", tmp_path)
     path.write_bytes(path.read_bytes()[:200])  # a download that stopped half way
     refused(r"a\.npz: (BadZipFile|EOFError)", path)
 

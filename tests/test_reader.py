@@ -67,8 +67,9 @@ WORDS = SQUARES.astype("<u2").tobytes()
     # the padding value has the VR "US or SS": the same bits, with the sign of the pixels
     (PADDED, IN_RANGE, {**WINDOW, **SIXTEEN, "a": element("PixelPaddingValue", "SS", -1)}),
     (PADDED, IN_RANGE, {**WINDOW, **SIXTEEN, "a": element("PixelPaddingValue", "US", 65535)}),
-    (SIGNED, IN_RANGE, {**SIXTEEN, "WindowCenter": 50.5, "WindowWidth": 3101,
-                        "a": element("PixelPaddingValue", "US", 63536)}),
+    (SIGNED, np.where(SIGNED == -2000, 0, 1 - SHOWN),
+     {**SIXTEEN, "WindowCenter": 50.5, "WindowWidth": 3101, "PhotometricInterpretation": "MONOCHROME1",
+      "a": element("PixelPaddingValue", "US", 63536)}),
     (PADDED, IN_RANGE, {**WINDOW, **SIXTEEN, "a": element("PixelPaddingValue", "SS", -9),
                         "b": element("PixelPaddingRangeLimit", "SS", -1)}),
     (PADDED, IN_RANGE, {**WINDOW, **SIXTEEN, "PixelPaddingValue": 65535, "PixelPaddingRangeLimit": None}),
@@ -100,8 +101,8 @@ WORDS = SQUARES.astype("<u2").tobytes()
     (RAMP, SHOWN, {**WINDOW, "VOILUTSequence": lut([4096, 0, 12], SQUARES[:99].tolist())}),  # far too short
     (RAMP, SQUARES[RAMP] / 4094, {"ModalityLUTSequence": lut([4096, 0, 12], SQUARES.tolist()),
                                   "WindowCenter": 2047.5, "WindowWidth": 4095}),
-    (SIGNED[4:], SQUARES[RAMP[4:]] / 4094,
-     {"VOILUTSequence": lut([4096, 64036, 12], SQUARES.tolist())}),  # first input -1500, written as US
+    (SIGNED[4:], SQUARES[RAMP[4:]] / SQUARES[3100],
+     {"VOILUTSequence": lut([3101, 64036, 12], SQUARES[:3101].tolist())}),  # first input -1500, written as US
     (RAMP, SQUARES[RAMP] / 4094, {"RescaleIntercept": -1500, "RescaleSlope": 1,
                                   "VOILUTSequence": lut([4096, 64036, 12], SQUARES.tolist())}),
     # a table that falls and rises: its range is that of all entries, not of the two ends
