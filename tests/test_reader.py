@@ -79,6 +79,7 @@ WORDS = SQUARES.astype("<u2").tobytes()
     (RAMP * 16, SHOWN, {**WINDOW, "HighBit": 15}),
     (RAMP * 4 + 1, SHOWN, {**WINDOW, "HighBit": 13}),
     (SIGNED[4:] * 16, SHOWN[4:], {"HighBit": 15, "WindowCenter": 50.5, "WindowWidth": 3101}),
+    (RAMP, SHOWN, {**WINDOW, "HighBit": None}),
     # what is optional and empty or no number is absent
     (RAMP, SHOWN, {**WINDOW, "RescaleSlope": None, "RescaleIntercept": None}),
     (RAMP, SHOWN, {**WINDOW, "RescaleSlope": "2", "WindowCenter": 3100.5, "WindowWidth": 6201,
@@ -352,4 +353,5 @@ def test_what_is_no_image_is_told_in_plain_words(tmp_path, name, content, words)
 def test_the_hash_of_the_stored_pixels_does_not_depend_on_the_file(tmp_path):
     a = read_image(dicom(tmp_path / "a.dcm", RAMP))
     b = read_image(dicom(tmp_path / "b", RAMP, **WINDOW))
+    assert a.notes == b.notes == ()
     assert a.digest == b.digest == hashlib.sha256(b"(24, 32)" + RAMP.tobytes()).hexdigest()
