@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,11 +17,72 @@ from pydicom.encaps import encapsulate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from classification.preprocess import DataError, read_meta
+from common.checkpoint import short_hash
+
+COLUMNS = ("id", "patient", "fold", "label")
+# The folds that training and evaluation know; a person may edit them in index.csv.
+FOLD_NAMES = ("0", "1", "2", "3", "4", "test")
+
 
 def read_index(cache: Path) -> list[dict[str, str]]:
     """The rows of index.csv (id, patient, fold, label, source), in the order of images.npy."""
     with open(cache / "index.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def load_array(path: Path, dtype: str, axes: int) -> np.ndarray:
+    """An array of a cache, mapped: only what is used is read. Raises DataError naming the file."""
+    again = "make the cache again with preprocess.py --overwrite"
+    try:
+        array = np.load(path, mmap_mode="r")
+    except Exception as error:  # the one place where numpy's many exceptions become ours
+        raise DataError(f"{path}: {type(error).__name__}: {error}; {again}") from error
+    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != axes:
+        found = f"{getattr(array, 'dtype', type(array).__name__)} {getattr(array, 'shape', '')}"
+        raise DataError(f"{path}: {found}, expected {dtype} with {axes} axes; {again}")
+    if path.stat().st_size != array.offset + array.nbytes:
+        found = f"{path}: {path.stat().st_size} bytes"
+        raise DataError(f"{found}, expected {array.offset + array.nbytes} by its header; {again}")
+    return array
+
+
+def check_row(row: dict[str, str], meta: dict) -> str:
+    """What is wrong with a row of index.csv, or ""."""
+    if None in row or None in row.values() or not set(COLUMNS) <= row.keys():
+        return f"found {list(row)}, expected a value for each of {', '.join(COLUMNS)}"
+    if not row["id"]:
+        return "no id, expected a name"
+    if row["fold"] not in FOLD_NAMES:
+        return f"fold {row['fold']!r}, expected one of {' '.join(FOLD_NAMES)}"
+    if row["label"] not in [str(k) for k in range(len(meta["classes"]))]:
+        return f"label {row['label']!r}, expected 0 to {len(meta['classes']) - 1}"
+    return ""
+
+
+def open_cache(cache: Path) -> tuple[dict, list[dict[str, str]]]:
+    """meta.json and the rows of index.csv. Raises DataError unless they and images.npy go together."""
+    meta = read_meta(cache)
+    images = load_array(cache / "images.npy", "uint8", 3)
+    try:
+        rows = read_index(cache)
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{cache / 'index.csv'}: {error}; preprocess again") from error
+    expected = (len(rows), meta["size"], meta["size"])
+    if images.shape != expected:
+        found = f"{cache}: images.npy {images.shape}"
+        raise DataError(f"{found}, expected {expected} by index.csv and meta.json; preprocess again")
+    for k, row in enumerate(rows):
+        if problem := check_row(row, meta):
+            raise DataError(f"{cache / 'index.csv'}: row {k + 1}: {problem}")
+    return meta, rows
+
+
+def fingerprints(cache: Path, rows: list[int]) -> tuple[list[str], list[str]]:
+    """Hashes of the patient and of the image of every row: by them eval.py knows what was trained on."""
+    index, images = read_index(cache), np.load(cache / "images.npy", mmap_mode="r")
+    patients = [short_hash(index[k]["patient"].encode()) for k in rows]
+    return patients, [short_hash(images[k]) for k in rows]
 
 
 class XrayDataset(Dataset):
@@ -54,12 +116,18 @@ def in_batches(rows: list[int], batch_size: int) -> list[list[int]]:
     return [rows[k : k + batch_size] for k in range(0, len(rows), batch_size)]
 
 
+def ignore_interrupt(worker: int) -> None:
+    """`worker_init_fn`: Ctrl-C is for the main process, which then stops its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def make_loader(
     cache: Path, batches: Sampler | list[list[int]], workers: int, device: torch.device
 ) -> DataLoader:
     """A loader of whole batches. Workers stay from epoch to epoch: the dataset knows no epoch."""
     return DataLoader(XrayDataset(cache), batch_sampler=batches, collate_fn=keep_batch, num_workers=workers,
-                      persistent_workers=workers > 0, pin_memory=device.type == "cuda")  # fmt: skip
+                      persistent_workers=workers > 0, pin_memory=device.type == "cuda",
+                      worker_init_fn=ignore_interrupt)  # fmt: skip
 
 
 class EpochBatches(Sampler):

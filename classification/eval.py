@@ -12,8 +12,6 @@ training, so that the score it printed comes out again.
 
 import argparse
 import csv
-import json
-import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,10 +24,19 @@ from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_imag
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from classification import preprocess
-from classification.dataset import XrayDataset, in_batches, make_loader, read_index, to_input
-from classification.model import build_model, class_activation_maps
+from classification.dataset import (
+    XrayDataset,
+    fingerprints,
+    in_batches,
+    make_loader,
+    open_cache,
+    read_index,
+    to_input,
+)
+from classification.model import ARCHITECTURES, build_model, class_activation_maps
 from classification.preprocess import (
     DataError,
+    check_meta,
     count_files,
     find_images,
     in_threads,
@@ -39,12 +46,32 @@ from classification.preprocess import (
     read_meta,
     report_bad,
     report_notes,
+    run_command,
 )
-from classification.train import AMP, choose_device, evaluate
-from common.checkpoint import CheckpointError, file_sha256, load_checkpoint, load_weights
-from common.metrics import bootstrap, classification_metrics, confusion_matrix, print_summary, roc_curve
+from classification.train import AMP, check_outputs, choose_device, evaluate
+from common.checkpoint import (
+    CheckpointError,
+    clear_results,
+    count_trained_on,
+    file_sha256,
+    hold_folder,
+    load_run,
+    load_weights,
+    write_json,
+    written,
+)
+from common.metrics import (
+    bootstrap,
+    classification_metrics,
+    confusion_matrix,
+    print_summary,
+    roc_curve,
+    youden_threshold,
+)
 
 TILE = 256  # pixels of one picture in a gallery
+# What a labelled split leaves in --out; metrics.json is written last.
+RESULTS = ("metrics.json", "predictions.csv", "roc.csv", "roc.png", "confusion_matrix.png", "mistakes.png")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -76,12 +103,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def load_models(paths: list[Path], device: torch.device) -> tuple[list[torch.nn.Module], list[dict]]:
     """Bare models and their checkpoints. Raises CheckpointError if they do not go together."""
-    checkpoints = [load_checkpoint(path, device) for path in paths]
+    types = {"arch": str}
+    checkpoints = [load_run(path, "classification", types, device) for path in paths]
     models = []
     for path, checkpoint in zip(paths, checkpoints, strict=True):
+        check_meta(checkpoint["meta"], path)
         check_same(checkpoint["meta"], checkpoints[0]["meta"], path, paths[0])
-        meta = checkpoint["meta"]
-        model = build_model(checkpoint["settings"]["arch"], len(meta["classes"]), meta["size"])
+        meta, settings = checkpoint["meta"], checkpoint["settings"]
+        if settings["amp"] not in AMP or settings["arch"] not in ARCHITECTURES:
+            raise CheckpointError(f"{path}: settings {settings['amp']} {settings['arch']}, of no training")
+        if len(meta["classes"]) == 2 and type(checkpoint.get("threshold")) is not float:
+            raise CheckpointError(f"{path}: threshold {checkpoint.get('threshold')}, expected a number")
+        model = build_model(settings["arch"], len(meta["classes"]), meta["size"])
         load_weights(model, checkpoint, path)
         models.append(model.to(device, memory_format=torch.channels_last))
     return models, checkpoints
@@ -96,7 +129,8 @@ def check_same(meta: dict, expected: dict, path: Path, other: Path) -> None:
 
 def choose_rows(cache: Path, split: str, paths: list[Path], checkpoints: list[dict]) -> list[int]:
     """Row numbers of the split. Raises DataError if it is empty, or if a checkpoint was trained on it."""
-    check_same(read_meta(cache), checkpoints[0]["meta"], cache, paths[0])
+    meta, index = open_cache(cache)
+    check_same(meta, checkpoints[0]["meta"], cache, paths[0])
     folds = {checkpoint["settings"]["fold"] for checkpoint in checkpoints}
     if split == "val":
         sha256 = file_sha256(cache / "index.csv")
@@ -107,13 +141,47 @@ def choose_rows(cache: Path, split: str, paths: list[Path], checkpoints: list[di
                 f"checkpoints of folds {sorted(folds)}: they trained on each other's validation images"
             )
     wanted = "test" if split == "test" else str(folds.pop())
-    rows = [k for k, row in enumerate(read_index(cache)) if row["fold"] == wanted]
+    rows = [k for k, row in enumerate(index) if row["fold"] == wanted]
     if not rows:
         raise DataError(f"{cache}: no {split} rows; preprocess.py makes them by --test-fraction or --like")
+    check_leakage(cache, rows, paths, checkpoints)
     return rows
 
 
+def check_leakage(cache: Path, rows: list[int], paths: list[Path], checkpoints: list[dict]) -> None:
+    """Raise DataError if a checkpoint, or its --init, was trained on images or patients of these rows.
+
+    Patients whom an official split has on both sides are only counted: such splits are kept as they are.
+    """
+    index, overlaps = read_index(cache), read_meta(cache).get("overlaps", {})
+    patients, images = fingerprints(cache, rows)
+    for path, checkpoint in zip(paths, checkpoints, strict=True):
+        if not checkpoint.get("trained_on"):
+            print(f"note: {path} does not say what it was trained on: make sure that it was on other images")
+            continue
+        settings, official = checkpoint["settings"], set()
+        of_this_cache = settings["index"] == file_sha256(cache / "index.csv")
+        if of_this_cache and overlaps.get("patients on both sides of an official split"):
+            others = [k for k, row in enumerate(index) if row["fold"] not in ("test", str(settings["fold"]))]
+            official = set(fingerprints(cache, others)[0])
+        seen = count_trained_on(checkpoint["trained_on"], patients, images)
+        refused = [k for k in seen if patients[k] not in official]
+        if len(seen) > len(refused):
+            count = len(seen) - len(refused)
+            print(f"note: {count} of {len(rows)} images are of patients in training, by the official split")
+        if refused:
+            name = index[rows[refused[0]]]["id"]
+            found = f"{path}: trained on {len(refused)} of these {len(rows)} images or patients ({name})"
+            raise DataError(f"{found}; take others, or, if only names are alike, change them in index.csv")
+
+
 # --- pictures ---
+
+
+def shorten(text: str, length: int) -> str:
+    """The beginning and the end of a text that is too long for its line."""
+    half = (length - 3) // 2
+    return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
 
 
 def font(size: int) -> ImageFont.ImageFont:
@@ -185,7 +253,7 @@ def draw_activation(
     red = torch.tensor([255.0, 60.0, 0.0])[:, None, None]
     head = Image.new("RGB", (2 * TILE, 20 * len(caption)), "black")
     for k, line in enumerate(caption):
-        ImageDraw.Draw(head).text((4, 20 * k + 2), line[-64:], "white", font(14))
+        ImageDraw.Draw(head).text((4, 20 * k + 2), shorten(line, 64), "white", font(14))
     pair = torch.cat([gray, gray * (1 - heat) + red * heat], 2)
     return torch.cat([pil_to_tensor(head), pair.round().byte()], 1)
 
@@ -201,34 +269,77 @@ def predict(
     for model, checkpoint in zip(models, checkpoints, strict=True):
         meta, mode = checkpoint["meta"], amp or checkpoint["settings"]["amp"]
         logits, labels = evaluate(model, loader, device, mode, meta["mean"], meta["std"])
+        check_outputs(logits, f"checkpoint {len(probabilities) + 1}")
         probabilities.append(logits.softmax(1))
     return torch.stack(probabilities).mean(0), labels
 
 
 def named(classes: list[str], probabilities: Tensor) -> dict[str, float]:
     pairs = zip(classes, probabilities.tolist(), strict=True)
-    return {f"probability_{name}": round(probability, 6) for name, probability in pairs}
+    return {f"probability_{name}": probability for name, probability in pairs}
+
+
+def save_picture(path: Path, picture: Image.Image) -> None:
+    with written(path) as temporary:
+        picture.save(temporary)
 
 
 def write_table(path: Path, rows: list[dict]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with written(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
 
 
-def read_predictions(path: Path, ids: list[str], classes: list[str]) -> Tensor:
-    """Probabilities (N, C) of another model's predictions.csv, in the order of `ids`."""
+def read_predictions(path: Path, cases: list[dict], classes: list[str]) -> Tensor:
+    """Probabilities float64 (N, C) of another model's predictions.csv, in the order of `cases`.
+
+    Raises DataError unless it has the same images, each once, with the same labels and of the same split.
+    """
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            rows = csv.DictReader(file)
-            table = {row["id"]: [float(row[f"probability_{name}"]) for name in classes] for row in rows}
-    except (KeyError, ValueError, TypeError) as error:
+            rows = list(csv.DictReader(file))
+        table = {row["id"]: [float(row[f"probability_{name}"]) for name in classes] for row in rows}
+        labels = {row["id"]: (row["label"], row.get("split")) for row in rows}
+    except (KeyError, ValueError, TypeError, csv.Error) as error:
         raise DataError(f"{path}: expected predictions.csv of eval.py for the classes {classes}") from error
-    missing = [name for name in ids if name not in table]
-    if missing:
-        raise DataError(f"{path}: {len(missing)} of {len(ids)} images are missing, such as {missing[0]}")
-    return torch.tensor([table[name] for name in ids])
+    expected = {case["id"]: case for case in cases}
+    missing, others = expected.keys() - table.keys(), table.keys() - expected.keys()
+    if missing or others:
+        found = f"{path}: {len(missing)} of {len(cases)} images are missing, and {len(others)} are others"
+        raise DataError(f"{found}, such as {min(missing | others)}; expected the same images")
+    if len(rows) != len(table):
+        raise DataError(f"{path}: {len(rows)} rows for {len(table)} images, expected one for each")
+    for name, (label, split) in labels.items():
+        if label != expected[name]["label"] or split not in (expected[name]["split"], None):
+            found = f"{path}: {name} is {label} of {split}"
+            raise DataError(f"{found}, expected {expected[name]['label']} of {expected[name]['split']}")
+    probabilities = torch.tensor([table[case["id"]] for case in cases], dtype=torch.float64)
+    # older tables have six digits; a NaN is in no range
+    if not ((probabilities >= 0).all() and ((probabilities.sum(1) - 1).abs() < 1e-4).all()):
+        raise DataError(f"{path}: expected probabilities from 0 to 1 that add up to 1")
+    return probabilities
+
+
+def choose_threshold(
+    args: argparse.Namespace, models: list, checkpoints: list[dict], device: torch.device
+) -> float:
+    """The threshold of the tuned figures: Youden's on the validation fold.
+
+    One checkpoint has it. Of several their mean probability is tuned, if --data has the validation fold that
+    they have in common; otherwise it is the mean of their own thresholds.
+    """
+    own = [checkpoint["threshold"] for checkpoint in checkpoints]
+    settings = [checkpoint["settings"] for checkpoint in checkpoints]
+    of_this_cache = {one["index"] for one in settings} == {file_sha256(args.data / "index.csv")}
+    if len(own) > 1 and of_this_cache and len({one["fold"] for one in settings}) == 1:
+        rows = choose_rows(args.data, "val", args.checkpoint, checkpoints)
+        loader = make_loader(args.data, in_batches(rows, settings[0]["batch_size"]), args.workers, device)
+        probabilities, labels = predict(models, checkpoints, loader, device, args.amp)
+        return youden_threshold(labels, probabilities[:, 1])
+    if len(own) > 1:
+        print("note: no validation images in common: the tuned threshold is the mean of their own ones")
+    return sum(own) / len(own)
 
 
 def evaluate_split(
@@ -239,19 +350,20 @@ def evaluate_split(
     rows = choose_rows(args.data, args.split, args.checkpoint, checkpoints)
     loader = make_loader(args.data, in_batches(rows, settings["batch_size"]), args.workers, device)
     probabilities, labels = predict(models, checkpoints, loader, device, args.amp)
-    threshold = None  # Youden's on the validation fold; of several checkpoints the mean
+    threshold = None
     predictions = probabilities.argmax(1)
     if len(classes) == 2:
-        threshold = sum(checkpoint["threshold"] for checkpoint in checkpoints) / len(checkpoints)
+        threshold = choose_threshold(args, models, checkpoints, device)
         predictions = (probabilities[:, 1] >= 0.5).long()
     index = read_index(args.data)
     cases = [
         {"id": index[row]["id"], "patient": index[row]["patient"], "label": classes[labels[k]]}
         | {"prediction": classes[predictions[k]]}
         | named(classes, probabilities[k])
+        | {"split": args.split}
         for k, row in enumerate(rows)
     ]
-    write_table(out / "predictions.csv", cases)
+    theirs = read_predictions(args.compare, cases, classes) if args.compare else None
 
     def figures(chosen: Tensor) -> dict[str, float]:
         return classification_metrics(labels[chosen], probabilities[chosen], threshold)
@@ -264,8 +376,7 @@ def evaluate_split(
 
     patients = [case["patient"] for case in cases]
     summary = bootstrap(figures, patients, args.samples)
-    if args.compare:
-        theirs = read_predictions(args.compare, [case["id"] for case in cases], classes)
+    if theirs is not None:
         summary |= bootstrap(difference, patients, args.samples)
     positive = positive_class(classes)
     if positive:
@@ -277,24 +388,26 @@ def evaluate_split(
         "index_sha256": file_sha256(args.data / "index.csv"), "split": args.split, "n": len(rows),
         "classes": classes, "positive_class": positive, "threshold_tuned": threshold,
     }  # fmt: skip
-    plain = {name: {k: v if math.isfinite(v) else None for k, v in f.items()} for name, f in summary.items()}
-    (out / "metrics.json").write_text(json.dumps({"summary": plain, "cases": cases, "run": run}, indent=1))
 
-    counts = confusion_matrix(labels, predictions, len(classes))
-    draw_confusion_matrix(counts, classes).save(out / "confusion_matrix.png")
-    write_roc(out, labels, probabilities, classes)
     wrong = (predictions != labels).nonzero()[:, 0]
     worst = wrong[probabilities[wrong].amax(1).argsort(descending=True)][:12].tolist()
-    tiles = []
+    tiles, dataset = [], XrayDataset(args.data)
     for k in worst:  # the most confident mistakes, with what the first model looked at
-        (image,), _ = XrayDataset(args.data).__getitems__([rows[k]])
+        (image,), _ = dataset.__getitems__([rows[k]])
         answer = f"predicted {cases[k]['prediction']} {probabilities[k].max():.3f}"
         caption = [cases[k]["id"], f"{cases[k]['label']}, {answer}"]
         tiles.append(
             draw_activation(models[0], checkpoints[0]["meta"], image, int(predictions[k]), caption, device)
         )
-    if tiles:
-        to_pil_image(torchvision.utils.make_grid(tiles, nrow=3)).save(out / "mistakes.png")
+    counts = confusion_matrix(labels, predictions, len(classes))
+    with hold_folder(out):
+        clear_results(out, RESULTS)
+        write_table(out / "predictions.csv", cases)
+        save_picture(out / "confusion_matrix.png", draw_confusion_matrix(counts, classes))
+        write_roc(out, labels, probabilities, classes)
+        if tiles:
+            save_picture(out / "mistakes.png", to_pil_image(torchvision.utils.make_grid(tiles, nrow=3)))
+        write_json(out / "metrics.json", {"summary": summary, "cases": cases, "run": run})
     print(f"{len(rows)} images, {len(wrong)} wrong; figures and pictures in {out}")
 
 
@@ -309,7 +422,7 @@ def write_roc(out: Path, labels: Tensor, probabilities: Tensor, classes: list[st
             role = "positive class " if len(classes) == 2 else ""
             curves[f"{role}{classes[k]}  AUROC {torch.trapezoid(tpr, fpr):.3f}"] = (fpr, tpr)
     write_table(out / "roc.csv", points)
-    draw_roc(curves).save(out / "roc.png")
+    save_picture(out / "roc.png", draw_roc(curves))
 
 
 def list_images(paths: list[Path]) -> list[Path]:
@@ -378,13 +491,10 @@ def main(argv: list[str] | None = None) -> None:
     device = choose_device(args.device)
     models, checkpoints = load_models(args.checkpoint, device)
     out = args.out or args.checkpoint[0].parent / (f"eval_{args.split}" if args.data else "predictions")
-    out.mkdir(parents=True, exist_ok=True)
+    if args.images:
+        out.mkdir(parents=True, exist_ok=True)
     (evaluate_split if args.data else predict_images)(args, models, checkpoints, device, out)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a code page that lacks a name's letters
-    try:
-        main()
-    except (DataError, CheckpointError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main, CheckpointError)

@@ -79,6 +79,16 @@ NO_FINDING = re.compile(
 class DataError(ValueError):
     """What the user can mend: shown as one line with exit status 1, without a traceback."""
 
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
+
+def one_line(text: object) -> str:
+    """Text for a terminal: on one line, control characters escaped, a long one cut in its middle."""
+    line = re.sub(r"\s*[\r\n]\s*", " ", str(text).strip())
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    return line if len(line) <= 300 else f"{line[:150]} ... {line[-145:]}"
+
 
 # --- reading one image: the same text in classification/ and detection/ ---
 
@@ -955,10 +965,35 @@ def open_output(out: Path, overwrite: bool) -> Path:
 def read_meta(cache: Path) -> dict:
     """The meta.json of a finished cache. Raises DataError with the command that makes one."""
     try:
-        return json.loads((cache / "meta.json").read_text())
-    except (OSError, ValueError) as error:
+        meta = json.loads((cache / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         command = f"python {Path(__file__).parent.name}/preprocess.py --data RAW --out {cache}"
         raise DataError(f"{cache}: no finished cache here; make one by: {command}") from error
+    check_meta(meta, cache / "meta.json")
+    return meta
+
+
+def is_number(value: object, low: float = -math.inf) -> bool:
+    """Whether a value of a JSON file is a finite number above `low`."""
+    return type(value) in (int, float) and math.isfinite(value) and value > low
+
+
+def check_meta(meta: object, where: Path) -> None:
+    """Raise DataError if what a network needs of a meta.json (or a checkpoint's meta) is not there."""
+    if not isinstance(meta, dict):
+        raise DataError(f"{where}: {type(meta).__name__}, expected names and values; preprocess again")
+    classes = meta.get("classes")
+    good = {
+        "classes": isinstance(classes, list) and len(set(map(str, classes))) == len(classes) >= 2,
+        "size": type(meta.get("size")) is int and 8 <= meta["size"] <= 4096,
+        "fit": meta.get("fit") in ("squash", "pad"),
+        "mean": is_number(meta.get("mean")),
+        "std": is_number(meta.get("std"), 0),
+    }
+    for name, fits in good.items():
+        if not fits:
+            found = f"{where}: {name} {meta.get(name)!r}, which is not that of a cache of"
+            raise DataError(f"{found} {Path(__file__).parent.name}/preprocess.py; preprocess again")
 
 
 # --- the command ---
@@ -1161,9 +1196,22 @@ def main(argv: list[str] | None = None) -> None:
     print(f"next: python classification/{command} --data {args.out}")
 
 
-if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a code page that lacks a name's letters
+def run_command(main: Callable, *errors: type) -> None:
+    """Run a script's main: what the user can mend, or stopped, is one line; a bug keeps its traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a screen may lack the letters of a file's name
+    warnings.filterwarnings("ignore", module=r"pydicom|PIL|nibabel")  # header slips, some for every file
     try:
         main()
-    except (DataError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except (DataError, OSError, *errors) as error:
+        sys.exit(f"error: {one_line(error)}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        sys.exit(f"error: {one_line(error)} (out of memory? use fewer --workers)")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,17 +33,32 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from classification import preprocess
-from classification.dataset import EpochBatches, in_batches, make_loader, read_index, to_input, write_demo
+from classification.dataset import (
+    EpochBatches,
+    fingerprints,
+    in_batches,
+    make_loader,
+    open_cache,
+    read_index,
+    to_input,
+    write_demo,
+)
 from classification.model import ARCHITECTURES, PRETRAINED_MEAN, PRETRAINED_STD, build_model
-from classification.preprocess import DataError, positive_class, progress, read_meta
+from classification.preprocess import DataError, positive_class, progress, run_command
 from common.checkpoint import (
     CheckpointError,
+    array_bytes,
+    count_trained_on,
     file_sha256,
+    hold_folder,
+    list_trained_on,
     load_checkpoint,
-    load_weights,
+    load_fitting_weights,
     open_run,
     restore,
     save_checkpoint,
+    trained_on_index,
+    written,
 )
 from common.metrics import classification_metrics, youden_threshold
 
@@ -82,13 +98,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace the training in --out")
     args = parser.parse_args(argv)
     if args.data is None:
-        parser.set_defaults(epochs=8, overwrite=not args.resume)
+        parser.set_defaults(epochs=8)
         args = parser.parse_args(argv)
     least = {"fold": 0, "workers": 0, "epochs": 1, "batch_size": 2, "augment": 0, "seed": 0, "stop_after": 1}
     for name, low in least.items():
         if getattr(args, name) is not None and not getattr(args, name) >= low:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}, expected {low} or more")
-    if not (args.lr > 0 and args.weight_decay >= 0 and 0 <= args.label_smoothing < 1):
+    if args.seed >= 2**64 or args.augment > 10:
+        parser.error("expected --seed below 2^64 and --augment of at most 10")
+    if not (0 < args.lr < math.inf and 0 <= args.weight_decay < math.inf and 0 <= args.label_smoothing < 1):
         parser.error("expected --lr > 0, --weight-decay >= 0 and 0 <= --label-smoothing < 1")
     if args.init and args.pretrained:
         parser.error("--init and --pretrained both set the first weights: choose one")
@@ -96,9 +114,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of this process. Raises DataError if it is not there."""
+    """The device of this process; auto is cuda or cpu. Raises DataError if it is not there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{local_rank}"
     try:
@@ -127,7 +145,7 @@ def make_demo() -> None:
 
 def write_log(path: Path, log: list[dict]) -> None:
     """log.csv as a whole, from the checkpoint's copy: after --resume it has no rows of lost epochs."""
-    with open(path, "w", newline="") as file:
+    with written(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, log[0])
         writer.writeheader()
         writer.writerows(log)
@@ -140,8 +158,8 @@ def load_data(
 
     Raises DataError if the fold leaves a class out on either side, or less than one batch to train on.
     """
-    meta = {k: v for k, v in read_meta(cache).items() if k in ("classes", "size", "fit", "mean", "std")}
-    index = read_index(cache)
+    meta, index = open_cache(cache)
+    meta = {k: v for k, v in meta.items() if k in ("classes", "size", "fit", "mean", "std")}
     rows, counts = {"training": [], "validation": []}, {}
     for k, row in enumerate(index):
         if row["fold"] != "test":
@@ -167,6 +185,29 @@ def finite(loss: float, epoch: int) -> float:
     if not math.isfinite(loss):
         raise DataError(f"epoch {epoch + 1}: the loss is {loss}; lower --lr, or try another --amp")
     return loss
+
+
+def check_outputs(outputs: Tensor, where: object) -> None:
+    """Raise DataError if a network gave NaN or infinite values: no score of them would mean anything."""
+    if not all(value.isfinite() for value in outputs.aminmax()):
+        found = f"{where}: the network gives NaN or infinite values"
+        raise DataError(f"{found}; lower --lr, or try another --amp")
+
+
+def record_training(cache: Path, fold: int, init: dict) -> dict:
+    """Hashes of the patients and images that are trained on, with those of --init: eval.py refuses them."""
+    sides = {"training": [], "validation": []}
+    for k, row in enumerate(read_index(cache)):
+        if row["fold"] != "test":
+            sides["validation" if row["fold"] == str(fold) else "training"].append(k)
+    if init and not init.get("trained_on"):
+        print("note: --init does not say what it was trained on: make sure that it was not on the test set")
+    elif init:
+        seen = count_trained_on(init["trained_on"], *fingerprints(cache, sides["validation"]))
+        if seen:
+            print(f"note: --init was trained on {len(seen)} of {len(sides['validation'])} validation images: "
+                  "the scores below are too high, and eval.py will refuse them")  # fmt: skip
+    return list_trained_on(*fingerprints(cache, sides["training"]), init)
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -236,8 +277,9 @@ def main(argv: list[str] | None = None) -> None:
     model = model.to(device, memory_format=torch.channels_last)
     if args.pretrained:
         meta |= {"mean": PRETRAINED_MEAN, "std": PRETRAINED_STD}
-    if args.init and not args.resume:
-        load_weights(model, load_checkpoint(args.init, device), args.init)
+    init = load_checkpoint(args.init, device) if args.init and not args.resume else {}
+    if init and (random := load_fitting_weights(model, init, args.init)):
+        say(f"note: {args.init} lacks or has in other shapes: {', '.join(random)}; these start at random")
     weights = torch.ones(len(counts))
     if args.class_weights == "balanced":
         weights = counts.sum() / (len(counts) * counts)  # mean 1 over the images: the loss stays a mean
@@ -248,11 +290,12 @@ def main(argv: list[str] | None = None) -> None:
     # resume
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
     settings |= {"world_size": world_size, "index": file_sha256(cache / "index.csv")}
-    start, best, log, last = 0, -math.inf, [], args.out / "last.pt"
+    settings |= {"array_bytes": array_bytes(cache)}
+    start, best, log, trained_on, last = 0, -math.inf, [], None, args.out / "last.pt"
     if args.resume:
-        start, best, log = restore(last, settings, model, optimizer, scaler)
-    elif rank == 0:
-        open_run(args.out, args.overwrite)
+        start, best, log, trained_on = restore(last, settings, meta, model, optimizer, scaler)
+    if rank == 0 and trained_on is None:
+        trained_on = record_training(cache, args.fold, init)
     train_model = model
     if world_size > 1:
         train_model = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
@@ -263,68 +306,73 @@ def main(argv: list[str] | None = None) -> None:
     if positive := positive_class(meta["classes"]):
         say(f"positive class: {positive}")
 
-    # training
-    for epoch in range(start, min(args.epochs, args.stop_after or args.epochs)):
-        train_loader.batch_sampler.epoch = epoch
-        began, total = time.perf_counter(), torch.zeros((), device=device)
-        model.train()
-        for step, (images, labels) in enumerate(train_loader, 1):
-            rng = np.random.default_rng((args.seed, epoch, step, rank))
-            images = to_input(images, device, meta["mean"], meta["std"], rng, args.augment, args.flip)
-            labels = labels.to(device, non_blocking=True)
-            lr = learning_rate(epoch * steps_per_epoch + step - 1, steps, args.lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
-                logits = train_model(images)
-            losses = F.cross_entropy(
-                logits.float(), labels, reduction="none", label_smoothing=args.label_smoothing
-            )
-            loss = (losses * weights[labels]).mean()
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            total += loss.detach()
-            if step % 20 == 0:  # seldom, because it waits for the device
-                mean_loss = finite(total.item() / step, epoch)
-                rate = step / (time.perf_counter() - began)
-                eta = timedelta(seconds=int((steps - epoch * steps_per_epoch - step) / rate))
-                at = f"epoch {epoch + 1}/{args.epochs}  {step}/{steps_per_epoch}  loss {mean_loss:.3f}"
-                show(f"{at}  {rate * args.batch_size * world_size:.0f} img/s  eta {eta}")
+    # training; rank 0 keeps other runs out of the folder it saves to
+    with hold_folder(args.out) if rank == 0 else nullcontext():
+        if rank == 0 and not args.resume:
+            of_demo = args.data is None and trained_on_index(last, settings["index"])  # which nobody misses
+            open_run(args.out, args.overwrite or of_demo)
+        for epoch in range(start, min(args.epochs, args.stop_after or args.epochs)):
+            train_loader.batch_sampler.epoch = epoch
+            began, total = time.perf_counter(), torch.zeros((), device=device)
+            model.train()
+            for step, (images, labels) in enumerate(train_loader, 1):
+                rng = np.random.default_rng((args.seed, epoch, step, rank))
+                images = to_input(images, device, meta["mean"], meta["std"], rng, args.augment, args.flip)
+                labels = labels.to(device, non_blocking=True)
+                lr = learning_rate(epoch * steps_per_epoch + step - 1, steps, args.lr)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
+                    logits = train_model(images)
+                losses = F.cross_entropy(
+                    logits.float(), labels, reduction="none", label_smoothing=args.label_smoothing
+                )
+                loss = (losses * weights[labels]).mean()
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+                total += loss.detach()
+                if step % 20 == 0:  # seldom, because it waits for the device
+                    mean_loss = finite(total.item() / step, epoch)
+                    rate = step / (time.perf_counter() - began)
+                    eta = timedelta(seconds=int((steps - epoch * steps_per_epoch - step) / rate))
+                    at = f"epoch {epoch + 1}/{args.epochs}  {step}/{steps_per_epoch}  loss {mean_loss:.3f}"
+                    show(f"{at}  {rate * args.batch_size * world_size:.0f} img/s  eta {eta}")
 
-        # validation and checkpoints
-        if world_size > 1:
-            dist.all_reduce(total)
-        train_loss = finite(total.item() / (steps_per_epoch * world_size), epoch)
-        logits, labels = evaluate(model, val_loader, device, args.amp, meta["mean"], meta["std"])
-        probabilities, val_loss = logits.softmax(1), F.cross_entropy(logits, labels).item()
-        figures = classification_metrics(labels, probabilities)
-        log.append({"epoch": epoch + 1, "lr": lr, "train_loss": train_loss, "val_loss": val_loss}
-                   | {f"val_{name}": figures[name] for name in ("accuracy", "balanced_accuracy", "auroc")}
-                   | {"seconds": time.perf_counter() - began})  # fmt: skip
-        if rank == 0:
-            show("")
-            say("  ".join(f"{name} {value:.4g}" for name, value in log[-1].items()))
-            threshold = youden_threshold(labels, probabilities[:, 1]) if len(counts) == 2 else None
-            checkpoint = {"model": model.state_dict(), "meta": meta, "settings": settings, "epoch": epoch + 1,
-                          "threshold": threshold, "figures": figures}  # fmt: skip
-            if figures["auroc"] >= best:  # of equals the later one, whose learning rate is lower
-                best = figures["auroc"]
-                save_checkpoint(args.out / "best.pt", checkpoint)
-            checkpoint |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            save_checkpoint(last, checkpoint | {"best": best, "log": log})
-            write_log(args.out / "log.csv", log)
+            # validation and checkpoints
+            if world_size > 1:
+                dist.all_reduce(total)
+            train_loss = finite(total.item() / (steps_per_epoch * world_size), epoch)
+            logits, labels = evaluate(model, val_loader, device, args.amp, meta["mean"], meta["std"])
+            check_outputs(logits, f"epoch {epoch + 1}")
+            probabilities, val_loss = logits.softmax(1), F.cross_entropy(logits, labels).item()
+            figures = classification_metrics(labels, probabilities)
+            log.append({"epoch": epoch + 1, "lr": lr, "train_loss": train_loss, "val_loss": val_loss}
+                       | {f"val_{name}": figures[name] for name in ("accuracy", "balanced_accuracy", "auroc")}
+                       | {"seconds": time.perf_counter() - began})  # fmt: skip
+            if rank == 0:
+                show("")
+                say("  ".join(f"{name} {value:.4g}" for name, value in log[-1].items()))
+                threshold = youden_threshold(labels, probabilities[:, 1]) if len(counts) == 2 else None
+                checkpoint = {"task": "classification", "model": model.state_dict(), "meta": meta,
+                              "settings": settings, "epoch": epoch + 1, "trained_on": trained_on,
+                              "threshold": threshold, "figures": figures}  # fmt: skip
+                score = figures["auroc"]
+                if score >= best:  # of equals the later one, whose learning rate is lower
+                    best = score
+                    save_checkpoint(args.out / "best.pt", checkpoint)
+                if epoch == 0:
+                    last.unlink(missing_ok=True)  # of a training that is replaced: its best.pt is gone now
+                checkpoint |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                save_checkpoint(last, checkpoint | {"best": best, "log": log})
+                write_log(args.out / "log.csv", log)
     if world_size > 1:
         dist.destroy_process_group()
     say(f"next: python classification/eval.py --data {cache} --checkpoint {args.out}/best.pt --split val")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a code page that lacks a name's letters
-    try:
-        main()
-    except (DataError, CheckpointError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main, CheckpointError)

@@ -1,17 +1,30 @@
-"""Checkpoints: written atomically, loaded without running code from the file."""
+"""Checkpoints and the files of a run: written atomically, loaded without running code from the file."""
 
 import hashlib
+import json
+import math
 import os
 import pickle
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing or damaged, does not fit, or cannot be written."""
+    """A checkpoint or a file of a run that is missing or damaged, does not fit, or cannot be written."""
+
+
+# --- writing ---
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -28,7 +41,69 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch hides the OSError of a full disk in a RuntimeError
+        temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: not written ({error.__context__ or error})") from error
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, renamed at the end: a file that bears its name is complete.
+
+    Raises CheckpointError naming the file if it cannot be written.
+    """
+    temporary = path.with_name(f".partial_{path.name[-7:]}")  # formats go by the suffix, .nii.gz at most
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: not written ({error.strerror or error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Write a report; NaN and infinite numbers, which JSON does not have, become null."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, dict):
+            return {name: plain(one) for name, one in value.items()}
+        if isinstance(value, list):
+            return [plain(one) for one in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    with written(path) as temporary:
+        temporary.write_text(json.dumps(plain(values), indent=1), encoding="utf-8")
+
+
+def clear_results(out: Path, names: Iterable[str]) -> None:
+    """Remove what an earlier run left in the folder, so that nothing of it is taken for this run's."""
+    for name in names:
+        (out / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Make the folder and keep other processes from writing to it; the lock ends with the process.
+
+    Raises CheckpointError if one writes there. Where there are no such locks (Windows), nothing is kept.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            message = f"{folder}: another run writes here; wait for it, or use another --out"
+            raise CheckpointError(message) from error
+        try:
+            yield
+        finally:
+            (folder / ".lock").unlink(missing_ok=True)
+
+
+# --- reading ---
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
@@ -37,24 +112,80 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
         raise CheckpointError(f"{path}: no checkpoint here; train.py writes best.pt and last.pt to its --out")
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
+        damaged = zipfile.ZipFile(path).testzip()  # torch does not look at the checksums
     except pickle.UnpicklingError as error:
         reason = "it holds more than tensors and plain values; nothing of it was run"
         raise CheckpointError(f"{path}: not a checkpoint of train.py ({reason})") from error
     except Exception as error:  # torch, pickle and zipfile each raise their own
         reason = " ".join(f"{type(error).__name__} {error}".split())[:120]
         raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from error
+    if damaged:
+        raise CheckpointError(f"{path}: not a whole checkpoint, the checksum of {damaged} is wrong")
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
         raise CheckpointError(f"{path}: not a checkpoint of train.py, expected the weights under 'model'")
     return checkpoint
 
 
+def check_types(values: dict, types: dict[str, type], where: object) -> None:
+    """Raise CheckpointError unless `values` has all these names, each with a value of its type."""
+    for name, expected in types.items():
+        if type(values.get(name)) is not expected:  # isinstance would take True for an int
+            found = repr(values.get(name))[:60]
+            raise CheckpointError(f"{where}: {name} is {found}, expected a value of type {expected.__name__}")
+
+
+def load_run(path: Path, task: str, settings: dict[str, type], device: torch.device | str = "cpu") -> dict:
+    """Read a checkpoint of this task's train.py, with at least these settings. Raises CheckpointError.
+
+    What is in its `meta` is for the task to check.
+    """
+    checkpoint = load_checkpoint(path, device)
+    other = checkpoint.get("task", task)  # older checkpoints do not say
+    if other != task:
+        raise CheckpointError(f"{path}: a checkpoint of {other}/train.py, expected one of {task}/train.py")
+    check_types(checkpoint, {"meta": dict, "settings": dict, "epoch": int, "figures": dict}, path)
+    check_types(checkpoint["settings"], {"fold": int, "index": str, "amp": str} | settings, path)
+    batch_size = checkpoint["settings"].get("batch_size")
+    if type(batch_size) is not int or batch_size < 1:
+        raise CheckpointError(f"{path}: batch_size is {batch_size!r}, expected 1 or more")
+    return checkpoint
+
+
+def check_weights(state: dict, path: Path) -> None:
+    """Raise CheckpointError if a weight is NaN or infinite: no loss or score could be a number."""
+    for name, weight in state.items():
+        if isinstance(weight, torch.Tensor) and not weight.isfinite().all():
+            raise CheckpointError(f"{path}: {name} holds NaN or infinite weights, expected numbers")
+
+
 def load_weights(model: torch.nn.Module, checkpoint: dict, path: Path) -> None:
     """Copy `checkpoint["model"]` into a bare model. Raises CheckpointError listing what does not fit."""
+    check_weights(checkpoint["model"], path)
     try:
         model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{path}: does not fit this model: {reason}") from error
+
+
+def load_fitting_weights(model: torch.nn.Module, checkpoint: dict, path: Path) -> list[str]:
+    """Copy the weights whose name and shape fit into a bare model; the names of those that did not.
+
+    For --init: another number of classes keeps all but the last layer. Raises CheckpointError if nothing
+    fits.
+    """
+    check_weights(checkpoint["model"], path)
+    own, fitting = model.state_dict(), {}
+    for name, weight in checkpoint["model"].items():
+        if name in own and isinstance(weight, torch.Tensor) and weight.shape == own[name].shape:
+            fitting[name] = weight
+    if not any(weight.ndim for weight in fitting.values()):  # counters fit anything
+        raise CheckpointError(f"{path}: none of its weights has the name and the shape of one of this model")
+    model.load_state_dict(own | fitting)
+    return sorted(own.keys() - fitting.keys())
+
+
+# --- a training's folder ---
 
 
 def check_settings(saved: dict, current: dict, path: Path) -> None:
@@ -65,30 +196,85 @@ def check_settings(saved: dict, current: dict, path: Path) -> None:
         raise CheckpointError(f"{path}: cannot resume, it was trained with {lines}")
 
 
+def array_bytes(cache: Path) -> int:
+    """Bytes of all arrays of a cache: with index.csv and meta.json it tells one cache from another."""
+    return sum(path.stat().st_size for path in cache.rglob("*.npy"))
+
+
+def trained_on_index(path: Path, index: str) -> bool:
+    """Whether there is a checkpoint that was trained on the cache with this hash of index.csv."""
+    return path.exists() and load_checkpoint(path).get("settings", {}).get("index") == index
+
+
 def open_run(out: Path, overwrite: bool) -> None:
-    """Make the output folder. Raises CheckpointError if it holds a training that nobody said may go."""
-    if (out / "last.pt").exists() and not overwrite:
-        raise CheckpointError(f"{out}: holds a training; use --resume, --overwrite, or another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ("last.pt", "best.pt", "log.csv"):
-        (out / name).unlink(missing_ok=True)
+    """Raise CheckpointError if the output folder holds a training that nobody said may go.
+
+    Nothing is deleted here: a training is replaced when the new one has finished its first epoch.
+    """
+    ours = [name for name in ("last.pt", "best.pt", "log.csv") if (out / name).exists()]
+    if ours and not overwrite:
+        found = f"{out}: holds a training ({', '.join(ours)})"
+        raise CheckpointError(f"{found}; use --resume, --overwrite, or another --out")
 
 
 def restore(
-    path: Path, settings: dict, model: torch.nn.Module, optimizer: Optimizer, scaler: GradScaler
-) -> tuple[int, float, list[dict]]:
-    """Put last.pt into model, optimizer and scaler; returns the epochs done, the best score, and the log.
+    path: Path, settings: dict, meta: dict, model: torch.nn.Module, optimizer: Optimizer, scaler: GradScaler
+) -> tuple[int, float, list[dict], dict | None]:
+    """Put last.pt into model, optimizer and scaler; the epochs done, best score, log and `trained_on`.
 
-    Raises CheckpointError if it was trained with other settings.
+    Raises CheckpointError if it was trained with other settings or on another cache.
     """
     checkpoint = load_checkpoint(path)
-    check_settings(checkpoint["settings"], settings, path)
+    if "optimizer" not in checkpoint:
+        raise CheckpointError(f"{path}: no state of the optimizer in it; a copy of best.pt cannot be resumed")
+    types = {"settings": dict, "meta": dict, "optimizer": dict, "scaler": dict, "log": list}
+    check_types(checkpoint, types | {"epoch": int, "best": float}, path)
+    if len(checkpoint["log"]) != checkpoint["epoch"] or checkpoint["epoch"] < 1:
+        found = f"{path}: epoch {checkpoint['epoch']} and a log of {len(checkpoint['log'])} epochs"
+        raise CheckpointError(f"{found}, expected one row for each epoch")
+    # older checkpoints do not say how large the arrays were
+    check_settings({"array_bytes": settings["array_bytes"]} | checkpoint["settings"], settings, path)
+    check_settings(checkpoint["meta"], meta, path)
     load_weights(model, checkpoint, path)
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    scaler.load_state_dict(checkpoint["scaler"])
-    return checkpoint["epoch"], checkpoint["best"], checkpoint["log"]
+    try:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        for weight, state in optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if state[name].shape != weight.shape:
+                    raise ValueError(f"{name} {tuple(state[name].shape)} for {tuple(weight.shape)}")
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: the optimizer's state does not fit ({reason})") from error
+    # without best.pt the next epoch is the best one there is
+    best = checkpoint["best"] if path.with_name("best.pt").exists() else -math.inf
+    return checkpoint["epoch"], best, checkpoint["log"], checkpoint.get("trained_on")
+
+
+# --- what was trained on ---
 
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, to say which index or checkpoint a result belongs to."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def short_hash(data: object) -> str:
+    """The beginning of the SHA-256 of bytes or a contiguous array: it tells patients and images apart."""
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def list_trained_on(patients: list[str], images: list[str], init: dict | None = None) -> dict:
+    """What a checkpoint keeps of its training rows: sorted hashes, with those of its --init."""
+    before = (init or {}).get("trained_on") or {}
+    return {
+        "patients": sorted({*patients, *before.get("patients", [])}),
+        "images": sorted({*images, *before.get("images", [])}),
+    }
+
+
+def count_trained_on(trained_on: dict, patients: list[str], images: list[str]) -> list[int]:
+    """Numbers of the rows (a hash of the patient and of the image each) that were trained on."""
+    known_patients, known_images = set(trained_on["patients"]), set(trained_on["images"])
+    rows = enumerate(zip(patients, images, strict=True))
+    return [k for k, (patient, image) in rows if patient in known_patients or image in known_images]

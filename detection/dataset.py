@@ -2,6 +2,7 @@
 
 import csv
 import math
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,13 @@ from pydicom import uid
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from common.checkpoint import short_hash
+from detection.preprocess import DataError, read_meta
+
 BOX = ("xmin", "ymin", "xmax", "ymax")
+COLUMNS = ("id", "patient", "fold", "group", *BOX, "height", "width", "spacing")
+# The folds that training and evaluation know; a person may edit them in index.csv.
+FOLD_NAMES = ("0", "1", "2", "3", "4", "test")
 
 
 def read_index(cache: Path) -> list[dict[str, str]]:
@@ -28,6 +35,67 @@ def read_boxes(rows: list[dict[str, str]]) -> tuple[Tensor, Tensor]:
     boxes = torch.tensor([[float(row[name]) for name in BOX] for row in rows])
     scale = torch.tensor([[float(row[name]) for name in ("width", "height")] * 2 for row in rows])
     return boxes / scale, scale
+
+
+def load_array(path: Path, dtype: str, axes: int) -> np.ndarray:
+    """An array of a cache, mapped: only what is used is read. Raises DataError naming the file."""
+    again = "make the cache again with preprocess.py --overwrite"
+    try:
+        array = np.load(path, mmap_mode="r")
+    except Exception as error:  # the one place where numpy's many exceptions become ours
+        raise DataError(f"{path}: {type(error).__name__}: {error}; {again}") from error
+    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != axes:
+        found = f"{getattr(array, 'dtype', type(array).__name__)} {getattr(array, 'shape', '')}"
+        raise DataError(f"{path}: {found}, expected {dtype} with {axes} axes; {again}")
+    if path.stat().st_size != array.offset + array.nbytes:
+        found = f"{path}: {path.stat().st_size} bytes"
+        raise DataError(f"{found}, expected {array.offset + array.nbytes} by its header; {again}")
+    return array
+
+
+def check_row(row: dict[str, str], meta: dict) -> str:
+    """What is wrong with a row of index.csv, or ""."""
+    if None in row or None in row.values() or not set(COLUMNS) <= row.keys():
+        return f"found {list(row)}, expected a value for each of {', '.join(COLUMNS)}"
+    if not row["id"]:
+        return "no id, expected a name"
+    if row["fold"] not in FOLD_NAMES:
+        return f"fold {row['fold']!r}, expected one of {' '.join(FOLD_NAMES)}"
+    try:
+        xmin, ymin, xmax, ymax, height, width = (float(row[name]) for name in (*BOX, "height", "width"))
+        spacing = [float(mm) for mm in row["spacing"].split()]
+    except ValueError as error:
+        return f"{error}, expected numbers"
+    if not (0 <= xmin < xmax <= width < math.inf and 0 <= ymin < ymax <= height < math.inf):
+        return f"box {(xmin, ymin, xmax, ymax)}, expected one inside {width} x {height} pixels"
+    if len(spacing) not in (0, 2) or not all(0 < mm < math.inf for mm in spacing):
+        return f"spacing {row['spacing']!r}, expected nothing or mm down and across"
+    return ""
+
+
+def open_cache(cache: Path) -> tuple[dict, list[dict[str, str]]]:
+    """meta.json and the rows of index.csv. Raises DataError unless they and images.npy go together."""
+    meta = read_meta(cache)
+    images = load_array(cache / "images.npy", "uint8", 3)
+    try:
+        rows = read_index(cache)
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{cache / 'index.csv'}: {error}; preprocess again") from error
+    expected = (len(rows), meta["size"], meta["size"])
+    if images.shape != expected:
+        found = f"{cache}: images.npy {images.shape}"
+        raise DataError(f"{found}, expected {expected} by index.csv and meta.json; preprocess again")
+    for k, row in enumerate(rows):
+        if problem := check_row(row, meta):
+            raise DataError(f"{cache / 'index.csv'}: row {k + 1}: {problem}")
+    return meta, rows
+
+
+def fingerprints(cache: Path, rows: list[int]) -> tuple[list[str], list[str]]:
+    """Hashes of the patient and of the image of every row: by them eval.py knows what was trained on."""
+    index, images = read_index(cache), np.load(cache / "images.npy", mmap_mode="r")
+    patients = [short_hash(index[k]["patient"].encode()) for k in rows]
+    return patients, [short_hash(images[k]) for k in rows]
 
 
 class XrayDataset(Dataset):
@@ -62,12 +130,18 @@ def in_batches(rows: list[int], batch_size: int) -> list[list[int]]:
     return [rows[k : k + batch_size] for k in range(0, len(rows), batch_size)]
 
 
+def ignore_interrupt(worker: int) -> None:
+    """`worker_init_fn`: Ctrl-C is for the main process, which then stops its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def make_loader(
     cache: Path, batches: Sampler | list[list[int]], workers: int, device: torch.device
 ) -> DataLoader:
     """A loader of whole batches. Workers stay from epoch to epoch: the dataset knows no epoch."""
     return DataLoader(XrayDataset(cache), batch_sampler=batches, collate_fn=keep_batch, num_workers=workers,
-                      persistent_workers=workers > 0, pin_memory=device.type == "cuda")  # fmt: skip
+                      persistent_workers=workers > 0, pin_memory=device.type == "cuda",
+                      worker_init_fn=ignore_interrupt)  # fmt: skip
 
 
 class EpochBatches(Sampler):
@@ -103,6 +177,19 @@ def blur(images: Tensor, sigma: Tensor) -> Tensor:
     return F.conv2d(images, kernel[:, None], groups=len(sigma)).transpose(0, 1)
 
 
+def inverse(matrix: Tensor) -> Tensor:
+    """Inverse of (B, 2, 2) by elimination: torch.linalg.inv waits for the GPU, to look for singular ones."""
+    swap = (matrix[:, 1, 0].abs() > matrix[:, 0, 0].abs())[:, None, None]  # the larger one is the pivot
+    rows = torch.where(swap, matrix.flip(1), matrix)
+    a, b, c, d = rows.flatten(1).unbind(1)
+    factor = c / a
+    one_by_a, one_by_d = 1 / a, 1 / (d - factor * b)
+    lower = torch.stack([-factor * one_by_d, one_by_d], 1)
+    upper = torch.stack([(1 - b * lower[:, 0]) * one_by_a, -b * lower[:, 1] * one_by_a], 1)
+    result = torch.stack([upper, lower], 1)
+    return torch.where(swap, result.flip(2), result)
+
+
 def move_boxes(boxes: Tensor, affine: Tensor) -> Tensor:
     """Boxes (B, 4) in fractions, of images resampled by `affine` (B, 2, 3), which is affine_grid's theta.
 
@@ -110,7 +197,7 @@ def move_boxes(boxes: Tensor, affine: Tensor) -> Tensor:
     corners would grow with every rotation, while hearts are round. Cut off at the image's edge.
     """
     center, radius = boxes[:, 2:] + boxes[:, :2] - 1, boxes[:, 2:] - boxes[:, :2]  # in -1..1, edge to edge
-    forward = torch.linalg.inv(affine[:, :, :2])  # theta leads from the new image to the old one
+    forward = inverse(affine[:, :, :2])  # theta leads from the new image to the old one
     center = (forward @ (center - affine[:, :, 2])[:, :, None])[:, :, 0]
     radius = (forward * radius[:, None]).square().sum(2).sqrt()
     return ((torch.cat([center - radius, center + radius], 1) + 1) / 2).clamp(0, 1)

@@ -12,7 +12,6 @@ training, so that the score it printed comes out again.
 
 import argparse
 import csv
-import json
 import math
 import sys
 from collections.abc import Iterable
@@ -26,12 +25,32 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.checkpoint import CheckpointError, file_sha256, load_checkpoint, load_weights
+from common.checkpoint import (
+    CheckpointError,
+    clear_results,
+    count_trained_on,
+    file_sha256,
+    hold_folder,
+    load_run,
+    load_weights,
+    write_json,
+    written,
+)
 from common.metrics import bootstrap, box_iou, detection_metrics, print_summary
-from detection.dataset import BOX, XrayDataset, in_batches, make_loader, read_boxes, read_index
-from detection.model import build_model
+from detection.dataset import (
+    BOX,
+    XrayDataset,
+    fingerprints,
+    in_batches,
+    make_loader,
+    open_cache,
+    read_boxes,
+    read_index,
+)
+from detection.model import ARCHITECTURES, HEADS, build_model
 from detection.preprocess import (
     DataError,
+    check_meta,
     count_files,
     find_images,
     in_threads,
@@ -41,10 +60,12 @@ from detection.preprocess import (
     read_meta,
     report_bad,
     report_notes,
+    run_command,
 )
-from detection.train import AMP, choose_device, evaluate
+from detection.train import AMP, check_outputs, choose_device, evaluate
 
 TILE = 384  # pixels of one picture in a gallery
+RESULTS = ("metrics.json", "predictions.csv", "gallery.png")  # of a split; metrics.json is written last
 TRUTH, PREDICTION = "#30d158", "#ff9f0a"
 
 
@@ -74,11 +95,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def load_models(paths: list[Path], device: torch.device) -> tuple[list[torch.nn.Module], list[dict]]:
     """Bare models and their checkpoints. Raises CheckpointError if they do not go together."""
-    checkpoints = [load_checkpoint(path, device) for path in paths]
+    types = {"arch": str, "head": str, "channels": int}
+    checkpoints = [load_run(path, "detection", types, device) for path in paths]
     models = []
     for path, checkpoint in zip(paths, checkpoints, strict=True):
+        check_meta(checkpoint["meta"], path)
         check_same(checkpoint["meta"], checkpoints[0]["meta"], path, paths[0])
-        model = build_model(*(checkpoint["settings"][name] for name in ("arch", "head", "channels")))
+        settings = checkpoint["settings"]
+        known = settings["arch"] in ARCHITECTURES and settings["head"] in HEADS and settings["amp"] in AMP
+        if not known or not 4 <= settings["channels"] <= 1024:
+            raise CheckpointError(f"{path}: settings {settings}, of no training")
+        model = build_model(settings["arch"], settings["head"], settings["channels"])
         load_weights(model, checkpoint, path)
         models.append(model.to(device, memory_format=torch.channels_last))
     return models, checkpoints
@@ -93,7 +120,8 @@ def check_same(meta: dict, expected: dict, path: Path, other: Path) -> None:
 
 def choose_rows(cache: Path, split: str, paths: list[Path], checkpoints: list[dict]) -> list[int]:
     """Row numbers of the split. Raises DataError if it is empty, or if a checkpoint was trained on it."""
-    check_same(read_meta(cache), checkpoints[0]["meta"], cache, paths[0])
+    meta, index = open_cache(cache)
+    check_same(meta, checkpoints[0]["meta"], cache, paths[0])
     folds = {checkpoint["settings"]["fold"] for checkpoint in checkpoints}
     if split == "val":
         sha256 = file_sha256(cache / "index.csv")
@@ -104,13 +132,47 @@ def choose_rows(cache: Path, split: str, paths: list[Path], checkpoints: list[di
                 f"checkpoints of folds {sorted(folds)}: they trained on each other's validation images"
             )
     wanted = "test" if split == "test" else str(folds.pop())
-    rows = [k for k, row in enumerate(read_index(cache)) if row["fold"] == wanted]
+    rows = [k for k, row in enumerate(index) if row["fold"] == wanted]
     if not rows:
         raise DataError(f"{cache}: no {split} rows; preprocess.py makes them by --test-fraction or --like")
+    check_leakage(cache, rows, paths, checkpoints)
     return rows
 
 
+def check_leakage(cache: Path, rows: list[int], paths: list[Path], checkpoints: list[dict]) -> None:
+    """Raise DataError if a checkpoint, or its --init, was trained on images or patients of these rows.
+
+    Patients whom an official split has on both sides are only counted: such splits are kept as they are.
+    """
+    index, overlaps = read_index(cache), read_meta(cache).get("overlaps", {})
+    patients, images = fingerprints(cache, rows)
+    for path, checkpoint in zip(paths, checkpoints, strict=True):
+        if not checkpoint.get("trained_on"):
+            print(f"note: {path} does not say what it was trained on: make sure that it was on other images")
+            continue
+        settings, official = checkpoint["settings"], set()
+        of_this_cache = settings["index"] == file_sha256(cache / "index.csv")
+        if of_this_cache and overlaps.get("patients on both sides of an official split"):
+            others = [k for k, row in enumerate(index) if row["fold"] not in ("test", str(settings["fold"]))]
+            official = set(fingerprints(cache, others)[0])
+        seen = count_trained_on(checkpoint["trained_on"], patients, images)
+        refused = [k for k in seen if patients[k] not in official]
+        if len(seen) > len(refused):
+            count = len(seen) - len(refused)
+            print(f"note: {count} of {len(rows)} images are of patients in training, by the official split")
+        if refused:
+            name = index[rows[refused[0]]]["id"]
+            found = f"{path}: trained on {len(refused)} of these {len(rows)} images or patients ({name})"
+            raise DataError(f"{found}; take others, or, if only names are alike, change them in index.csv")
+
+
 # --- pictures ---
+
+
+def shorten(text: str, length: int) -> str:
+    """The beginning and the end of a text that is too long for its line."""
+    half = (length - 3) // 2
+    return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
 
 
 def font(size: int) -> ImageFont.ImageFont:
@@ -131,7 +193,7 @@ def draw_boxes(image: np.ndarray | Tensor, boxes: dict[str, Tensor], caption: li
     tile = Image.new("RGB", (TILE, TILE + 20 * len(caption)), "black")
     tile.paste(to_pil_image(pixels), ((TILE - picture.width) // 2, 20 * len(caption)))
     for k, line in enumerate(caption):
-        ImageDraw.Draw(tile).text((4, 20 * k + 2), line[-48:], "white", font(14))
+        ImageDraw.Draw(tile).text((4, 20 * k + 2), shorten(line, 48), "white", font(14))
     return tile
 
 
@@ -146,6 +208,7 @@ def predict(
     for model, checkpoint in zip(models, checkpoints, strict=True):
         meta, mode = checkpoint["meta"], amp or checkpoint["settings"]["amp"]
         pred, boxes = evaluate(model, loader, device, mode, meta["mean"], meta["std"])
+        check_outputs(pred, f"checkpoint {len(found) + 1}")
         found.append(pred)
     return torch.stack(found).mean(0), boxes
 
@@ -154,8 +217,13 @@ def named(box: Tensor) -> dict[str, float]:
     return dict(zip(BOX, (round(value, 2) for value in box.tolist()), strict=True))
 
 
+def save_picture(path: Path, picture: Image.Image) -> None:
+    with written(path) as temporary:
+        picture.save(temporary)
+
+
 def write_table(path: Path, rows: list[dict]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with written(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
@@ -169,7 +237,8 @@ def evaluate_split(
     rows = choose_rows(args.data, args.split, args.checkpoint, checkpoints)
     loader = make_loader(args.data, in_batches(rows, settings["batch_size"]), args.workers, device)
     pred, boxes = predict(models, checkpoints, loader, device, args.amp)
-    index = [read_index(args.data)[row] for row in rows]
+    table = read_index(args.data)
+    index = [table[row] for row in rows]
     _, scale = read_boxes(index)
     iou, error = box_iou(pred, boxes), ((pred - boxes) * scale).abs()
     spacing = [[float(mm) for mm in row["spacing"].split()[::-1]] or [math.nan] * 2 for row in index]
@@ -180,8 +249,6 @@ def evaluate_split(
         | {f"true_{name}": value for name, value in named(boxes[k] * scale[k]).items()}
         for k, row in enumerate(index)
     ]
-    write_table(out / "predictions.csv", cases)
-
     groups = sorted({row["group"] for row in index} - {""})
     members = {f"_{name}": torch.tensor([row["group"] == name for row in index]) for name in groups}
     members = {"": torch.ones(len(rows), dtype=torch.bool)} | (members if len(groups) > 1 else {})
@@ -204,16 +271,18 @@ def evaluate_split(
         "checkpoint_sha256": [file_sha256(path) for path in args.checkpoint],
         "index_sha256": file_sha256(args.data / "index.csv"), "split": args.split, "n": len(rows),
     }  # fmt: skip
-    plain = {name: {k: v if math.isfinite(v) else None for k, v in f.items()} for name, f in summary.items()}
-    (out / "metrics.json").write_text(json.dumps({"summary": plain, "cases": cases, "run": run}, indent=1))
 
-    tiles = []
+    tiles, dataset = [], XrayDataset(args.data)
     for k in iou.argsort()[:24].tolist():  # the worst first
-        (image,), _ = XrayDataset(args.data).__getitems__([rows[k]])
+        (image,), _ = dataset.__getitems__([rows[k]])
         caption = [cases[k]["id"], f"IoU {iou[k]:.3f}   green: truth, orange: prediction"]
         tile = draw_boxes(image[0], {TRUTH: boxes[k], PREDICTION: pred[k]}, caption)
         tiles.append(pil_to_tensor(tile))
-    to_pil_image(torchvision.utils.make_grid(tiles, nrow=6)).save(out / "gallery.png")
+    with hold_folder(out):
+        clear_results(out, RESULTS)
+        write_table(out / "predictions.csv", cases)
+        save_picture(out / "gallery.png", to_pil_image(torchvision.utils.make_grid(tiles, nrow=6)))
+        write_json(out / "metrics.json", {"summary": summary, "cases": cases, "run": run})
     print(f"{len(rows)} images; figures and pictures in {out}")
 
 
@@ -284,13 +353,10 @@ def main(argv: list[str] | None = None) -> None:
     device = choose_device(args.device)
     models, checkpoints = load_models(args.checkpoint, device)
     out = args.out or args.checkpoint[0].parent / (f"eval_{args.split}" if args.data else "predictions")
-    out.mkdir(parents=True, exist_ok=True)
+    if args.images:
+        out.mkdir(parents=True, exist_ok=True)
     (evaluate_split if args.data else predict_images)(args, models, checkpoints, device, out)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a code page that lacks a name's letters
-    try:
-        main()
-    except (DataError, CheckpointError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main, CheckpointError)

@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -34,18 +35,33 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.checkpoint import (
     CheckpointError,
+    array_bytes,
+    count_trained_on,
     file_sha256,
+    hold_folder,
+    list_trained_on,
     load_checkpoint,
-    load_weights,
+    load_fitting_weights,
     open_run,
     restore,
     save_checkpoint,
+    trained_on_index,
+    written,
 )
 from common.metrics import detection_metrics
 from detection import preprocess
-from detection.dataset import EpochBatches, in_batches, make_loader, read_index, to_input, write_demo
+from detection.dataset import (
+    EpochBatches,
+    fingerprints,
+    in_batches,
+    make_loader,
+    open_cache,
+    read_index,
+    to_input,
+    write_demo,
+)
 from detection.model import ARCHITECTURES, HEADS, PRETRAINED_MEAN, PRETRAINED_STD, build_model
-from detection.preprocess import DataError, progress, read_meta
+from detection.preprocess import DataError, progress, run_command
 
 LOSSES = {"mse": F.mse_loss, "smooth_l1": partial(F.smooth_l1_loss, beta=0.02)}  # beta: 2 % of the image
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -84,13 +100,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace the training in --out")
     args = parser.parse_args(argv)
     if args.data is None:
-        parser.set_defaults(epochs=30, overwrite=not args.resume)
+        parser.set_defaults(epochs=30)
         args = parser.parse_args(argv)
     least = {"fold": 0, "workers": 0, "epochs": 1, "batch_size": 2, "augment": 0, "seed": 0, "stop_after": 1}
     for name, low in least.items():
         if getattr(args, name) is not None and not getattr(args, name) >= low:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}, expected {low} or more")
-    if not (args.lr > 0 and args.weight_decay >= 0):
+    if args.seed >= 2**64 or args.augment > 10:
+        parser.error("expected --seed below 2^64 and --augment of at most 10")
+    if not (0 < args.lr < math.inf and 0 <= args.weight_decay < math.inf):
         parser.error("expected --lr > 0 and --weight-decay >= 0")
     if args.channels is None:
         args.channels = 64 if args.pretrained else 32
@@ -102,9 +120,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of this process. Raises DataError if it is not there."""
+    """The device of this process; auto is cuda or cpu. Raises DataError if it is not there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{local_rank}"
     try:
@@ -133,7 +151,7 @@ def make_demo() -> None:
 
 def write_log(path: Path, log: list[dict]) -> None:
     """log.csv as a whole, from the checkpoint's copy: after --resume it has no rows of lost epochs."""
-    with open(path, "w", newline="") as file:
+    with written(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, log[0])
         writer.writeheader()
         writer.writerows(log)
@@ -146,9 +164,10 @@ def load_data(
 
     Raises DataError if the fold leaves nothing on either side, or less than one batch to train on.
     """
-    meta = {k: v for k, v in read_meta(cache).items() if k in ("size", "mean", "std")}
+    meta, index = open_cache(cache)
+    meta = {k: v for k, v in meta.items() if k in ("size", "mean", "std")}
     rows = {"training": [], "validation": []}
-    for k, row in enumerate(read_index(cache)):
+    for k, row in enumerate(index):
         if row["fold"] != "test":
             rows["validation" if row["fold"] == str(args.fold) else "training"].append(k)
     for side in rows:
@@ -169,6 +188,29 @@ def finite(loss: float, epoch: int) -> float:
     if not math.isfinite(loss):
         raise DataError(f"epoch {epoch + 1}: the loss is {loss}; lower --lr, or try another --amp")
     return loss
+
+
+def check_outputs(outputs: Tensor, where: object) -> None:
+    """Raise DataError if a network gave NaN or infinite values: no score of them would mean anything."""
+    if not all(value.isfinite() for value in outputs.aminmax()):
+        found = f"{where}: the network gives NaN or infinite values"
+        raise DataError(f"{found}; lower --lr, or try another --amp")
+
+
+def record_training(cache: Path, fold: int, init: dict) -> dict:
+    """Hashes of the patients and images that are trained on, with those of --init: eval.py refuses them."""
+    sides = {"training": [], "validation": []}
+    for k, row in enumerate(read_index(cache)):
+        if row["fold"] != "test":
+            sides["validation" if row["fold"] == str(fold) else "training"].append(k)
+    if init and not init.get("trained_on"):
+        print("note: --init does not say what it was trained on: make sure that it was not on the test set")
+    elif init:
+        seen = count_trained_on(init["trained_on"], *fingerprints(cache, sides["validation"]))
+        if seen:
+            print(f"note: --init was trained on {len(seen)} of {len(sides['validation'])} validation images: "
+                  "the scores below are too high, and eval.py will refuse them")  # fmt: skip
+    return list_trained_on(*fingerprints(cache, sides["training"]), init)
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -238,8 +280,9 @@ def main(argv: list[str] | None = None) -> None:
     model = model.to(device, memory_format=torch.channels_last)
     if args.pretrained:
         meta |= {"mean": PRETRAINED_MEAN, "std": PRETRAINED_STD}
-    if args.init and not args.resume:
-        load_weights(model, load_checkpoint(args.init, device), args.init)
+    init = load_checkpoint(args.init, device) if args.init and not args.resume else {}
+    if init and (random := load_fitting_weights(model, init, args.init)):
+        say(f"note: {args.init} lacks or has in other shapes: {', '.join(random)}; these start at random")
     criterion = LOSSES[args.loss]
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     scaler = GradScaler(device.type, enabled=args.amp == "fp16")
@@ -247,11 +290,12 @@ def main(argv: list[str] | None = None) -> None:
     # resume
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
     settings |= {"world_size": world_size, "index": file_sha256(cache / "index.csv")}
-    start, best, log, last = 0, -math.inf, [], args.out / "last.pt"
+    settings |= {"array_bytes": array_bytes(cache)}
+    start, best, log, trained_on, last = 0, -math.inf, [], None, args.out / "last.pt"
     if args.resume:
-        start, best, log = restore(last, settings, model, optimizer, scaler)
-    elif rank == 0:
-        open_run(args.out, args.overwrite)
+        start, best, log, trained_on = restore(last, settings, meta, model, optimizer, scaler)
+    if rank == 0 and trained_on is None:
+        trained_on = record_training(cache, args.fold, init)
     train_model = model
     if world_size > 1:
         train_model = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
@@ -260,63 +304,68 @@ def main(argv: list[str] | None = None) -> None:
     say(f"torch {torch.__version__}, torchvision {torchvision.__version__}, {json.dumps(settings)}")
     say(f"{count} training images, {steps_per_epoch} steps an epoch, {device}")
 
-    # training
-    for epoch in range(start, min(args.epochs, args.stop_after or args.epochs)):
-        train_loader.batch_sampler.epoch = epoch
-        began, total = time.perf_counter(), torch.zeros((), device=device)
-        model.train()
-        for step, (images, boxes) in enumerate(train_loader, 1):
-            rng = np.random.default_rng((args.seed, epoch, step, rank))
-            images, boxes = to_input(images, boxes, device, meta["mean"], meta["std"], rng, args.augment)
-            lr = learning_rate(epoch * steps_per_epoch + step - 1, steps, args.lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
-                pred = train_model(images)
-            loss = criterion(pred.float(), boxes)
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            total += loss.detach()
-            if step % 20 == 0:  # seldom, because it waits for the device
-                mean_loss = finite(total.item() / step, epoch)
-                rate = step / (time.perf_counter() - began)
-                eta = timedelta(seconds=int((steps - epoch * steps_per_epoch - step) / rate))
-                at = f"epoch {epoch + 1}/{args.epochs}  {step}/{steps_per_epoch}  loss {mean_loss:.5f}"
-                show(f"{at}  {rate * args.batch_size * world_size:.0f} img/s  eta {eta}")
+    # training; rank 0 keeps other runs out of the folder it saves to
+    with hold_folder(args.out) if rank == 0 else nullcontext():
+        if rank == 0 and not args.resume:
+            of_demo = args.data is None and trained_on_index(last, settings["index"])  # which nobody misses
+            open_run(args.out, args.overwrite or of_demo)
+        for epoch in range(start, min(args.epochs, args.stop_after or args.epochs)):
+            train_loader.batch_sampler.epoch = epoch
+            began, total = time.perf_counter(), torch.zeros((), device=device)
+            model.train()
+            for step, (images, boxes) in enumerate(train_loader, 1):
+                rng = np.random.default_rng((args.seed, epoch, step, rank))
+                images, boxes = to_input(images, boxes, device, meta["mean"], meta["std"], rng, args.augment)
+                lr = learning_rate(epoch * steps_per_epoch + step - 1, steps, args.lr)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
+                    pred = train_model(images)
+                loss = criterion(pred.float(), boxes)
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+                total += loss.detach()
+                if step % 20 == 0:  # seldom, because it waits for the device
+                    mean_loss = finite(total.item() / step, epoch)
+                    rate = step / (time.perf_counter() - began)
+                    eta = timedelta(seconds=int((steps - epoch * steps_per_epoch - step) / rate))
+                    at = f"epoch {epoch + 1}/{args.epochs}  {step}/{steps_per_epoch}  loss {mean_loss:.5f}"
+                    show(f"{at}  {rate * args.batch_size * world_size:.0f} img/s  eta {eta}")
 
-        # validation and checkpoints
-        if world_size > 1:
-            dist.all_reduce(total)
-        train_loss = finite(total.item() / (steps_per_epoch * world_size), epoch)
-        pred, boxes = evaluate(model, val_loader, device, args.amp, meta["mean"], meta["std"])
-        val_loss = criterion(pred, boxes).item()
-        figures = detection_metrics(pred, boxes)
-        log.append({"epoch": epoch + 1, "lr": lr, "train_loss": train_loss, "val_loss": val_loss}
-                   | {f"val_{name}": figures[name] for name in ("mean_iou", "iou_75", "mse_224")}
-                   | {"seconds": time.perf_counter() - began})  # fmt: skip
-        if rank == 0:
-            show("")
-            say("  ".join(f"{name} {value:.4g}" for name, value in log[-1].items()))
-            checkpoint = {"model": model.state_dict(), "meta": meta, "settings": settings, "epoch": epoch + 1,
-                          "figures": figures}  # fmt: skip
-            if figures["mean_iou"] >= best:  # of equals the later one, whose learning rate is lower
-                best = figures["mean_iou"]
-                save_checkpoint(args.out / "best.pt", checkpoint)
-            checkpoint |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            save_checkpoint(last, checkpoint | {"best": best, "log": log})
-            write_log(args.out / "log.csv", log)
+            # validation and checkpoints
+            if world_size > 1:
+                dist.all_reduce(total)
+            train_loss = finite(total.item() / (steps_per_epoch * world_size), epoch)
+            pred, boxes = evaluate(model, val_loader, device, args.amp, meta["mean"], meta["std"])
+            check_outputs(pred, f"epoch {epoch + 1}")
+            val_loss = criterion(pred, boxes).item()
+            figures = detection_metrics(pred, boxes)
+            log.append({"epoch": epoch + 1, "lr": lr, "train_loss": train_loss, "val_loss": val_loss}
+                       | {f"val_{name}": figures[name] for name in ("mean_iou", "iou_75", "mse_224")}
+                       | {"seconds": time.perf_counter() - began})  # fmt: skip
+            if rank == 0:
+                show("")
+                say("  ".join(f"{name} {value:.4g}" for name, value in log[-1].items()))
+                checkpoint = {"task": "detection", "model": model.state_dict(), "meta": meta,
+                              "settings": settings, "epoch": epoch + 1, "trained_on": trained_on,
+                              "figures": figures}  # fmt: skip
+                score = figures["mean_iou"]
+                if score >= best:  # of equals the later one, whose learning rate is lower
+                    best = score
+                    save_checkpoint(args.out / "best.pt", checkpoint)
+                if epoch == 0:
+                    last.unlink(missing_ok=True)  # of a training that is replaced: its best.pt is gone now
+                checkpoint |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                save_checkpoint(last, checkpoint | {"best": best, "log": log})
+                write_log(args.out / "log.csv", log)
     if world_size > 1:
         dist.destroy_process_group()
     say(f"next: python detection/eval.py --data {cache} --checkpoint {args.out}/best.pt --split val")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a code page that lacks a name's letters
-    try:
-        main()
-    except (DataError, CheckpointError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main, CheckpointError)

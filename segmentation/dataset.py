@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import math
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from segmentation.preprocess import read_meta, resample
+from common.checkpoint import short_hash
+from segmentation.preprocess import DataError, read_meta, resample
 
+COLUMNS = ("id", "group", "fold")
+# The folds that training and evaluation know; a person may edit them in index.csv.
+FOLD_NAMES = ("0", "1", "2", "3", "4", "test")
 FOREGROUND = 0.5  # the part of the patches that is centred on a foreground voxel
 
 
@@ -25,12 +30,101 @@ def read_index(cache: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def load_array(path: Path, dtype: str, axes: int) -> np.ndarray:
+    """An array of a cache, mapped: only what is used is read. Raises DataError naming the file."""
+    again = "make the cache again with preprocess.py --overwrite"
+    try:
+        array = np.load(path, mmap_mode="r")
+    except Exception as error:  # the one place where numpy's many exceptions become ours
+        raise DataError(f"{path}: {type(error).__name__}: {error}; {again}") from error
+    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != axes:
+        found = f"{getattr(array, 'dtype', type(array).__name__)} {getattr(array, 'shape', '')}"
+        raise DataError(f"{path}: {found}, expected {dtype} with {axes} axes; {again}")
+    if path.stat().st_size != array.offset + array.nbytes:
+        found = f"{path}: {path.stat().st_size} bytes"
+        raise DataError(f"{found}, expected {array.offset + array.nbytes} by its header; {again}")
+    return array
+
+
+def check_row(row: dict[str, str], meta: dict) -> str:
+    """What is wrong with a row of index.csv, or ""."""
+    if None in row or None in row.values() or not set(COLUMNS) <= row.keys():
+        return f"found {list(row)}, expected a value for each of {', '.join(COLUMNS)}"
+    if not row["id"]:
+        return "no id, expected a name"
+    if row["fold"] not in FOLD_NAMES:
+        return f"fold {row['fold']!r}, expected one of {' '.join(FOLD_NAMES)}"
+    if "/" in row["id"] or "\\" in row["id"] or row["id"].startswith("."):
+        return f"id {row['id']!r}, expected a name without separators: files are called by it"
+    return ""
+
+
+def open_cache(cache: Path) -> tuple[dict, list[dict[str, str]]]:
+    """meta.json and the rows of index.csv. Raises DataError unless they are those of a cache."""
+    meta = read_meta(cache)
+    try:
+        rows = read_index(cache)
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{cache / 'index.csv'}: {error}; preprocess again") from error
+    for k, row in enumerate(rows):
+        if problem := check_row(row, meta):
+            raise DataError(f"{cache / 'index.csv'}: row {k + 1}: {problem}")
+    return meta, rows
+
+
+def check_case(cache: Path, name: str, meta: dict) -> None:
+    """Raise DataError unless the arrays of a case go together and hold what the network can take.
+
+    All of it is read once, as an epoch will do.
+    """
+    path, again = cache / "volumes" / f"{name}.image.npy", "make the cache again"
+    mask_path = path.with_name(f"{name}.mask.npy")
+    image, mask = load_array(path, "float16", 4), load_array(mask_path, "uint8", 3)
+    expected = (len(meta["channels"]), *mask.shape)
+    if image.shape != expected:
+        raise DataError(
+            f"{path}: shape {image.shape}, expected {expected} by its mask and meta.json; {again}"
+        )
+    if broken := int((~np.isfinite(image)).sum()):
+        raise DataError(f"{path}: {broken} voxels are NaN or infinite; {again}")
+    if mask.max() >= len(meta["classes"]):
+        raise DataError(
+            f"{mask_path}: class number {mask.max()}, expected those of {meta['classes']}; {again}"
+        )
+
+
+def fingerprints(cache: Path, rows: list[int]) -> tuple[list[str], list[str]]:
+    """Hashes of the group and of the image of every row: by them eval.py knows what was trained on.
+
+    Of an image its middle plane is enough, because no two are the same and a cache may fill a disk.
+    """
+    index, patients, images = read_index(cache), [], []
+    for k in rows:
+        image, _ = open_case(cache, index[k]["id"])
+        patients.append(short_hash(index[k]["group"].encode()))
+        images.append(short_hash(np.ascontiguousarray(image[:, image.shape[1] // 2])))
+    return patients, images
+
+
 def open_case(cache: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Image float16 (C, X, Y, Z) and mask uint8 (X, Y, Z) of a case, mapped: only what is used is read."""
     image, mask = (
         np.load(cache / "volumes" / f"{name}.{kind}.npy", mmap_mode="r") for kind in ("image", "mask")
     )
     return image, mask
+
+
+def read_points(cache: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Foreground voxels of a case, integers (N, 4): class, x, y, z. Raises DataError naming the file."""
+    path = cache / "volumes" / f"{name}.points.npy"
+    try:
+        points = np.load(path)
+    except Exception as error:  # as in load_array
+        raise DataError(f"{path}: {type(error).__name__}: {error}; preprocess again") from error
+    good = isinstance(points, np.ndarray) and points.dtype.kind == "i" and points.shape[1:] == (4,)
+    if not good or (points[:, 1:] < 0).any() or (points[:, 1:] >= shape).any():
+        raise DataError(f"{path}: expected integers (N, 4), class and voxel inside {shape}; preprocess again")
+    return points
 
 
 def patch_axes(values: list, dims: int, slice_axis: int) -> list:
@@ -95,13 +189,19 @@ def in_batches(rows: list[int], batch_size: int) -> list[list[int]]:
     return [rows[k : k + batch_size] for k in range(0, len(rows), batch_size)]
 
 
+def ignore_interrupt(worker: int) -> None:
+    """`worker_init_fn`: Ctrl-C is for the main process, which then stops its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def make_loader(
     cache: Path, patch: list[int], batches: Sampler, workers: int, device: torch.device
 ) -> DataLoader:
     """A loader of whole batches. Workers stay from epoch to epoch: the dataset knows no epoch."""
     dataset = PatchDataset(cache, patch)
     return DataLoader(dataset, batch_sampler=batches, collate_fn=keep_batch, num_workers=workers,
-                      persistent_workers=workers > 0, pin_memory=device.type == "cuda")  # fmt: skip
+                      persistent_workers=workers > 0, pin_memory=device.type == "cuda",
+                      worker_init_fn=ignore_interrupt)  # fmt: skip
 
 
 class EpochBatches(Sampler):
@@ -130,7 +230,7 @@ class EpochBatches(Sampler):
         draws = []
         for row in rows:
             _, mask = open_case(cache, names[row])
-            points = np.load(cache / "volumes" / f"{names[row]}.points.npy")
+            points = read_points(cache, names[row], mask.shape)
             self.points[row] = [points[points[:, 0] == k, 1:] for k in np.unique(points[:, 0])]
             self.shapes[row] = np.array(mask.shape)
             draws += [row] * max(1, round(mask.size / np.minimum(self.size, mask.shape).prod()))

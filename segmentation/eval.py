@@ -13,7 +13,6 @@ are averaged. dice_cache, on the grid of the cache, is the score that train.py p
 
 import argparse
 import csv
-import json
 import math
 import sys
 from collections import Counter
@@ -29,21 +28,33 @@ from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, 
 from torchvision.utils import draw_segmentation_masks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.checkpoint import CheckpointError, file_sha256, load_checkpoint, load_weights
+from common.checkpoint import (
+    CheckpointError,
+    clear_results,
+    count_trained_on,
+    file_sha256,
+    hold_folder,
+    load_run,
+    load_weights,
+    write_json,
+    written,
+)
 from common.metrics import bootstrap, dice_scores, print_summary, segmentation_metrics
-from segmentation.dataset import open_case, read_index
+from segmentation.dataset import check_case, fingerprints, open_cache, open_case, read_index
 from segmentation.model import build_model, predict_volume
 from segmentation.preprocess import (
     DataError,
+    check_meta,
     from_grid,
     list_volumes,
     progress,
     read_meta,
     read_volume,
+    run_command,
     to_grid,
     write_mask,
 )
-from segmentation.train import AMP, choose_device
+from segmentation.train import AMP, check_outputs, choose_device
 
 TILE = 256  # pixels of one picture in a gallery
 COLOURS = ("#ff4040", "#40c0ff", "#ffd040", "#60e060", "#d070ff", "#ff9040", "#40e0d0", "#ff80c0")
@@ -75,12 +86,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def load_models(paths: list[Path], device: torch.device) -> tuple[list[torch.nn.Module], list[dict]]:
     """Bare models and their checkpoints. Raises CheckpointError if they do not go together."""
-    checkpoints = [load_checkpoint(path, device) for path in paths]
+    types = {"channels": int, "patch": list, "mirror": bool}
+    checkpoints = [load_run(path, "segmentation", types, device) for path in paths]
     models = []
     for path, checkpoint in zip(paths, checkpoints, strict=True):
+        check_meta(checkpoint["meta"], path)
         check_same(checkpoint["meta"], checkpoints[0]["meta"], path, paths[0])
         settings = checkpoint["settings"]
-        model = build_model(checkpoint["meta"], settings["channels"], settings["patch"])
+        if settings["amp"] not in AMP or not 2 <= settings["channels"] <= 1024:
+            raise CheckpointError(f"{path}: settings {settings}, of no training")
+        patch = settings["patch"]
+        if len(patch) not in (2, 3) or not all(type(side) is int and 1 <= side <= 4096 for side in patch):
+            raise CheckpointError(f"{path}: patch {patch}, expected two or three numbers of voxels")
+        model = build_model(checkpoint["meta"], settings["channels"], patch)
         load_weights(model, checkpoint, path)
         models.append(model.to(device).eval())
     return models, checkpoints
@@ -95,7 +113,8 @@ def check_same(meta: dict, expected: dict, path: Path, other: Path) -> None:
 
 def choose_rows(cache: Path, split: str, paths: list[Path], checkpoints: list[dict]) -> list[int]:
     """Row numbers of the split. Raises DataError if it is empty, or if a checkpoint was trained on it."""
-    check_same(read_meta(cache), checkpoints[0]["meta"], cache, paths[0])
+    meta, index = open_cache(cache)
+    check_same(meta, checkpoints[0]["meta"], cache, paths[0])
     folds = {checkpoint["settings"]["fold"] for checkpoint in checkpoints}
     if split == "val":
         sha256 = file_sha256(cache / "index.csv")
@@ -106,13 +125,47 @@ def choose_rows(cache: Path, split: str, paths: list[Path], checkpoints: list[di
                 f"checkpoints of folds {sorted(folds)}: they trained on each other's validation images"
             )
     wanted = "test" if split == "test" else str(folds.pop())
-    rows = [k for k, row in enumerate(read_index(cache)) if row["fold"] == wanted]
+    rows = [k for k, row in enumerate(index) if row["fold"] == wanted]
     if not rows:
         raise DataError(f"{cache}: no {split} rows; preprocess.py makes them by --test-fraction or --like")
+    check_leakage(cache, rows, paths, checkpoints)
     return rows
 
 
+def check_leakage(cache: Path, rows: list[int], paths: list[Path], checkpoints: list[dict]) -> None:
+    """Raise DataError if a checkpoint, or its --init, was trained on images or patients of these rows.
+
+    Patients whom an official split has on both sides are only counted: such splits are kept as they are.
+    """
+    index, overlaps = read_index(cache), read_meta(cache).get("overlaps", {})
+    patients, images = fingerprints(cache, rows)
+    for path, checkpoint in zip(paths, checkpoints, strict=True):
+        if not checkpoint.get("trained_on"):
+            print(f"note: {path} does not say what it was trained on: make sure that it was on other images")
+            continue
+        settings, official = checkpoint["settings"], set()
+        of_this_cache = settings["index"] == file_sha256(cache / "index.csv")
+        if of_this_cache and overlaps.get("patients on both sides of an official split"):
+            others = [k for k, row in enumerate(index) if row["fold"] not in ("test", str(settings["fold"]))]
+            official = set(fingerprints(cache, others)[0])
+        seen = count_trained_on(checkpoint["trained_on"], patients, images)
+        refused = [k for k in seen if patients[k] not in official]
+        if len(seen) > len(refused):
+            count = len(seen) - len(refused)
+            print(f"note: {count} of {len(rows)} images are of patients in training, by the official split")
+        if refused:
+            name = index[rows[refused[0]]]["id"]
+            found = f"{path}: trained on {len(refused)} of these {len(rows)} images or patients ({name})"
+            raise DataError(f"{found}; take others, or, if only names are alike, change them in index.csv")
+
+
 # --- pictures ---
+
+
+def shorten(text: str, length: int) -> str:
+    """The beginning and the end of a text that is too long for its line."""
+    half = (length - 3) // 2
+    return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
 
 
 def font(size: int) -> ImageFont.ImageFont:
@@ -146,7 +199,7 @@ def draw_panels(
     pair = torch.cat(panels[:-1], 2)
     head = Image.new("RGB", (pair.shape[2], 20 * (len(caption) + 1)), "black")
     for k, line in enumerate(caption):
-        ImageDraw.Draw(head).text((4, 20 * k + 2), line[-pair.shape[2] // 8 :], "white", font(14))
+        ImageDraw.Draw(head).text((4, 20 * k + 2), shorten(line, pair.shape[2] // 8), "white", font(14))
     for k, name in enumerate(maps):
         ImageDraw.Draw(head).text((k * (size[1] + 2) + 4, head.height - 18), name, "white", font(14))
     return torch.cat([pil_to_tensor(head), pair], 1)
@@ -164,14 +217,15 @@ def write_gif(path: Path, image: np.ndarray, maps: dict, meta: dict, caption: st
         to_pil_image(draw_panels(image, maps, meta, k, [f"{caption}  slice {k + 1}/{count}"]))
         for k in range(0, count, math.ceil(count / 100))
     ]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
+    with written(path) as temporary:
+        frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=100, loop=0)
 
 
 def write_gallery(path: Path, tiles: list[Tensor]) -> None:
     """Tiles of different sizes below each other in three columns."""
     height, width = max(tile.shape[1] for tile in tiles), max(tile.shape[2] for tile in tiles)
     tiles = [torch.nn.functional.pad(t, [0, width - t.shape[2], 0, height - t.shape[1]]) for t in tiles]
-    to_pil_image(torchvision.utils.make_grid(tiles, nrow=3)).save(path)
+    save_picture(path, to_pil_image(torchvision.utils.make_grid(tiles, nrow=3)))
 
 
 # --- the two modes ---
@@ -193,13 +247,19 @@ def predict(
         part = predict_volume(
             model, image, settings["patch"], axis, device, mode, settings["batch_size"], tta
         )
+        check_outputs(part, "the checkpoint")
         part /= len(models)
         total = part if total is None else total.add_(part)
     return total
 
 
+def save_picture(path: Path, picture: Image.Image) -> None:
+    with written(path) as temporary:
+        picture.save(temporary)
+
+
 def write_table(path: Path, rows: list[dict]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with written(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
@@ -220,6 +280,28 @@ def judge(
     return means | {f"{n}_{name}": one[n] for n in names for name, one in found.items()}
 
 
+def list_results(out: Path) -> list[str]:
+    """The files that an evaluation of a split left in the folder."""
+    names = ["metrics.json", "cases.csv", "worst.png", "worst.gif"]
+    if (out / "cases.csv").is_file():
+        with open(out / "cases.csv", newline="", encoding="utf-8") as file:
+            names += [f"predictions/{Path(row['id']).name}.nii.gz" for row in csv.DictReader(file)]
+    return names
+
+
+def read_truth(cache: Path, name: str, values: list[int]) -> tuple[np.ndarray, nib.Nifti1Image]:
+    """Class numbers uint8 (X, Y, Z) of a case's mask as it was, and the file with its affine and header."""
+    path = cache / "volumes" / f"{name}.truth.nii.gz"
+    try:
+        nifti = nib.load(path)
+        mask = np.asanyarray(nifti.dataobj)
+    except Exception as error:  # nibabel, gzip and zlib each raise their own
+        raise DataError(f"{path}: {type(error).__name__}: {error}; preprocess again") from error
+    if mask.ndim != 3 or not np.isin(mask, values).all():
+        raise DataError(f"{path}: expected a volume of the values {values}; preprocess again")
+    return np.searchsorted(values, mask).astype(np.uint8), nifti
+
+
 def evaluate_split(
     args: argparse.Namespace, models: list, checkpoints: list[dict], device: torch.device, out: Path
 ) -> None:
@@ -227,38 +309,41 @@ def evaluate_split(
     meta = checkpoints[0]["meta"]
     classes = meta["classes"]
     rows, index = choose_rows(args.data, args.split, args.checkpoint, checkpoints), read_index(args.data)
-    (out / "predictions").mkdir(exist_ok=True)
+    for row in rows:
+        check_case(args.data, index[row]["id"], meta)
     cases, tiles, worst, empty = [], [], None, Counter()
-    for k, row in enumerate(rows, 1):
-        name = index[row]["id"]
-        image, mask = open_case(args.data, name)
-        probabilities = predict(models, checkpoints, image, device, args.amp, args.tta)
-        nifti = nib.load(args.data / "volumes" / f"{name}.truth.nii.gz")
-        truth = np.searchsorted(meta["values"], np.asanyarray(nifti.dataobj)).astype(np.uint8)
-        labels = from_grid(probabilities.numpy(), truth.shape, nifti.affine)
-        written = np.array(meta["values"], np.uint8)[labels]
-        write_mask(out / "predictions" / f"{name}.nii.gz", written, nifti.affine, nifti.header)
-        figures = judge(truth, labels, nifti.affine, classes)
-        for c in range(1, len(classes)):
-            empty[int((truth == c).any()) + int((labels == c).any())] += 1
+    with hold_folder(out):
+        clear_results(out, list_results(out))
+        (out / "predictions").mkdir(exist_ok=True)
+        for k, row in enumerate(rows, 1):
+            name = index[row]["id"]
+            image, mask = open_case(args.data, name)
+            probabilities = predict(models, checkpoints, image, device, args.amp, args.tta)
+            truth, nifti = read_truth(args.data, name, meta["values"])
+            labels = from_grid(probabilities.numpy(), truth.shape, nifti.affine)
+            with written(out / "predictions" / f"{name}.nii.gz") as path:
+                write_mask(path, np.array(meta["values"], np.uint8)[labels], nifti.affine, nifti.header)
+            figures = judge(truth, labels, nifti.affine, classes)
+            for c in range(1, len(classes)):
+                empty[int((truth == c).any()) + int((labels == c).any())] += 1
 
-        on_grid = probabilities.argmax(0).byte()
-        cached = dice_scores(torch.from_numpy(np.array(mask)), on_grid, len(classes)).nanmean().item()
-        cases.append({"id": name, "group": index[row]["group"]} | figures | {"dice_cache": cached})
-        on_grid = on_grid.numpy()
-        position = fullest(mask != on_grid, meta["slice_axis"])
-        caption = [name, f"dice {figures['dice']:.3f}  hd95 {figures['hd95_mm']:.1f} mm"]
-        maps = {"truth": mask, "prediction": on_grid}
-        tiles.append(draw_panels(image, {"image": None} | maps, meta, position, caption))
-        if worst is None or figures["dice"] < worst[0] or math.isnan(worst[0]):
-            worst = figures["dice"], image, maps, name
-        progress(f"{k}/{len(rows)}  {name}  dice {figures['dice']:.3f}")
-    progress("")
-    write_report(args, cases, classes, empty, out)
-    order = torch.tensor([case["dice"] for case in cases]).nan_to_num(2.0).argsort()[:12].tolist()
-    write_gallery(out / "worst.png", [tiles[k] for k in order])
-    _, image, maps, name = worst
-    write_gif(out / "worst.gif", image, maps, meta, name)
+            on_grid = probabilities.argmax(0).byte()
+            cached = dice_scores(torch.from_numpy(np.array(mask)), on_grid, len(classes)).nanmean().item()
+            cases.append({"id": name, "group": index[row]["group"]} | figures | {"dice_cache": cached})
+            on_grid = on_grid.numpy()
+            position = fullest(mask != on_grid, meta["slice_axis"])
+            caption = [name, f"dice {figures['dice']:.3f}  hd95 {figures['hd95_mm']:.1f} mm"]
+            maps = {"truth": mask, "prediction": on_grid}
+            tiles.append(draw_panels(image, {"image": None} | maps, meta, position, caption))
+            if worst is None or figures["dice"] < worst[0] or math.isnan(worst[0]):
+                worst = figures["dice"], image, maps, name
+            progress(f"{k}/{len(rows)}  {name}  dice {figures['dice']:.3f}")
+        progress("")
+        order = torch.tensor([case["dice"] for case in cases]).nan_to_num(2.0).argsort()[:12].tolist()
+        write_gallery(out / "worst.png", [tiles[k] for k in order])
+        _, image, maps, name = worst
+        write_gif(out / "worst.gif", image, maps, meta, name)
+        write_report(args, cases, classes, empty, out)
     print(f"{len(rows)} cases; {empty[0]} structures absent in both, {empty[1]} in one; all of it in {out}")
 
 
@@ -282,9 +367,7 @@ def write_report(
         "index_sha256": file_sha256(args.data / "index.csv"), "split": args.split, "n": len(cases),
         "classes": classes, "tta": args.tta, "both_empty": empty[0], "one_empty": empty[1],
     }  # fmt: skip
-    plain = {name: {k: v if math.isfinite(v) else None for k, v in f.items()} for name, f in summary.items()}
-    cases = [{k: None if v != v else v for k, v in case.items()} for case in cases]  # NaN is not JSON
-    (out / "metrics.json").write_text(json.dumps({"summary": plain, "cases": cases, "run": run}, indent=1))
+    write_json(out / "metrics.json", {"summary": summary, "cases": cases, "run": run})
 
 
 def find_images(paths: list[Path]) -> list[Path]:
@@ -343,13 +426,10 @@ def main(argv: list[str] | None = None) -> None:
     device = choose_device(args.device)
     models, checkpoints = load_models(args.checkpoint, device)
     out = args.out or args.checkpoint[0].parent / (f"eval_{args.split}" if args.data else "predictions")
-    out.mkdir(parents=True, exist_ok=True)
+    if args.images:
+        out.mkdir(parents=True, exist_ok=True)
     (evaluate_split if args.data else predict_images)(args, models, checkpoints, device, out)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a code page that lacks a name's letters
-    try:
-        main()
-    except (DataError, CheckpointError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main, CheckpointError)

@@ -19,9 +19,12 @@ import argparse
 import csv
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import sys
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +45,16 @@ FOLDS = 5
 
 class DataError(ValueError):
     """What the user can mend: shown as one line with exit status 1, without a traceback."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
+
+def one_line(text: object) -> str:
+    """Text for a terminal: on one line, control characters escaped, a long one cut in its middle."""
+    line = re.sub(r"\s*[\r\n]\s*", " ", str(text).strip())
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    return line if len(line) <= 300 else f"{line[:150]} ... {line[-145:]}"
 
 
 # --- reading one volume ---
@@ -419,10 +432,52 @@ def open_output(out: Path, overwrite: bool) -> Path:
 def read_meta(cache: Path) -> dict:
     """The meta.json of a finished cache. Raises DataError with the command that makes one."""
     try:
-        return json.loads((cache / "meta.json").read_text())
-    except (OSError, ValueError) as error:
+        meta = json.loads((cache / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         command = f"python {Path(__file__).parent.name}/preprocess.py --data RAW --out {cache}"
         raise DataError(f"{cache}: no finished cache here; make one by: {command}") from error
+    check_meta(meta, cache / "meta.json")
+    return meta
+
+
+def is_number(value: object, low: float = -math.inf) -> bool:
+    """Whether a value of a JSON file is a finite number above `low`."""
+    return type(value) in (int, float) and math.isfinite(value) and value > low
+
+
+def check_meta(meta: object, where: Path) -> None:
+    """Raise DataError if what a network needs of a meta.json (or a checkpoint's meta) is not there."""
+    if not isinstance(meta, dict):
+        raise DataError(f"{where}: {type(meta).__name__}, expected names and values; preprocess again")
+    classes, values, channels, shape = (meta.get(k) for k in ("classes", "values", "channels", "shape"))
+    spacing, normalisation = meta.get("spacing"), meta.get("normalisation")
+    good = {
+        "classes": isinstance(classes, list) and len(set(map(str, classes))) == len(classes) >= 2,
+        "values": isinstance(values, list) and all(type(v) is int and 0 <= v <= 255 for v in values),
+        "channels": isinstance(channels, list) and len(channels) >= 1,
+        "resample": type(meta.get("resample")) is bool,
+        "spacing": isinstance(spacing, list) and len(spacing) == 3 and all(is_number(s, 0) for s in spacing),
+        "slice_axis": meta.get("slice_axis") in (0, 1, 2),
+        "shape": isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape),
+        "normalisation": isinstance(normalisation, list) and all(map(is_normalisation, normalisation)),
+    }
+    good["values"] = good["values"] and values == sorted(set(values)) and values[0] == 0
+    for one, other in (("values", "classes"), ("normalisation", "channels")):
+        good[one] = good[one] and good[other] and len(meta[one]) == len(meta[other])
+    for name, fits in good.items():
+        if not fits:
+            found = f"{where}: {name} {meta.get(name)!r}, which is not that of a cache of"
+            raise DataError(f"{found} {Path(__file__).parent.name}/preprocess.py; preprocess again")
+
+
+def is_normalisation(constants: object) -> bool:
+    """Whether `normalise` can work with these constants: None, or numbers with low < high and std > 0."""
+    if constants is None:
+        return True
+    names = ("low", "high", "mean", "std")
+    if not isinstance(constants, dict) or not all(is_number(constants.get(name)) for name in names):
+        return False
+    return constants["low"] < constants["high"] and constants["std"] > 0
 
 
 def default_workers() -> int:
@@ -594,9 +649,22 @@ def main(argv: list[str] | None = None) -> None:
     print(f"next: python segmentation/{command} --data {args.out}")
 
 
-if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a code page that lacks a name's letters
+def run_command(main: Callable, *errors: type) -> None:
+    """Run a script's main: what the user can mend, or stopped, is one line; a bug keeps its traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a screen may lack the letters of a file's name
+    warnings.filterwarnings("ignore", module=r"pydicom|PIL|nibabel")  # header slips, some for every file
     try:
         main()
-    except (DataError, OSError) as error:
-        sys.exit(f"error: {error}")
+    except (DataError, OSError, *errors) as error:
+        sys.exit(f"error: {one_line(error)}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        sys.exit(f"error: {one_line(error)} (out of memory? use fewer --workers)")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -31,18 +32,34 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.checkpoint import (
     CheckpointError,
+    array_bytes,
+    count_trained_on,
     file_sha256,
+    hold_folder,
+    list_trained_on,
     load_checkpoint,
-    load_weights,
+    load_fitting_weights,
     open_run,
     restore,
     save_checkpoint,
+    trained_on_index,
+    written,
 )
 from common.metrics import dice_figures, dice_scores
 from segmentation import preprocess
-from segmentation.dataset import EpochBatches, make_loader, open_case, read_index, to_input, write_demo
+from segmentation.dataset import (
+    EpochBatches,
+    check_case,
+    fingerprints,
+    make_loader,
+    open_cache,
+    open_case,
+    read_index,
+    to_input,
+    write_demo,
+)
 from segmentation.model import build_model, default_patch, predict_volume, segmentation_loss
-from segmentation.preprocess import META, DataError, progress, read_meta
+from segmentation.preprocess import META, DataError, progress, run_command
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEMO = Path("data/demo/segmentation")
@@ -80,14 +97,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace the training in --out")
     args = parser.parse_args(argv)
     if args.data is None:
-        parser.set_defaults(epochs=12 if args.dims == 2 else 60, overwrite=not args.resume)
+        parser.set_defaults(epochs=12 if args.dims == 2 else 60)
         args = parser.parse_args(argv)
-    args.batch_size = args.batch_size or {2: 16, 3: 2}[args.dims]
+    if args.batch_size is None:
+        args.batch_size = {2: 16, 3: 2}[args.dims]
     least = {"fold": 0, "workers": 0, "epochs": 1, "batch_size": 1, "augment": 0, "seed": 0, "stop_after": 1}
     for name, low in least.items():
         if getattr(args, name) is not None and not getattr(args, name) >= low:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}, expected {low} or more")
-    if not (args.lr > 0 and args.weight_decay >= 0 and args.channels >= 2):
+    if args.seed >= 2**64 or args.augment > 10:
+        parser.error("expected --seed below 2^64 and --augment of at most 10")
+    if not (0 < args.lr < math.inf and 0 <= args.weight_decay < math.inf and args.channels >= 2):
         parser.error("expected --lr > 0, --weight-decay >= 0 and --channels >= 2")
     if args.patch and (len(args.patch) != args.dims or min(args.patch) < 4):
         parser.error(f"--patch {args.patch}, expected one number for each of the --dims, 4 or more")
@@ -95,9 +115,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of this process. Raises DataError if it is not there."""
+    """The device of this process; auto is cuda or cpu. Raises DataError if it is not there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{local_rank}"
     try:
@@ -126,7 +146,7 @@ def make_demo() -> None:
 
 def write_log(path: Path, log: list[dict]) -> None:
     """log.csv as a whole, from the checkpoint's copy: after --resume it has no rows of lost epochs."""
-    with open(path, "w", newline="") as file:
+    with written(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, log[0])
         writer.writeheader()
         writer.writerows(log)
@@ -139,8 +159,8 @@ def load_data(
 
     Sets the default of --patch. Raises DataError if a side has no cases, or less than one batch to train on.
     """
-    meta = {k: v for k, v in read_meta(cache).items() if k in META}
-    index = read_index(cache)
+    meta, index = open_cache(cache)
+    meta = {k: v for k, v in meta.items() if k in META}
     rows = {"training": [], "validation": []}
     for k, row in enumerate(index):
         if row["fold"] != "test":
@@ -148,6 +168,8 @@ def load_data(
     for side in rows:
         if not rows[side]:
             raise DataError(f"{cache}: fold {args.fold} leaves no {side} cases")
+        for k in rows[side]:
+            check_case(cache, index[k]["id"], meta)
     args.patch = args.patch or default_patch(args.dims, meta)
     batches = EpochBatches(cache, args.patch, rows["training"], args.batch_size, args.seed, rank, world_size)
     if len(batches) == 0:
@@ -163,6 +185,29 @@ def finite(loss: float, epoch: int) -> float:
     if not math.isfinite(loss):
         raise DataError(f"epoch {epoch + 1}: the loss is {loss}; lower --lr, or try another --amp")
     return loss
+
+
+def check_outputs(outputs: Tensor, where: object) -> None:
+    """Raise DataError if a network gave NaN or infinite values: no score of them would mean anything."""
+    if not all(value.isfinite() for value in outputs.aminmax()):
+        found = f"{where}: the network gives NaN or infinite values"
+        raise DataError(f"{found}; lower --lr, or try another --amp")
+
+
+def record_training(cache: Path, fold: int, init: dict) -> dict:
+    """Hashes of the patients and images that are trained on, with those of --init: eval.py refuses them."""
+    sides = {"training": [], "validation": []}
+    for k, row in enumerate(read_index(cache)):
+        if row["fold"] != "test":
+            sides["validation" if row["fold"] == str(fold) else "training"].append(k)
+    if init and not init.get("trained_on"):
+        print("note: --init does not say what it was trained on: make sure that it was not on the test set")
+    elif init:
+        seen = count_trained_on(init["trained_on"], *fingerprints(cache, sides["validation"]))
+        if seen:
+            print(f"note: --init was trained on {len(seen)} of {len(sides['validation'])} validation images: "
+                  "the scores below are too high, and eval.py will refuse them")  # fmt: skip
+    return list_trained_on(*fingerprints(cache, sides["training"]), init)
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -199,6 +244,7 @@ def evaluate(
         image, mask = open_case(cache, name)
         probabilities = predict_volume(model, image, settings["patch"], meta["slice_axis"], device,
                                        AMP[settings["amp"]], settings["batch_size"])  # fmt: skip
+        check_outputs(probabilities, name)
         truth, prediction = torch.from_numpy(np.array(mask)), probabilities.argmax(0)
         scores[name] = dice_scores(truth, prediction, len(meta["classes"]))
     if dist.is_initialized():
@@ -232,19 +278,21 @@ def main(argv: list[str] | None = None) -> None:
     # model, optimizer
     torch.manual_seed(args.seed)
     model = build_model(meta, args.channels, args.patch).to(device)
-    if args.init and not args.resume:
-        load_weights(model, load_checkpoint(args.init, device), args.init)
+    init = load_checkpoint(args.init, device) if args.init and not args.resume else {}
+    if init and (random := load_fitting_weights(model, init, args.init)):
+        say(f"note: {args.init} lacks or has in other shapes: {', '.join(random)}; these start at random")
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     scaler = GradScaler(device.type, enabled=args.amp == "fp16")
 
     # resume
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
     settings |= {"world_size": world_size, "index": file_sha256(cache / "index.csv")}
-    start, best, log, last = 0, -math.inf, [], args.out / "last.pt"
+    settings |= {"array_bytes": array_bytes(cache)}
+    start, best, log, trained_on, last = 0, -math.inf, [], None, args.out / "last.pt"
     if args.resume:
-        start, best, log = restore(last, settings, model, optimizer, scaler)
-    elif rank == 0:
-        open_run(args.out, args.overwrite)
+        start, best, log, trained_on = restore(last, settings, meta, model, optimizer, scaler)
+    if rank == 0 and trained_on is None:
+        trained_on = record_training(cache, args.fold, init)
     train_model = model
     if world_size > 1:
         train_model = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
@@ -253,62 +301,67 @@ def main(argv: list[str] | None = None) -> None:
     say(f"torch {torch.__version__}, {json.dumps(settings)}")
     say(f"{steps_per_epoch} steps an epoch, {len(val_names)} validation cases, {device}")
 
-    # training
-    for epoch in range(start, min(args.epochs, args.stop_after or args.epochs)):
-        train_loader.batch_sampler.epoch = epoch
-        began, total = time.perf_counter(), torch.zeros((), device=device)
-        model.train()
-        for step, (images, masks) in enumerate(train_loader, 1):
-            rng = np.random.default_rng((args.seed, epoch, step, rank))
-            images, masks = to_input(images, masks, device, rng, spacing, args.augment, args.mirror)
-            lr = learning_rate(epoch * steps_per_epoch + step - 1, steps, args.lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
-                logits = train_model(images)
-            loss = segmentation_loss(logits.float(), masks, args.loss)
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            total += loss.detach()
-            if step % 20 == 0:  # seldom, because it waits for the device
-                mean_loss = finite(total.item() / step, epoch)
-                rate = step / (time.perf_counter() - began)
-                eta = timedelta(seconds=int((steps - epoch * steps_per_epoch - step) / rate))
-                at = f"epoch {epoch + 1}/{args.epochs}  {step}/{steps_per_epoch}  loss {mean_loss:.3f}"
-                show(f"{at}  {rate * args.batch_size * world_size:.0f} img/s  eta {eta}")
+    # training; rank 0 keeps other runs out of the folder it saves to
+    with hold_folder(args.out) if rank == 0 else nullcontext():
+        if rank == 0 and not args.resume:
+            of_demo = args.data is None and trained_on_index(last, settings["index"])  # which nobody misses
+            open_run(args.out, args.overwrite or of_demo)
+        for epoch in range(start, min(args.epochs, args.stop_after or args.epochs)):
+            train_loader.batch_sampler.epoch = epoch
+            began, total = time.perf_counter(), torch.zeros((), device=device)
+            model.train()
+            for step, (images, masks) in enumerate(train_loader, 1):
+                rng = np.random.default_rng((args.seed, epoch, step, rank))
+                images, masks = to_input(images, masks, device, rng, spacing, args.augment, args.mirror)
+                lr = learning_rate(epoch * steps_per_epoch + step - 1, steps, args.lr)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
+                    logits = train_model(images)
+                loss = segmentation_loss(logits.float(), masks, args.loss)
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+                total += loss.detach()
+                if step % 20 == 0:  # seldom, because it waits for the device
+                    mean_loss = finite(total.item() / step, epoch)
+                    rate = step / (time.perf_counter() - began)
+                    eta = timedelta(seconds=int((steps - epoch * steps_per_epoch - step) / rate))
+                    at = f"epoch {epoch + 1}/{args.epochs}  {step}/{steps_per_epoch}  loss {mean_loss:.3f}"
+                    show(f"{at}  {rate * args.batch_size * world_size:.0f} img/s  eta {eta}")
 
-        # validation and checkpoints
-        if world_size > 1:
-            dist.all_reduce(total)
-        train_loss = finite(total.item() / (steps_per_epoch * world_size), epoch)
-        trained = time.perf_counter() - began
-        figures = dice_figures(evaluate(model, cache, val_names, device, settings, meta), meta["classes"])
-        log.append({"epoch": epoch + 1, "lr": lr, "train_loss": train_loss}
-                   | {f"val_{name}": value for name, value in figures.items()}
-                   | {"train_seconds": trained, "seconds": time.perf_counter() - began})  # fmt: skip
-        if rank == 0:
-            show("")
-            say("  ".join(f"{name} {value:.4g}" for name, value in log[-1].items()))
-            checkpoint = {"model": model.state_dict(), "meta": meta, "settings": settings, "epoch": epoch + 1,
-                          "figures": figures}  # fmt: skip
-            if figures["dice"] >= best:  # of equals the later one, whose learning rate is lower
-                best = figures["dice"]
-                save_checkpoint(args.out / "best.pt", checkpoint)
-            checkpoint |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            save_checkpoint(last, checkpoint | {"best": best, "log": log})
-            write_log(args.out / "log.csv", log)
+            # validation and checkpoints
+            if world_size > 1:
+                dist.all_reduce(total)
+            train_loss = finite(total.item() / (steps_per_epoch * world_size), epoch)
+            trained = time.perf_counter() - began
+            figures = dice_figures(evaluate(model, cache, val_names, device, settings, meta), meta["classes"])
+            log.append({"epoch": epoch + 1, "lr": lr, "train_loss": train_loss}
+                       | {f"val_{name}": value for name, value in figures.items()}
+                       | {"train_seconds": trained, "seconds": time.perf_counter() - began})  # fmt: skip
+            if rank == 0:
+                show("")
+                say("  ".join(f"{name} {value:.4g}" for name, value in log[-1].items()))
+                checkpoint = {"task": "segmentation", "model": model.state_dict(), "meta": meta,
+                              "settings": settings, "epoch": epoch + 1, "trained_on": trained_on,
+                              "figures": figures}  # fmt: skip
+                # NaN: there is no structure in any mask and none was found, which is all right
+                score = 1.0 if math.isnan(figures["dice"]) else figures["dice"]
+                if score >= best:  # of equals the later one, whose learning rate is lower
+                    best = score
+                    save_checkpoint(args.out / "best.pt", checkpoint)
+                if epoch == 0:
+                    last.unlink(missing_ok=True)  # of a training that is replaced: its best.pt is gone now
+                checkpoint |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                save_checkpoint(last, checkpoint | {"best": best, "log": log})
+                write_log(args.out / "log.csv", log)
     if world_size > 1:
         dist.destroy_process_group()
     say(f"next: python segmentation/eval.py --data {cache} --checkpoint {args.out}/best.pt --split val")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a code page that lacks a name's letters
-    try:
-        main()
-    except (DataError, CheckpointError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main, CheckpointError)

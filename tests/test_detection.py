@@ -403,9 +403,8 @@ def test_eval_refuses_what_was_trained_on(cache, raw, trained, tmp_path):
     preprocess.main(["--data", str(raw), "--out", str(tmp_path / "like"), "--like", str(cache)])
     with pytest.raises(DataError, match="not the cache of the training"):
         evaluation.main(["--data", str(tmp_path / "like"), "--checkpoint", paths[0]])
-    evaluation.main(
-        ["--data", str(tmp_path / "like"), "--checkpoint", *paths, "--split", "test", "--samples", "2"]
-    )
+    with pytest.raises(DataError, match=r"trained on \d+ of these 40 images or patients"):
+        evaluation.main(["--data", str(tmp_path / "like"), "--checkpoint", *paths, "--split", "test"])
     preprocess.main(["--data", str(raw), "--out", str(tmp_path / "small"), "--size", "40"])
     with pytest.raises(CheckpointError, match="size 40"):
         evaluation.main(["--data", str(tmp_path / "small"), "--checkpoint", paths[0]])

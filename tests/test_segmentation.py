@@ -290,8 +290,9 @@ def test_eval_refuses_what_was_trained_on(cache, raw, trained, tmp_path):
     with pytest.raises(DataError, match="not the cache of the training"):
         evaluation.main(["--data", str(tmp_path / "like"), "--checkpoint", paths[0]])
     options = ["--checkpoint", *paths, "--split", "test", "--samples", "2", "--out", str(tmp_path / "out")]
-    evaluation.main(["--data", str(tmp_path / "like"), *options])
-    assert read_metrics(tmp_path / "out")["run"]["n"] == 8
+    with pytest.raises(DataError, match="trained on 6 of these 8 images or patients"):
+        evaluation.main(["--data", str(tmp_path / "like"), *options])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("script", ["preprocess", "eval"])  # train.py is run above

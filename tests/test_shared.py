@@ -11,15 +11,21 @@ ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("classification", "detection", "segmentation")
 # Functions and classes that may differ although folders call them the same: what the task is about.
 OWN = {
-    "preprocess": {"Case", "find_cases", "recognise_layout", "parse_args", "load", "write_index", "main"},
-    "dataset": {"read_index", "XrayDataset", "augment", "to_input"}
+    "preprocess": {"Case", "check_meta", "find_cases", "recognise_layout", "parse_args", "load"}
+    | {"write_index", "main"},
+    "dataset": {"read_index", "check_row", "XrayDataset", "augment", "to_input"}
     | {"draw_phantom", "write_dicom", "write_demo"},
     "model": {"build_model"},
     "train": {"parse_args", "make_demo", "load_data", "evaluate", "main"},
     "eval": {"parse_args", "load_models", "check_same", "predict", "named"}
     | {"evaluate_split", "predict_images"},
 }  # fmt: skip
-PATCHES = {"make_loader", "EpochBatches"}  # segmentation draws places in volumes, the others whole images
+PATCHES = {
+    "open_cache",
+    "fingerprints",
+    "make_loader",
+    "EpochBatches",
+}  # segmentation draws places in volumes, the others whole images
 
 
 def definitions(task: str, script: str) -> dict[str, str]:
