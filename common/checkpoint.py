@@ -41,8 +41,9 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch hides the OSError of a full disk in a RuntimeError
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: not written ({error.__context__ or error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -79,6 +79,8 @@ def narrow(net: nn.Module, share: float) -> None:
     for name, part in net.named_children():
         if isinstance(part, nn.Conv2d):
             inputs, outputs = round(part.in_channels * share), round(part.out_channels * share)
+            if inputs == 0:  # the stem's three colours: build_model puts its own in this place
+                continue
             conv = nn.Conv2d(inputs, outputs, part.kernel_size, part.stride, part.padding, bias=False)
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
             setattr(net, name, conv)
