@@ -18,6 +18,7 @@ import argparse
 import csv
 import json
 import math
+import os
 import sys
 import warnings
 import zlib
@@ -326,7 +327,7 @@ def list_files(paths: list[Path]) -> list[Path]:
             found = count_kinds(dict.fromkeys(others))
             print(f"note: {path}: left out, because no .nii or .nii.gz: {found}, such as {others[0].name}")
         files += volumes or [path]
-    return list({path.resolve(): path for path in files}.values())  # each once
+    return list({os.path.abspath(path): path for path in files}.values())  # each once
 
 
 def find_images(paths: list[Path], channels: int) -> list[NewImage]:
@@ -335,22 +336,27 @@ def find_images(paths: list[Path], channels: int) -> list[NewImage]:
     For a network of several channels NAME_0000, NAME_0001, ... (nnU-Net) of one folder are one image.
     """
     images: dict[Path, NewImage] = {}
-    numbered = set()
     for path in list_files(paths):
-        name = path.stem if path.is_file() and not is_volume(path) else volume_name(path.resolve())
+        place = Path(os.path.abspath(path))
+        name = place.stem if path.is_file() and not is_volume(path) else volume_name(place)
         stem, number = split_channel(name)
         if number is None or channels == 1 or not is_one_channel(path):
-            images[path.resolve()] = NewImage(name or "image", [path], [])
+            images[place] = NewImage(name or "image", [path], [])
         else:
-            one = images.setdefault(path.resolve().with_name(stem), NewImage(stem, [], []))
+            one = images.setdefault(place.with_name(stem), NewImage(stem, [], []))
             one.paths.append(path)
             one.numbers.append(number)
-        if number:
-            numbered.add(path.resolve().with_name(f"{stem}_0000"))
-    if channels == 1 and any(path.with_name(volume_name(path)) in numbered for path in images):
-        print("note: NAME_0000 and NAME_0001 are read as two images, because the network has one channel")
+    if channels == 1:
+        note_channels({image.name for image in images.values()})
     name_outputs(list(images.values()))
     return list(images.values())
+
+
+def note_channels(names: set[str]) -> None:
+    """Note names like nnU-Net's channel files, which a network of one channel takes for an image each."""
+    pairs = sorted(name for name in names if name.endswith("_0000") and f"{name[:-1]}1" in names)
+    if pairs:
+        print(f"note: {pairs[0]} and {pairs[0][:-1]}1 are two images to a network of one channel")
 
 
 def is_volume(path: Path) -> bool:

@@ -311,7 +311,7 @@ def list_slices(path: Path, notes: list[tuple[str, str]]) -> list[Slice]:
     inside = sorted(path.iterdir()) if path.is_dir() else [path]
     files = [p for p in inside if p.is_file() and p.name[0] != "."]
     datasets = {file: read_dataset(file) for file in files}
-    images = {file: ds for file, ds in datasets.items() if ds is not None and ds.get("PixelData")}
+    images = {file: ds for file, ds in datasets.items() if ds is not None and has_pixels(ds)}
     if not images:
         folders = sum(p.is_dir() and p.name[0] != "." for p in inside)
         found = f"{count_kinds(datasets)}, {folders} folders"
@@ -329,13 +329,25 @@ def list_slices(path: Path, notes: list[tuple[str, str]]) -> list[Slice]:
     return [one for file, ds in images.items() for one in list_planes(file, ds)]
 
 
+def has_pixels(ds: pydicom.Dataset) -> bool:
+    return all(ds.get(keyword) for keyword in ("PixelData", "Rows", "Columns"))
+
+
 def belongs(file: Path, ds: pydicom.Dataset | None, images: dict[Path, pydicom.Dataset]) -> bool:
     """Whether a file without pixels is of the series of the images, by its data set or else its suffix."""
     if ds is None:
-        suffixes = {image.suffix.lower() for image in images} | {".dcm", ".dicom", ".ima"}
-        return file.suffix.lower() in suffixes
-    for keyword in ("SOPClassUID", "SeriesInstanceUID"):
-        if ds.get(keyword) and any(ds.get(keyword) == image.get(keyword) for image in images.values()):
+        suffix = file.suffix.lower()
+        suffixes = {image.suffix.lower() for image in images}
+        # names that end in a number or in no suffix at all are what archives give to DICOM files
+        has_letters = re.fullmatch(r"\.\w*[a-z]\w*", suffix) is not None
+        return not has_letters or suffix in suffixes or is_dicom(file)
+    if "DirectoryRecordSequence" in ds:
+        return False
+    series = str(ds.get("SeriesInstanceUID") or "")  # of a cut file it may be cut as well
+    for image in images.values():
+        if str(image.get("SeriesInstanceUID") or "").startswith(series):
+            return True
+        if ds.get("SOPClassUID") == image.get("SOPClassUID"):
             return True
     return False
 
@@ -399,13 +411,16 @@ def check_series(path: Path, slices: list[Slice]) -> None:
     """Raise DataError unless all planes are of one series of slices; list the series if there are more."""
     series = defaultdict(list)
     for one in slices:
-        series[str(one.ds.get("SeriesInstanceUID"))].append(one.ds)
+        series[str(one.ds.get("SeriesInstanceUID"))].append(one)
     if len(series) > 1:
         lines = []
-        for members in list(series.values())[:5]:
-            ds = members[0]
+        for members in series.values():
+            ds = members[0].ds
             name = f"{ds.get('SeriesNumber') or '-'} {str(ds.get('SeriesDescription') or '')!r}"
-            lines.append(f"{name} ({len(members)} {ds.get('Modality') or ''} images)")
+            found = f"{len(members)} {ds.get('Modality') or ''} images such as {members[0].name}"
+            lines.append(f"{name} ({found})")
+        if len(lines) > 5:
+            lines[5:] = ["..."]
         raise DataError(f"{path}: {len(series)} DICOM series: {', '.join(lines)}; give each its own folder")
     for one in slices:
         kind = name_kind(one)
@@ -892,7 +907,7 @@ def list_by_name(folder: Path, bad: list[tuple[Path, str]]) -> dict[str, Path]:
             bad.append((path, f"{path}: one of {len(paths)} files of this name, expected one"))
     for path in others:
         if volume_name(path) != path.name:
-            bad.append((path, f"{path}: a folder, expected a file"))
+            bad.append((path, f"{path}: a folder or a broken link, expected a file"))
     others = [path for path in others if volume_name(path) == path.name]
     if others:
         found = count_kinds(dict.fromkeys(others))
@@ -1002,7 +1017,7 @@ def read_labels(path: Path, labels: dict) -> dict[int, str]:
     for key, value in labels.items():
         name, number = (value, key) if str(key).isdigit() else (key, value)
         name = str(name).strip()
-        if isinstance(number, list):
+        if isinstance(number, list) or isinstance(value, list):
             found = f"label {name!r} is {number}: overlapping regions are not supported"
             raise DataError(f"{path}: {found}; give each voxel one class, and each class one number")
         if name.lower() == "ignore":
@@ -1272,6 +1287,12 @@ def split_cases(
     folds = []
     for group, case in zip(groups, cases, strict=True):
         folds.append("test" if args.like else assign_fold(group, case.split, False, args.test_fraction))
+    sides = defaultdict(set)
+    for group, fold in zip(groups, folds, strict=True):
+        sides[group].add(fold == "test")
+    both = sorted(group for group, found_in in sides.items() if len(found_in) > 1)
+    if both:
+        print(f"note: {len(both)} patients are on both sides of the official split, such as {both[0]}")
     if not args.like and set(folds) == {"test"}:
         raise DataError(f"{args.data}: only test cases; for an external test set use --like TRAIN_CACHE")
     return groups, folds

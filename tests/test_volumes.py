@@ -281,7 +281,7 @@ DEFECTS = [
     (set_value(ALL, "PixelSpacing", None), "12 of 12 images have no PixelSpacing of 2 numbers"),
     (set_value(ALL, "PixelSpacing", [0, 0]), r"PixelSpacing 0\.0, expected more than 0"),
     (set_value(ALL, "ImageOrientationPatient", [0] * 6), "expected two perpendicular unit vectors"),
-    (set_value([2], "SeriesInstanceUID", "1.9"), r"2 DICOM series: - '' \(11 CT .*, - '' \(1 CT images\)"),
+    (set_value([2], "SeriesInstanceUID", "1.9"), r"2 DICOM series: - '' \(11 CT .*\(1 CT .* 02\.dcm\)"),
     (set_value([3], "ImageType", ["ORIGINAL", "PRIMARY", "M", "MOSAIC"]), r"03\.dcm is a Siemens mosaic"),
     (set_value([0], "NumberOfFrames", 4), r"00\.dcm is a multi-frame file \(CT Image Storage, 4 frames\)"),
     (set_value([0], "SOPClassUID", RTDoseStorage), r"00\.dcm is an RT dose grid"),
@@ -332,6 +332,19 @@ def test_a_file_that_has_lost_its_beginning_is_named(tmp_path):
     (folder / "00.dcm").write_bytes((folder / "00.dcm").read_bytes()[200:])
     with pytest.raises(DataError, match=r"1 of 12 files are cut, empty or damaged: 00\.dcm"):
         read_volume(folder)
+
+
+def test_a_cut_file_is_known_by_its_series_or_its_name(tmp_path):
+    """Files of an archive end in numbers; what is left of a file may have lost its class or its series."""
+    for length in (0, 100, 280, 300, 350):
+        folder = tmp_path / str(length)
+        folder.mkdir()
+        for k, ds in enumerate(make_slices()):
+            ds.save_as(folder / f"1.2.840.{k}", enforce_file_format=True)
+        path = folder / "1.2.840.11"
+        path.write_bytes(path.read_bytes()[:length])
+        with pytest.raises(DataError, match=r"1 of 12 files are cut, empty or damaged: 1\.2\.840\.11"):
+            read_volume(folder)
 
 
 def test_files_that_are_no_images_are_left_out_with_a_note(tmp_path):
@@ -489,6 +502,17 @@ def test_scans_of_one_patient_share_a_fold(tmp_path, capsys):
     assert all(row["id"].startswith(row["group"]) for row in rows)
     with pytest.raises(DataError, match=r"--patient-regex 'person' finds nothing in 16 names: patient000_"):
         run(raw, tmp_path / "none", "--patient-regex", "person")
+
+
+def test_a_patient_on_both_sides_of_the_official_split_is_noted(tmp_path, capsys):
+    raw = make_set(tmp_path / "raw", ["p1_a", "p2_a"])
+    for folder in ("images", "labels"):
+        (raw / f"{folder}Ts").mkdir()
+        content = (raw / f"{folder}Tr" / "p1_a.nii.gz").read_bytes()
+        (raw / f"{folder}Ts" / "p1_b.nii.gz").write_bytes(content)
+    save(raw / "imagesTs" / "p1_b.nii.gz", block()[0] + np.int16(9))
+    run(raw, tmp_path / "cache", "--patient-regex", "p[0-9]")
+    assert "1 patients are on both sides of the official split, such as p1" in capsys.readouterr().out
 
 
 def test_names_in_upper_case_are_cases(tmp_path):
