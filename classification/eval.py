@@ -48,7 +48,7 @@ from classification.preprocess import (
     report_notes,
     run_command,
 )
-from classification.train import AMP, check_outputs, choose_device, evaluate
+from classification.train import AMP, check_finite, choose_device, evaluate
 from common.checkpoint import (
     CheckpointError,
     clear_results,
@@ -269,7 +269,7 @@ def predict(
     for model, checkpoint in zip(models, checkpoints, strict=True):
         meta, mode = checkpoint["meta"], amp or checkpoint["settings"]["amp"]
         logits, labels = evaluate(model, loader, device, mode, meta["mean"], meta["std"])
-        check_outputs(logits, f"checkpoint {len(probabilities) + 1}")
+        check_finite(logits, f"checkpoint {len(probabilities) + 1}")
         probabilities.append(logits.softmax(1))
     return torch.stack(probabilities).mean(0), labels
 

@@ -187,7 +187,7 @@ def finite(loss: float, epoch: int) -> float:
     return loss
 
 
-def check_outputs(outputs: Tensor, where: object) -> None:
+def check_finite(outputs: Tensor, where: object) -> None:
     """Raise DataError if a network gave NaN or infinite values: no score of them would mean anything."""
     if not all(value.isfinite() for value in outputs.aminmax()):
         found = f"{where}: the network gives NaN or infinite values"
@@ -347,7 +347,7 @@ def main(argv: list[str] | None = None) -> None:
                 dist.all_reduce(total)
             train_loss = finite(total.item() / (steps_per_epoch * world_size), epoch)
             logits, labels = evaluate(model, val_loader, device, args.amp, meta["mean"], meta["std"])
-            check_outputs(logits, f"epoch {epoch + 1}")
+            check_finite(logits, f"epoch {epoch + 1}")
             probabilities, val_loss = logits.softmax(1), F.cross_entropy(logits, labels).item()
             figures = classification_metrics(labels, probabilities)
             log.append({"epoch": epoch + 1, "lr": lr, "train_loss": train_loss, "val_loss": val_loss}

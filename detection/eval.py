@@ -62,7 +62,7 @@ from detection.preprocess import (
     report_notes,
     run_command,
 )
-from detection.train import AMP, check_outputs, choose_device, evaluate
+from detection.train import AMP, check_finite, choose_device, evaluate
 
 TILE = 384  # pixels of one picture in a gallery
 RESULTS = ("metrics.json", "predictions.csv", "gallery.png")  # of a split; metrics.json is written last
@@ -208,7 +208,7 @@ def predict(
     for model, checkpoint in zip(models, checkpoints, strict=True):
         meta, mode = checkpoint["meta"], amp or checkpoint["settings"]["amp"]
         pred, boxes = evaluate(model, loader, device, mode, meta["mean"], meta["std"])
-        check_outputs(pred, f"checkpoint {len(found) + 1}")
+        check_finite(pred, f"checkpoint {len(found) + 1}")
         found.append(pred)
     return torch.stack(found).mean(0), boxes
 

@@ -190,7 +190,7 @@ def finite(loss: float, epoch: int) -> float:
     return loss
 
 
-def check_outputs(outputs: Tensor, where: object) -> None:
+def check_finite(outputs: Tensor, where: object) -> None:
     """Raise DataError if a network gave NaN or infinite values: no score of them would mean anything."""
     if not all(value.isfinite() for value in outputs.aminmax()):
         found = f"{where}: the network gives NaN or infinite values"
@@ -341,7 +341,7 @@ def main(argv: list[str] | None = None) -> None:
                 dist.all_reduce(total)
             train_loss = finite(total.item() / (steps_per_epoch * world_size), epoch)
             pred, boxes = evaluate(model, val_loader, device, args.amp, meta["mean"], meta["std"])
-            check_outputs(pred, f"epoch {epoch + 1}")
+            check_finite(pred, f"epoch {epoch + 1}")
             val_loss = criterion(pred, boxes).item()
             figures = detection_metrics(pred, boxes)
             log.append({"epoch": epoch + 1, "lr": lr, "train_loss": train_loss, "val_loss": val_loss}

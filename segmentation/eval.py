@@ -4,18 +4,25 @@
   python segmentation/eval.py --data data/other --checkpoint runs/a/best.pt runs/b/best.pt --split test
   python segmentation/eval.py --checkpoint runs/segmentation/best.pt --images scan.nii.gz dicom_folder
 
-With masks: metrics.json with 95 % bootstrap intervals (over cases), cases.csv, predictions/ID.nii.gz on the
-grid of the original file, where all figures but dice_cache are taken, and pictures: worst.png (image, truth,
-prediction on the slice with the most errors, worst case first), worst.gif. New images (.nii, .nii.gz, or a
-folder with one DICOM series): NIfTI masks, volumes.csv, pictures. The probabilities of several checkpoints
-are averaged. dice_cache, on the grid of the cache, is the score that train.py printed.
+With masks: metrics.json with 95 % bootstrap intervals (over patients), cases.csv, predictions/ID.nii.gz on
+the grid of the original file, where all figures but dice_cache are taken, and pictures: worst.png (image,
+truth, prediction on the slice with the most errors, worst case first), worst.gif. dice_cache, on the grid of
+the cache, is the score that train.py printed. The probabilities of several checkpoints are averaged.
+
+New images (.nii, .nii.gz, folders of them, or a folder with one DICOM series): NIfTI masks, volumes.csv and
+pictures. nnU-Net's NAME_0000.nii.gz, NAME_0001.nii.gz, ... are the channels of one image. Nothing is written
+onto an image, or onto a file that is no earlier result.
 """
 
 import argparse
 import csv
 import math
+import os
 import sys
-from collections import Counter
+import warnings
+import zlib
+from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
@@ -44,18 +51,29 @@ from segmentation.dataset import check_case, fingerprints, open_cache, open_case
 from segmentation.model import build_model, predict_volume
 from segmentation.preprocess import (
     DataError,
+    check_grid,
     check_meta,
+    check_outputs,
+    check_range,
+    count_kinds,
+    explain,
     from_grid,
     list_volumes,
+    orient,
     progress,
+    read_channels,
+    read_header,
     read_meta,
-    read_volume,
+    read_nifti,
     run_command,
+    split_channel,
     to_grid,
+    volume_name,
     write_mask,
 )
-from segmentation.train import AMP, check_outputs, choose_device
+from segmentation.train import AMP, check_finite, choose_device
 
+PREDICTION = b"prediction of segmentation/eval.py"  # stands in the header of masks: they may be replaced
 TILE = 256  # pixels of one picture in a gallery
 COLOURS = ("#ff4040", "#40c0ff", "#ffd040", "#60e060", "#d070ff", "#ff9040", "#40e0d0", "#ff80c0")
 
@@ -247,7 +265,6 @@ def predict(
         part = predict_volume(
             model, image, settings["patch"], axis, device, mode, settings["batch_size"], tta
         )
-        check_outputs(part, "the checkpoint")
         part /= len(models)
         total = part if total is None else total.add_(part)
     return total
@@ -289,17 +306,18 @@ def list_results(out: Path) -> list[str]:
     return names
 
 
-def read_truth(cache: Path, name: str, values: list[int]) -> tuple[np.ndarray, nib.Nifti1Image]:
-    """Class numbers uint8 (X, Y, Z) of a case's mask as it was, and the file with its affine and header."""
+def read_truth(cache: Path, name: str, values: list[int]) -> tuple[np.ndarray, np.ndarray, nib.Nifti1Header]:
+    """Class numbers uint8 (X, Y, Z) of a case's mask as it was, and the affine and header of its file."""
     path = cache / "volumes" / f"{name}.truth.nii.gz"
     try:
-        nifti = nib.load(path)
-        mask = np.asanyarray(nifti.dataobj)
+        mask, affine, header = read_nifti(path)
+    except DataError:
+        raise
     except Exception as error:  # nibabel, gzip and zlib each raise their own
-        raise DataError(f"{path}: {type(error).__name__}: {error}; preprocess again") from error
+        raise explain(path, error) from error
     if mask.ndim != 3 or not np.isin(mask, values).all():
         raise DataError(f"{path}: expected a volume of the values {values}; preprocess again")
-    return np.searchsorted(values, mask).astype(np.uint8), nifti
+    return np.searchsorted(values, mask).astype(np.uint8), affine, header
 
 
 def evaluate_split(
@@ -309,8 +327,12 @@ def evaluate_split(
     meta = checkpoints[0]["meta"]
     classes = meta["classes"]
     rows, index = choose_rows(args.data, args.split, args.checkpoint, checkpoints), read_index(args.data)
-    for row in rows:
-        check_case(args.data, index[row]["id"], meta)
+    names = [index[row]["id"] for row in rows]
+    results = [out / "predictions" / f"{name}.nii.gz" for name in names]
+    inputs = [args.data / "volumes" / f"{name}.truth.nii.gz" for name in names]
+    check_outputs([*results, out / "metrics.json", out / "cases.csv"], [*inputs, *args.checkpoint])
+    for name in names:
+        check_case(args.data, name, meta)
     cases, tiles, worst, empty = [], [], None, Counter()
     with hold_folder(out):
         clear_results(out, list_results(out))
@@ -319,11 +341,12 @@ def evaluate_split(
             name = index[row]["id"]
             image, mask = open_case(args.data, name)
             probabilities = predict(models, checkpoints, image, device, args.amp, args.tta)
-            truth, nifti = read_truth(args.data, name, meta["values"])
-            labels = from_grid(probabilities.numpy(), truth.shape, nifti.affine)
+            check_finite(probabilities, name)
+            truth, affine, header = read_truth(args.data, name, meta["values"])
+            labels = from_grid(probabilities.numpy(), truth.shape, affine)
             with written(out / "predictions" / f"{name}.nii.gz") as path:
-                write_mask(path, np.array(meta["values"], np.uint8)[labels], nifti.affine, nifti.header)
-            figures = judge(truth, labels, nifti.affine, classes)
+                write_mask(path, np.array(meta["values"], np.uint8)[labels], affine, header)
+            figures = judge(truth, labels, affine, classes)
             for c in range(1, len(classes)):
                 empty[int((truth == c).any()) + int((labels == c).any())] += 1
 
@@ -370,55 +393,216 @@ def write_report(
     write_json(out / "metrics.json", {"summary": summary, "cases": cases, "run": run})
 
 
-def find_images(paths: list[Path]) -> list[Path]:
+@dataclass
+class NewImage:
+    """A new image, and the name of its mask."""
+
+    name: str
+    paths: list[Path]  # one file or DICOM folder with all channels, or one file a channel
+    numbers: list[int]  # which channels the files are, if they are one each
+
+
+def list_files(paths: list[Path]) -> list[Path]:
     """Files as they are; of a folder its .nii and .nii.gz files, or the folder itself as a DICOM series."""
-    found = []
+    files = []
     for path in paths:
-        inside = sorted(list_volumes(path).values()) if path.is_dir() else []
-        found += inside or [path]
-    return found
+        volumes, others = list_volumes(path) if path.is_dir() else ([], [])
+        if volumes and others:
+            found = count_kinds(dict.fromkeys(others))
+            print(f"note: {path}: left out, because no .nii or .nii.gz: {found}, such as {others[0].name}")
+        files += volumes or [path]
+    return list({os.path.abspath(path): path for path in files}.values())  # each once
+
+
+def find_images(paths: list[Path], channels: int) -> list[NewImage]:
+    """The images among files and folders, with names of masks that do not collide.
+
+    For a network of several channels NAME_0000, NAME_0001, ... (nnU-Net) of one folder are one image.
+    """
+    images: dict[Path, NewImage] = {}
+    for path in list_files(paths):
+        place = Path(os.path.abspath(path))
+        name = place.stem if path.is_file() and not is_volume(path) else volume_name(place)
+        stem, number = split_channel(name)
+        if number is None or channels == 1 or not is_one_channel(path):
+            images[place] = NewImage(name or "image", [path], [])
+        else:
+            one = images.setdefault(place.with_name(stem), NewImage(stem, [], []))
+            one.paths.append(path)
+            one.numbers.append(number)
+    if channels == 1:
+        note_channels({image.name for image in images.values()})
+    name_outputs(list(images.values()))
+    return list(images.values())
+
+
+def note_channels(names: set[str]) -> None:
+    """Note names like nnU-Net's channel files, which a network of one channel takes for an image each."""
+    pairs = sorted(name for name in names if name.endswith("_0000") and f"{name[:-1]}1" in names)
+    if pairs:
+        print(f"note: {pairs[0]} and {pairs[0][:-1]}1 are two images to a network of one channel")
+
+
+def is_volume(path: Path) -> bool:
+    """Whether a path is called .nii or .nii.gz."""
+    return volume_name(path) != path.name
+
+
+def is_one_channel(path: Path) -> bool:
+    """Whether a file can be one channel of nnU-Net: it is not 4D itself (or cannot be read, and is named)."""
+    try:
+        return path.is_file() and len(read_header(path).get_data_shape()) < 4
+    except (DataError, OSError, EOFError, zlib.error):
+        return True
+
+
+def name_outputs(images: list[NewImage]) -> None:
+    """Make the names differ, even without case: by their folders' names, and where those do not, a number."""
+    same_name = defaultdict(list)
+    for image in images:
+        same_name[image.name.casefold()].append(image)
+    taken = {name for name, group in same_name.items() if len(group) == 1}
+    for group in same_name.values():
+        folders = [image.paths[0].resolve().parent.name for image in group]
+        for image, folder in zip(group, folders, strict=True):
+            if len(set(folders)) > 1:
+                image.name = f"{folder}_{image.name}"
+            if len(group) > 1:
+                image.name = choose_free(image.name, taken)
+
+
+def choose_free(base: str, taken: set[str]) -> str:
+    """`base`, or base_2, base_3, ... if that is taken; the choice is taken from now on."""
+    name = base
+    number = 2
+    while name.casefold() in taken:
+        name = f"{base}_{number}"
+        number += 1
+    taken.add(name.casefold())
+    return name
+
+
+def check_results(out: Path, images: list[NewImage]) -> None:
+    """Raise DataError if an image, or a file that is no earlier result, would be overwritten."""
+    inputs = [path for image in images for path in image.paths]
+    masks = [out / f"{image.name}.nii.gz" for image in images]
+    table = out / "volumes.csv"
+    check_outputs([*masks, table, out / "overlays.png", out / "first.gif"], inputs)
+    if out.resolve() in [path.resolve() for path in inputs]:
+        raise DataError(f"{out}: is the folder of a DICOM series that is read; give another --out")
+    foreign = [mask for mask in masks if mask.exists() and not is_prediction(mask)]
+    if table.exists() and not table.read_bytes().startswith(b"image,mask,"):
+        foreign.append(table)
+    if foreign:
+        raise DataError(f"{foreign[0]}: exists and is no earlier result of this script; give another --out")
+
+
+def is_prediction(path: Path) -> bool:
+    """Whether a file is a mask written by this script."""
+    try:
+        return bytes(read_header(path)["descrip"]).startswith(PREDICTION)
+    except (DataError, OSError, EOFError, zlib.error):
+        return False
+
+
+def read_image(image: NewImage, meta: dict) -> tuple[np.ndarray, np.ndarray, nib.Nifti1Header | None, tuple]:
+    """An image on the common grid, float16 (C, X, Y, Z); affine, header and shape of its file.
+
+    Prints what is odd. Raises DataError if the model cannot take it.
+    """
+    notes: list[tuple[str, str]] = []
+    path = image.paths[0]
+    if image.numbers and sorted(image.numbers) != list(range(len(meta["channels"]))):
+        found = ", ".join(f"{number:04d}" for number in sorted(image.numbers))
+        raise DataError(f"{path}: channel files {found}, expected one for each of {meta['channels']}")
+    volume, affine, header = read_channels(image.paths, notes)
+    for what, detail in notes:
+        print(f"note: {path}: {what}" + (f" ({detail})" if detail else ""))
+    if volume.shape[3] != len(meta["channels"]):
+        hint = "; time is no channel" if volume.shape[3] > len(meta["channels"]) else ""
+        raise DataError(f"{path}: {volume.shape[3]} channels, expected {meta['channels']}{hint}")
+    shape = volume.shape[:3]
+    orientation, spacing = orient(affine)
+    in_ras = tuple(shape[axis] for axis in np.argsort(orientation[:, 0]))
+    check_grid(path, in_ras, spacing, meta)
+    on_grid = to_grid(volume, affine, meta)
+    check_range(path, on_grid)
+    return on_grid, affine, header, shape
 
 
 def predict_images(
     args: argparse.Namespace, models: list, checkpoints: list[dict], device: torch.device, out: Path
 ) -> None:
-    """Masks and pictures of images without masks. DataError at the end if some are unreadable."""
-    meta, files = checkpoints[0]["meta"], find_images(args.images)
-    rows, tiles, bad = [], [], []
-    for path in files:
+    """Masks and pictures of images without masks. DataError at the end if some cannot be predicted."""
+    meta = checkpoints[0]["meta"]
+    warnings.filterwarnings("ignore", module="pydicom")  # harmless header slips, one line per file
+    images = find_images(args.images, len(meta["channels"]))
+    check_results(out, images)
+    tiles, bad, done = [], 0, 0
+    for image in images:
         try:
-            volume, affine, header = read_volume(path)
-            if volume.shape[3] != len(meta["channels"]):
-                raise DataError(f"{path}: {volume.shape[3]} channels, expected {meta['channels']}")
+            row, on_grid, labels = predict_image(image, args, models, checkpoints, device, out)
         except DataError as error:
-            bad.append(error)
+            bad += 1
             print(error, file=sys.stderr)
             continue
-        shape, voxel = volume.shape[:3], abs(np.linalg.det(affine[:3, :3])) / 1000
-        image = to_grid(volume, affine, meta)
-        del volume
-        probabilities = predict(models, checkpoints, image, device, args.amp, args.tta)
-        labels = from_grid(probabilities.numpy(), shape, affine)
-        name = path.name.split(".nii")[0]
-        if any(row["mask"] == f"{name}.nii.gz" for row in rows):
-            name = f"{len(rows):04d}_{name}"
-        write_mask(out / f"{name}.nii.gz", np.array(meta["values"], np.uint8)[labels], affine, header)
-        ml = voxel * np.bincount(labels.reshape(-1), minlength=len(meta["classes"]))
-        volumes = {f"ml_{c}": round(float(v), 3) for c, v in zip(meta["classes"][1:], ml[1:], strict=True)}
-        rows.append({"image": str(path), "mask": f"{name}.nii.gz"} | volumes)
-        on_grid = probabilities.argmax(0).byte().numpy()
-        position = fullest(on_grid > 0, meta["slice_axis"])
-        maps = {"image": None, "prediction": on_grid}
-        tiles.append(draw_panels(image, maps, meta, position, [name]))
-        if len(rows) == 1:
-            write_gif(out / "first.gif", image, maps, meta, name)
-        print(f"{path}: " + "  ".join(f"{name[3:]} {value} ml" for name, value in volumes.items()))
-    if rows:
-        write_table(out / "volumes.csv", rows)
-        write_gallery(out / "overlays.png", tiles[:30])
-        print(f"{len(rows)} images; masks, volumes.csv and pictures in {out}")
+        append_row(out / "volumes.csv", row, is_first=done == 0)  # what a stopped run has done stays
+        done += 1
+        maps = {"image": None, "prediction": labels}
+        if done <= 30:
+            position = fullest(labels > 0, meta["slice_axis"])
+            tiles.append(draw_panels(on_grid, maps, meta, position, [image.name]))
+        if done == 1:
+            write_gif(out / "first.gif", on_grid, maps, meta, image.name)
+        volumes = [f"{name} {row[f'ml_{name}']} ml" for name in meta["classes"][1:]]
+        print(f"{row['image']}: {'  '.join(volumes)}")
+    if done:
+        write_gallery(out / "overlays.png", tiles)
+        print(f"{done} images; masks, volumes.csv and pictures in {out}")
     if bad:
-        raise DataError(f"{len(bad)} of {len(files)} images could not be read (named above)")
+        raise DataError(f"{bad} of {len(images)} images could not be read (named above)")
+
+
+def append_row(path: Path, row: dict, is_first: bool) -> None:
+    """Add a row to a CSV file; the first one replaces the file and writes the header."""
+    with open(path, "w" if is_first else "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, row)
+        if is_first:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def predict_image(
+    image: NewImage,
+    args: argparse.Namespace,
+    models: list,
+    checkpoints: list[dict],
+    device: torch.device,
+    out: Path,
+) -> tuple[dict, np.ndarray, np.ndarray]:
+    """Write the mask of an image: its row of volumes.csv, image (C, X, Y, Z) and classes on the grid.
+
+    Raises DataError if it cannot be read or needs more memory than there is.
+    """
+    meta = checkpoints[0]["meta"]
+    try:
+        on_grid, affine, header, shape = read_image(image, meta)
+        probabilities = predict(models, checkpoints, on_grid, device, args.amp, args.tta)
+        check_finite(probabilities, image.paths[0])
+        labels = from_grid(probabilities.numpy(), shape, affine)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch's has no type on a CPU
+            raise
+        raise explain(image.paths[0], MemoryError(str(error).split("\n")[0])) from error
+    mask = f"{image.name}.nii.gz"
+    with written(out / mask) as path:
+        write_mask(path, np.array(meta["values"], np.uint8)[labels], affine, header, PREDICTION)
+    voxel = abs(np.linalg.det(affine[:3, :3])) / 1000  # ml
+    counts = np.bincount(labels.reshape(-1), minlength=len(meta["classes"]))
+    row = {"image": ";".join(map(str, image.paths)), "mask": mask}
+    for name, count in zip(meta["classes"][1:], counts[1:], strict=True):
+        row[f"ml_{name}"] = round(float(voxel * count), 3)
+    return row, on_grid, probabilities.argmax(0).byte().numpy()
 
 
 def main(argv: list[str] | None = None) -> None:

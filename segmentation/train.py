@@ -187,7 +187,7 @@ def finite(loss: float, epoch: int) -> float:
     return loss
 
 
-def check_outputs(outputs: Tensor, where: object) -> None:
+def check_finite(outputs: Tensor, where: object) -> None:
     """Raise DataError if a network gave NaN or infinite values: no score of them would mean anything."""
     if not all(value.isfinite() for value in outputs.aminmax()):
         found = f"{where}: the network gives NaN or infinite values"
@@ -244,7 +244,7 @@ def evaluate(
         image, mask = open_case(cache, name)
         probabilities = predict_volume(model, image, settings["patch"], meta["slice_axis"], device,
                                        AMP[settings["amp"]], settings["batch_size"])  # fmt: skip
-        check_outputs(probabilities, name)
+        check_finite(probabilities, name)
         truth, prediction = torch.from_numpy(np.array(mask)), probabilities.argmax(0)
         scores[name] = dice_scores(truth, prediction, len(meta["classes"]))
     if dist.is_initialized():
