@@ -41,6 +41,7 @@ from classification.preprocess import (
     find_images,
     in_threads,
     list_files,
+    one_line,
     positive_class,
     read_image,
     read_meta,
@@ -296,6 +297,8 @@ def read_predictions(path: Path, cases: list[dict], classes: list[str]) -> Tenso
 
     Raises DataError unless it has the same images, each once, with the same labels and of the same split.
     """
+    if not path.is_file():
+        raise DataError(f"{path}: not a file, expected predictions.csv of eval.py")
     try:
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
@@ -443,6 +446,20 @@ def list_images(paths: list[Path]) -> list[Path]:
     return files
 
 
+def name_overlay(number: int, image: str) -> str:
+    """The file name of an image's picture; long names are cut, as file systems end at 255 letters."""
+    return f"{number:04d}_{Path(image).stem[:100]}.png"
+
+
+def list_predictions(out: Path) -> list[str]:
+    """The files that an earlier prediction left in the folder, by its table."""
+    if not (out / "predictions.csv").is_file():
+        return []
+    with open(out / "predictions.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return ["predictions.csv", *(name_overlay(k, row.get("image") or "") for k, row in enumerate(rows))]
+
+
 def predict_images(
     args: argparse.Namespace, models: list, checkpoints: list[dict], device: torch.device, out: Path
 ) -> None:
@@ -472,15 +489,17 @@ def predict_images(
         loader = [(batch, torch.zeros(len(batch), dtype=torch.long)) for batch in batches]
         probabilities, _ = predict(models, checkpoints, loader, device, args.amp)
         rows = []
-        for k, (path, image) in enumerate(good.items()):
-            best = int(probabilities[k].argmax())
-            answer = f"{meta['classes'][best]} {probabilities[k, best]:.3f}"
-            overlay = draw_activation(models[0], meta, image, best, [str(path), answer], device)
-            to_pil_image(overlay).save(out / f"{k:04d}_{path.stem}.png")
-            row = {"image": str(path), "prediction": meta["classes"][best]}
-            rows.append(row | named(meta["classes"], probabilities[k]))
-            print(f"{path}: {answer}")
-        write_table(out / "predictions.csv", rows)
+        with hold_folder(out):
+            clear_results(out, list_predictions(out))
+            for k, (path, image) in enumerate(good.items()):
+                best = int(probabilities[k].argmax())
+                answer = f"{meta['classes'][best]} {probabilities[k, best]:.3f}"
+                overlay = draw_activation(models[0], meta, image, best, [str(path), answer], device)
+                save_picture(out / name_overlay(k, str(path)), to_pil_image(overlay))
+                row = {"image": str(path), "prediction": meta["classes"][best]}
+                rows.append(row | named(meta["classes"], probabilities[k]))
+                print(one_line(f"{path}: {answer}"))
+            write_table(out / "predictions.csv", rows)
         print(f"{len(good)} images; predictions.csv and overlays in {out}")
     if bad:
         raise DataError(f"{len(bad)} of {len(files)} files could not be read (named above)")
@@ -491,8 +510,6 @@ def main(argv: list[str] | None = None) -> None:
     device = choose_device(args.device)
     models, checkpoints = load_models(args.checkpoint, device)
     out = args.out or args.checkpoint[0].parent / (f"eval_{args.split}" if args.data else "predictions")
-    if args.images:
-        out.mkdir(parents=True, exist_ok=True)
     (evaluate_split if args.data else predict_images)(args, models, checkpoints, device, out)
 
 

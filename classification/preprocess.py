@@ -16,6 +16,7 @@ Written to OUT: images.npy uint8 (N, S, S); index.csv (id, patient, fold, label,
 
 import argparse
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -25,10 +26,12 @@ import re
 import shlex
 import shutil
 import sys
+import unicodedata
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -42,6 +45,11 @@ from PIL import Image, ImageOps
 from PIL.ExifTags import Base as Tag
 from pydicom import uid
 from pydicom.pixels import apply_color_lut, apply_windowing, pixel_array
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, what Pillow uses for convert("L")
 PHOTOMETRIC = ["MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT",
@@ -69,6 +77,8 @@ SPLITS = {
 }
 MORE_DECODERS = "more decoders: pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
 FOLDS = 5
+MAX_PIXELS = 2**27  # of an image: five times the largest X-rays
+MAX_CLASSES = 256  # there is a name, a column and an output for each
 # Names of a class without a finding: normal, healthy, negative, control, no_finding, NonCOVID
 NO_FINDING = re.compile(
     r"(?i:(?<![a-z])(normals?|healthy|negatives?|neg|controls?)(?![a-z])|^no[ _-]|^non|^without)"
@@ -86,7 +96,7 @@ class DataError(ValueError):
 def one_line(text: object) -> str:
     """Text for a terminal: on one line, control characters escaped, a long one cut in its middle."""
     line = re.sub(r"\s*[\r\n]\s*", " ", str(text).strip())
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    line = "".join(repr(c)[1:-1] if unicodedata.category(c)[0] == "C" else c for c in line)
     return line if len(line) <= 300 else f"{line[:150]} ... {line[-145:]}"
 
 
@@ -215,6 +225,9 @@ def check_single_image(ds: pydicom.Dataset, path: Path) -> None:
     frames = number(ds, "NumberOfFrames", 1)
     if frames > 1:
         raise DataError(f"{path}: DICOM with {frames:.0f} frames, expected a single image")
+    rows, columns = number(ds, "Rows", 0), number(ds, "Columns", 0)
+    if rows * columns > MAX_PIXELS:  # a few bytes can claim any size
+        raise DataError(f"{path}: {rows:.0f} x {columns:.0f} pixels, expected at most {MAX_PIXELS} in all")
     photometric = str(ds.get("PhotometricInterpretation", "")).strip(" \0").upper()
     if photometric not in PHOTOMETRIC:
         raise DataError(f"{path}: photometric interpretation {photometric!r}, expected one of {PHOTOMETRIC}")
@@ -680,20 +693,42 @@ def find_rsna(raw: Path) -> tuple[list[str], list[Case]]:
 def read_rsna_labels(table: Path) -> dict[str, int]:
     """Labels by patientId from the challenge's CSV: patientId, x, y, width, height, Target, a row per box."""
     labels: dict[str, int] = {}
-    text = table.read_text(encoding="utf-8-sig", errors="replace").replace("\0", "")  # Python 3.10: no NUL
-    reader = csv.DictReader(text.splitlines())
-    reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-    missing = {"patientId", "Target"} - set(reader.fieldnames)
-    if missing:
-        raise DataError(f"{table}: no column {sorted(missing)}, found {reader.fieldnames}")
-    for row in reader:
+    for place, row in read_rows(table, ("patientId", "Target")):
         name = (row["patientId"] or "").strip()
         target = (row["Target"] or "").strip()
         if target not in ("0", "1") or not name:
-            raise DataError(f"{table}:{reader.line_num}: {name!r} has Target {target!r}, expected 0 or 1")
+            raise DataError(f"{place}: {name!r} has Target {target!r}, expected 0 or 1")
         if labels.setdefault(name, int(target)) != int(target):
-            raise DataError(f"{table}:{reader.line_num}: {name} has rows with Target 0 and with Target 1")
+            raise DataError(f"{place}: {name} has rows with Target 0 and with Target 1")
     return labels
+
+
+def read_rows(table: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Place (file:line) and values of every row of a CSV table that has these columns.
+
+    Raises DataError that names the line: for a quote that is not closed, which would swallow all rows below,
+    and for more fields than there are columns, as decimal commas make them.
+    """
+    if not table.is_file():
+        raise DataError(f"{table}: not a file")
+    text = table.read_text(encoding="utf-8-sig", errors="replace").replace("\0", "")  # Python 3.10: no NUL
+    reader = csv.DictReader(text.splitlines(), skipinitialspace=True, strict=True)
+    line = 1
+    try:
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+        missing = set(columns) - set(reader.fieldnames)
+        if missing:
+            raise DataError(f"{table}: no column {sorted(missing)}, found {reader.fieldnames}")
+        line = reader.line_num + 1
+        for row in reader:
+            if None in row:
+                fields = len(reader.fieldnames) + len(row[None])
+                found = f"{table}:{reader.line_num}: {fields} fields for {len(reader.fieldnames)} columns"
+                raise DataError(f"{found}; decimal commas? expected points")
+            yield f"{table}:{reader.line_num}", row
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{table}:{line}: {error}, expected a closing quote") from error
 
 
 def find_class_folders(raw: Path, regex: str | None) -> tuple[list[str], list[Case]]:
@@ -748,6 +783,8 @@ def check_class_names(raw: Path, classes_of: dict[str, set[str]]) -> None:
     """Raise DataError for a class of val or test that train lacks, or one that is spelled in two ways."""
     train = classes_of.get("train")
     for split, classes in classes_of.items():
+        if any(map(has_control, classes)):
+            raise DataError(f"{raw}: control characters in a class of {sorted(classes)}: rename the folder")
         if train and classes - train:
             raise DataError(
                 f"{raw}: {split} has the classes {sorted(classes - train)}, which train has not: "
@@ -786,6 +823,9 @@ def find_medmnist(raw: Path) -> tuple[list[str], list[Case]]:
         if labels.shape not in ((n,), (n, 1)) or labels.dtype.kind not in "iu":
             found = f"{split}_labels {labels.dtype} {labels.shape}"
             raise DataError(f"{path}: {found}, expected integers ({n}, 1), one label an image")
+        if n and not 0 <= labels.min() <= labels.max() < MAX_CLASSES:
+            found = f"{split}_labels from {labels.min()} to {labels.max()}"
+            raise DataError(f"{path}: {found}, expected numbers of classes: 0 to {MAX_CLASSES - 1} at most")
         for i, label in enumerate(labels.reshape(-1)):
             name = f"{split}/{i}"
             cases.append(Case(name, f"{path.name}:{name}", int(label), name, split, images[i]))
@@ -804,6 +844,11 @@ def is_utf8(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def has_control(text: str) -> bool:
+    """Whether a name has control characters, which would reach the screen from index.csv."""
+    return any(unicodedata.category(c) == "Cc" for c in text)
 
 
 def choose_patients(sources: list[str], named: list[str], patient_ids: list[str]) -> list[str]:
@@ -948,18 +993,49 @@ def write_npy(path: Path, images: Iterable[np.ndarray], shape: tuple[int, ...]) 
             raise RuntimeError("the .npy header changed its length")
 
 
-def open_output(out: Path, overwrite: bool) -> Path:
-    """The folder to write into before it becomes OUT, so that an interrupted run leaves no OUT."""
+@contextmanager
+def open_output(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder to write into, which becomes OUT at the end: a run that is stopped leaves OUT as it was.
+
+    Raises DataError if OUT holds anything but a cache (--overwrite never deletes what is not ours), if
+    another run writes to it (the lock ends with the process), or if something cannot be written.
+    """
+    partial, old, lock = (out.with_name(f".{out.name}.{kind}") for kind in ("partial", "old", "lock"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as file:
+        try:
+            if fcntl:  # not on Windows
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise DataError(f"{out}: another run writes here; wait for it, or use another --out") from error
+        try:
+            if old.exists() and not out.exists():  # stopped between the two renames below
+                old.rename(out)
+            check_output(out, overwrite)
+            for left_over in (partial, old):
+                shutil.rmtree(left_over, ignore_errors=True)
+            partial.mkdir()
+            yield partial
+            if out.exists():
+                out.rename(old)
+            partial.rename(out)
+            shutil.rmtree(old, ignore_errors=True)
+        except OSError as error:  # without a number: numpy, for a file that came out too short
+            reason = error.strerror or f"{os.strerror(errno.ENOSPC)}? {error}"
+            raise DataError(f"{error.filename or out}: {reason}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """Raise DataError if OUT holds anything but a cache, or a cache that nobody said may go."""
     found = {p.name for p in out.iterdir()} if out.is_dir() else {"a file"} if out.exists() else set()
     ours = {"images.npy", "volumes", "index.csv", "meta.json", "skipped.csv"}
-    if found and not {"meta.json"} <= found <= ours:  # --overwrite never deletes what is not ours
+    if found and not {"meta.json"} <= found <= ours:
         raise DataError(f"{out}: holds {min(found - ours or found)}, expected a new folder or a cache")
     if found and not overwrite:
         raise DataError(f"{out}: exists already; use --overwrite, or another --out")
-    folder = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
 
 
 def read_meta(cache: Path) -> dict:
@@ -1083,6 +1159,8 @@ def load(
     """
     if not is_utf8(case.source):
         return DataError(f"{case.source}: the name is not UTF-8, which index.csv is: rename the file")
+    if has_control(case.source):
+        return DataError(f"{case.source}: control characters in the name: rename the file")
     if case.pixels is not None:
         notes = []
         pixels = case.pixels if case.pixels.ndim == 3 else case.pixels[..., None]
@@ -1148,8 +1226,7 @@ def main(argv: list[str] | None = None) -> None:
             yield image
 
     out = args.out.resolve()
-    folder = open_output(out, args.overwrite)
-    try:
+    with open_output(out, args.overwrite) as folder:
         write_npy(folder / "images.npy", good_images(), (size, size))
         report_bad(bad)
         report_notes(notes)
@@ -1187,11 +1264,6 @@ def main(argv: list[str] | None = None) -> None:
             "versions": {m.__name__: m.__version__ for m in (np, PIL, pydicom)},
         }  # fmt: skip
         (folder / "meta.json").write_text(json.dumps(meta, indent=1))
-        if out.exists():
-            shutil.rmtree(out)
-        folder.replace(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     command = "eval.py --checkpoint runs/classification/best.pt --split test" if like else "train.py"
     print(f"next: python classification/{command} --data {args.out}")
 

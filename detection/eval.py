@@ -55,6 +55,7 @@ from detection.preprocess import (
     find_images,
     in_threads,
     list_files,
+    one_line,
     prepare,
     read_image,
     read_meta,
@@ -304,6 +305,20 @@ def list_images(paths: list[Path]) -> list[Path]:
     return files
 
 
+def name_overlay(number: int, image: str) -> str:
+    """The file name of an image's picture; long names are cut, as file systems end at 255 letters."""
+    return f"{number:04d}_{Path(image).stem[:100]}.png"
+
+
+def list_predictions(out: Path) -> list[str]:
+    """The files that an earlier prediction left in the folder, by its table."""
+    if not (out / "predictions.csv").is_file():
+        return []
+    with open(out / "predictions.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return ["predictions.csv", *(name_overlay(k, row.get("image") or "") for k, row in enumerate(rows))]
+
+
 def predict_images(
     args: argparse.Namespace, models: list, checkpoints: list[dict], device: torch.device, out: Path
 ) -> None:
@@ -334,15 +349,16 @@ def predict_images(
         loader = [(batch, torch.zeros(len(batch), 4)) for batch in batches]
         pred, _ = predict(models, checkpoints, loader, device, args.amp)
         rows = []
-        for k, (path, (image, (height, width))) in enumerate(good.items()):
-            rows.append({"image": str(path)} | named(pred[k] * torch.tensor([width, height] * 2)))
-            answer = " ".join(f"{name} {rows[-1][name]:.0f}" for name in BOX)
-            picture = Image.fromarray(image[0].numpy()).resize((width, height))
-            draw_boxes(picture, {PREDICTION: pred[k]}, [str(path), answer]).save(
-                out / f"{k:04d}_{path.stem}.png"
-            )
-            print(f"{path}: {answer}")
-        write_table(out / "predictions.csv", rows)
+        with hold_folder(out):
+            clear_results(out, list_predictions(out))
+            for k, (path, (image, (height, width))) in enumerate(good.items()):
+                rows.append({"image": str(path)} | named(pred[k] * torch.tensor([width, height] * 2)))
+                answer = " ".join(f"{name} {rows[-1][name]:.0f}" for name in BOX)
+                picture = Image.fromarray(image[0].numpy()).resize((width, height))
+                overlay = draw_boxes(picture, {PREDICTION: pred[k]}, [str(path), answer])
+                save_picture(out / name_overlay(k, str(path)), overlay)
+                print(one_line(f"{path}: {answer}"))
+            write_table(out / "predictions.csv", rows)
         print(f"{len(good)} images; predictions.csv and overlays in {out}")
     if bad:
         raise DataError(f"{len(bad)} of {len(files)} files could not be read (named above)")
@@ -353,8 +369,6 @@ def main(argv: list[str] | None = None) -> None:
     device = choose_device(args.device)
     models, checkpoints = load_models(args.checkpoint, device)
     out = args.out or args.checkpoint[0].parent / (f"eval_{args.split}" if args.data else "predictions")
-    if args.images:
-        out.mkdir(parents=True, exist_ok=True)
     (evaluate_split if args.data else predict_images)(args, models, checkpoints, device, out)
 
 

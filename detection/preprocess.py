@@ -17,6 +17,7 @@ image, source); meta.json.
 
 import argparse
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -25,10 +26,12 @@ import os
 import re
 import shutil
 import sys
+import unicodedata
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -42,6 +45,11 @@ from PIL import Image, ImageOps
 from PIL.ExifTags import Base as Tag
 from pydicom import uid
 from pydicom.pixels import apply_color_lut, apply_windowing, pixel_array
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, what Pillow uses for convert("L")
 PHOTOMETRIC = ["MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT",
@@ -59,6 +67,7 @@ DICOM_SUFFIXES = {".dcm", ".dicom"}
 SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff"} | DICOM_SUFFIXES
 MORE_DECODERS = "more decoders: pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
 FOLDS = 5
+MAX_PIXELS = 2**27  # of an image: five times the largest X-rays
 
 
 class DataError(ValueError):
@@ -71,7 +80,7 @@ class DataError(ValueError):
 def one_line(text: object) -> str:
     """Text for a terminal: on one line, control characters escaped, a long one cut in its middle."""
     line = re.sub(r"\s*[\r\n]\s*", " ", str(text).strip())
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    line = "".join(repr(c)[1:-1] if unicodedata.category(c)[0] == "C" else c for c in line)
     return line if len(line) <= 300 else f"{line[:150]} ... {line[-145:]}"
 
 
@@ -200,6 +209,9 @@ def check_single_image(ds: pydicom.Dataset, path: Path) -> None:
     frames = number(ds, "NumberOfFrames", 1)
     if frames > 1:
         raise DataError(f"{path}: DICOM with {frames:.0f} frames, expected a single image")
+    rows, columns = number(ds, "Rows", 0), number(ds, "Columns", 0)
+    if rows * columns > MAX_PIXELS:  # a few bytes can claim any size
+        raise DataError(f"{path}: {rows:.0f} x {columns:.0f} pixels, expected at most {MAX_PIXELS} in all")
     photometric = str(ds.get("PhotometricInterpretation", "")).strip(" \0").upper()
     if photometric not in PHOTOMETRIC:
         raise DataError(f"{path}: photometric interpretation {photometric!r}, expected one of {PHOTOMETRIC}")
@@ -540,21 +552,45 @@ class Case:
 
 def read_table(table: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, str, tuple[float, ...]]]:
     """Place (file:line), name (first column) and numbers (the others; NaN if they are none) of every row."""
+    for place, row in read_rows(table, columns):
+        values = tuple(read_number(row[column]) for column in columns[1:])
+        yield place, (row[columns[0]] or "").strip(), values
+
+
+def read_number(text: str | None) -> float:
+    """A number as tables have it, NaN for anything else: Python alone would read 1_0 as 10."""
+    try:
+        return math.nan if "_" in (text or "_") else float(text)
+    except ValueError:
+        return math.nan
+
+
+def read_rows(table: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Place (file:line) and values of every row of a CSV table that has these columns.
+
+    Raises DataError that names the line: for a quote that is not closed, which would swallow all rows below,
+    and for more fields than there are columns, as decimal commas make them.
+    """
+    if not table.is_file():
+        raise DataError(f"{table}: not a file")
     text = table.read_text(encoding="utf-8-sig", errors="replace").replace("\0", "")  # Python 3.10: no NUL
-    reader = csv.DictReader(text.splitlines(), skipinitialspace=True)
-    missing = set(columns) - set(reader.fieldnames or [])
-    if missing:
-        raise DataError(f"{table}: no column {sorted(missing)}, found {reader.fieldnames}")
-
-    def number(text: str | None) -> float:
-        try:
-            return float(text or "nan")
-        except ValueError:
-            return math.nan
-
-    for row in reader:
-        values = tuple(number(row[column]) for column in columns[1:])
-        yield f"{table}:{reader.line_num}", (row[columns[0]] or "").strip(), values
+    reader = csv.DictReader(text.splitlines(), skipinitialspace=True, strict=True)
+    line = 1
+    try:
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+        missing = set(columns) - set(reader.fieldnames)
+        if missing:
+            raise DataError(f"{table}: no column {sorted(missing)}, found {reader.fieldnames}")
+        line = reader.line_num + 1
+        for row in reader:
+            if None in row:
+                fields = len(reader.fieldnames) + len(row[None])
+                found = f"{table}:{reader.line_num}: {fields} fields for {len(reader.fieldnames)} columns"
+                raise DataError(f"{found}; decimal commas? expected points")
+            yield f"{table}:{reader.line_num}", row
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{table}:{line}: {error}, expected a closing quote") from error
 
 
 def find_cases(
@@ -724,6 +760,11 @@ def is_utf8(name: str) -> bool:
     return True
 
 
+def has_control(text: str) -> bool:
+    """Whether a name has control characters, which would reach the screen from index.csv."""
+    return any(unicodedata.category(c) == "Cc" for c in text)
+
+
 def choose_patients(sources: list[str], named: list[str], patient_ids: list[str]) -> list[str]:
     """A patient for each image: by the layout or --patient-regex, else the PatientID, else the file itself.
 
@@ -849,18 +890,49 @@ def write_npy(path: Path, images: Iterable[np.ndarray], shape: tuple[int, ...]) 
             raise RuntimeError("the .npy header changed its length")
 
 
-def open_output(out: Path, overwrite: bool) -> Path:
-    """The folder to write into before it becomes OUT, so that an interrupted run leaves no OUT."""
+@contextmanager
+def open_output(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder to write into, which becomes OUT at the end: a run that is stopped leaves OUT as it was.
+
+    Raises DataError if OUT holds anything but a cache (--overwrite never deletes what is not ours), if
+    another run writes to it (the lock ends with the process), or if something cannot be written.
+    """
+    partial, old, lock = (out.with_name(f".{out.name}.{kind}") for kind in ("partial", "old", "lock"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as file:
+        try:
+            if fcntl:  # not on Windows
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise DataError(f"{out}: another run writes here; wait for it, or use another --out") from error
+        try:
+            if old.exists() and not out.exists():  # stopped between the two renames below
+                old.rename(out)
+            check_output(out, overwrite)
+            for left_over in (partial, old):
+                shutil.rmtree(left_over, ignore_errors=True)
+            partial.mkdir()
+            yield partial
+            if out.exists():
+                out.rename(old)
+            partial.rename(out)
+            shutil.rmtree(old, ignore_errors=True)
+        except OSError as error:  # without a number: numpy, for a file that came out too short
+            reason = error.strerror or f"{os.strerror(errno.ENOSPC)}? {error}"
+            raise DataError(f"{error.filename or out}: {reason}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """Raise DataError if OUT holds anything but a cache, or a cache that nobody said may go."""
     found = {p.name for p in out.iterdir()} if out.is_dir() else {"a file"} if out.exists() else set()
     ours = {"images.npy", "volumes", "index.csv", "meta.json", "skipped.csv"}
-    if found and not {"meta.json"} <= found <= ours:  # --overwrite never deletes what is not ours
+    if found and not {"meta.json"} <= found <= ours:
         raise DataError(f"{out}: holds {min(found - ours or found)}, expected a new folder or a cache")
     if found and not overwrite:
         raise DataError(f"{out}: exists already; use --overwrite, or another --out")
-    folder = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
 
 
 def read_meta(cache: Path) -> dict:
@@ -948,6 +1020,8 @@ def load(case: Case, raw: Path, size: int) -> tuple[np.ndarray, str, str, tuple[
     """
     if not is_utf8(case.source):
         return DataError(f"{case.source}: the name is not UTF-8, which index.csv is: rename the file")
+    if has_control(case.source):
+        return DataError(f"{case.source}: control characters in the name: rename the file")
     try:
         picture = read_image(raw / case.source)
     except DataError as error:
@@ -1014,8 +1088,7 @@ def main(argv: list[str] | None = None) -> None:
             yield image
 
     out = args.out.resolve()
-    folder = open_output(out, args.overwrite)
-    try:
+    with open_output(out, args.overwrite) as folder:
         write_npy(folder / "images.npy", good_images(), (size, size))
         report_bad(bad)
         report_notes(notes)
@@ -1053,11 +1126,6 @@ def main(argv: list[str] | None = None) -> None:
             "versions": {m.__name__: m.__version__ for m in (np, PIL, pydicom)},
         }  # fmt: skip
         (folder / "meta.json").write_text(json.dumps(meta, indent=1))
-        if out.exists():
-            shutil.rmtree(out)
-        folder.replace(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     command = "eval.py --checkpoint runs/detection/best.pt --split test" if like else "train.py"
     print(f"next: python detection/{command} --data {args.out}")
 

@@ -59,6 +59,7 @@ from segmentation.preprocess import (
     explain,
     from_grid,
     list_volumes,
+    one_line,
     orient,
     progress,
     read_channels,
@@ -539,26 +540,27 @@ def predict_images(
     images = find_images(args.images, len(meta["channels"]))
     check_results(out, images)
     tiles, bad, done = [], 0, 0
-    for image in images:
-        try:
-            row, on_grid, labels = predict_image(image, args, models, checkpoints, device, out)
-        except DataError as error:
-            bad += 1
-            print(error, file=sys.stderr)
-            continue
-        append_row(out / "volumes.csv", row, is_first=done == 0)  # what a stopped run has done stays
-        done += 1
-        maps = {"image": None, "prediction": labels}
-        if done <= 30:
-            position = fullest(labels > 0, meta["slice_axis"])
-            tiles.append(draw_panels(on_grid, maps, meta, position, [image.name]))
-        if done == 1:
-            write_gif(out / "first.gif", on_grid, maps, meta, image.name)
-        volumes = [f"{name} {row[f'ml_{name}']} ml" for name in meta["classes"][1:]]
-        print(f"{row['image']}: {'  '.join(volumes)}")
-    if done:
-        write_gallery(out / "overlays.png", tiles)
-        print(f"{done} images; masks, volumes.csv and pictures in {out}")
+    with hold_folder(out):
+        for image in images:
+            try:
+                row, on_grid, labels = predict_image(image, args, models, checkpoints, device, out)
+            except DataError as error:
+                bad += 1
+                print(error, file=sys.stderr)
+                continue
+            append_row(out / "volumes.csv", row, is_first=done == 0)  # what a stopped run has done stays
+            done += 1
+            maps = {"image": None, "prediction": labels}
+            if done <= 30:
+                position = fullest(labels > 0, meta["slice_axis"])
+                tiles.append(draw_panels(on_grid, maps, meta, position, [image.name]))
+            if done == 1:
+                write_gif(out / "first.gif", on_grid, maps, meta, image.name)
+            volumes = [f"{name} {row[f'ml_{name}']} ml" for name in meta["classes"][1:]]
+            print(one_line(f"{row['image']}: {'  '.join(volumes)}"))
+        if done:
+            write_gallery(out / "overlays.png", tiles)
+            print(f"{done} images; masks, volumes.csv and pictures in {out}")
     if bad:
         raise DataError(f"{bad} of {len(images)} images could not be read (named above)")
 
@@ -610,8 +612,6 @@ def main(argv: list[str] | None = None) -> None:
     device = choose_device(args.device)
     models, checkpoints = load_models(args.checkpoint, device)
     out = args.out or args.checkpoint[0].parent / (f"eval_{args.split}" if args.data else "predictions")
-    if args.images:
-        out.mkdir(parents=True, exist_ok=True)
     (evaluate_split if args.data else predict_images)(args, models, checkpoints, device, out)
 
 

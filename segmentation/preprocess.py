@@ -19,6 +19,7 @@ Written to OUT: index.csv (id, group, fold, image, mask), meta.json, and for eac
 
 import argparse
 import csv
+import errno
 import gzip
 import hashlib
 import itertools
@@ -29,11 +30,13 @@ import os
 import re
 import shutil
 import sys
+import unicodedata
 import warnings
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,6 +49,11 @@ from nibabel.orientations import apply_orientation, io_orientation, ornt_transfo
 from nibabel.spatialimages import HeaderDataError
 from pydicom.pixels import apply_modality_lut, pixel_array
 from pydicom.uid import UID
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # What of meta.json goes into --like caches and checkpoints: all that a new image needs.
 META = ("classes", "values", "channels", "resample", "spacing", "slice_axis", "shape", "normalisation")
@@ -70,7 +78,7 @@ class DataError(ValueError):
 def one_line(text: object) -> str:
     """Text for a terminal: on one line, control characters escaped, a long one cut in its middle."""
     line = re.sub(r"\s*[\r\n]\s*", " ", str(text).strip())
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    line = "".join(repr(c)[1:-1] if unicodedata.category(c)[0] == "C" else c for c in line)
     return line if len(line) <= 300 else f"{line[:150]} ... {line[-145:]}"
 
 
@@ -593,6 +601,8 @@ def is_inverted(ds: pydicom.Dataset) -> bool:
 
 def read_plane(path: Path, one: Slice) -> np.ndarray:
     """Modality values float32 (X, Y) of a plane; MONOCHROME1 is inverted within the bits stored."""
+    if one.ds.Rows * one.ds.Columns > 2**27:  # a few bytes can claim any size
+        raise DataError(f"{path / one.name}: {one.ds.Rows} x {one.ds.Columns} pixels, expected at most 2^27")
     try:
         pixels = pixel_array(one.ds, index=one.frame)
         if is_inverted(one.ds):
@@ -645,6 +655,8 @@ def read_volume(
     """
     notes = [] if notes is None else notes
     try:
+        if path.exists() and not path.is_dir() and not path.is_file():
+            raise DataError(f"{path}: neither a file nor a folder")
         if path.is_dir() or is_dicom(path):
             volume, affine = read_series(path, notes)
             header = None
@@ -899,6 +911,11 @@ def volume_name(path: Path) -> str:
     return re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
 
 
+def has_control(text: str) -> bool:
+    """Whether a name has control characters, which would reach the screen from index.csv."""
+    return any(unicodedata.category(c) == "Cc" for c in text)
+
+
 def list_volumes(folder: Path) -> tuple[list[Path], list[Path]]:
     """The .nii and .nii.gz files of a folder, and what else lies there; hidden files (macOS's ._) do not."""
     inside = sorted(folder.iterdir()) if folder.is_dir() else []
@@ -916,6 +933,10 @@ def list_by_name(folder: Path, bad: list[tuple[Path, str]]) -> dict[str, Path]:
     for paths in names.values():
         for path in paths if len(paths) > 1 else []:
             bad.append((path, f"{path}: one of {len(paths)} files of this name, expected one"))
+    for name in [name for name in names if has_control(name)]:
+        bad += [
+            (path, f"{path}: control characters in the name: rename the file") for path in names.pop(name)
+        ]
     for path in others:
         if volume_name(path) != path.name:
             bad.append((path, f"{path}: a folder or a broken link, expected a file"))
@@ -1000,7 +1021,7 @@ def read_description(raw: Path) -> tuple[dict[int, str] | None, list[str] | str 
     A string instead of channel names ("modality": "MRI") is what all channels are.
     """
     path = raw / "dataset.json"
-    if not path.exists():
+    if not path.is_file():
         return None, None
     try:
         description = json.loads(path.read_bytes(), object_pairs_hook=refuse_doubles)  # by its BOM, if any
@@ -1160,18 +1181,49 @@ def in_threads(function: Callable, items: list, workers: int) -> Iterator:
     progress("")
 
 
-def open_output(out: Path, overwrite: bool) -> Path:
-    """The folder to write into before it becomes OUT, so that an interrupted run leaves no OUT."""
+@contextmanager
+def open_output(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder to write into, which becomes OUT at the end: a run that is stopped leaves OUT as it was.
+
+    Raises DataError if OUT holds anything but a cache (--overwrite never deletes what is not ours), if
+    another run writes to it (the lock ends with the process), or if something cannot be written.
+    """
+    partial, old, lock = (out.with_name(f".{out.name}.{kind}") for kind in ("partial", "old", "lock"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as file:
+        try:
+            if fcntl:  # not on Windows
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise DataError(f"{out}: another run writes here; wait for it, or use another --out") from error
+        try:
+            if old.exists() and not out.exists():  # stopped between the two renames below
+                old.rename(out)
+            check_output(out, overwrite)
+            for left_over in (partial, old):
+                shutil.rmtree(left_over, ignore_errors=True)
+            partial.mkdir()
+            yield partial
+            if out.exists():
+                out.rename(old)
+            partial.rename(out)
+            shutil.rmtree(old, ignore_errors=True)
+        except OSError as error:  # without a number: numpy, for a file that came out too short
+            reason = error.strerror or f"{os.strerror(errno.ENOSPC)}? {error}"
+            raise DataError(f"{error.filename or out}: {reason}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """Raise DataError if OUT holds anything but a cache, or a cache that nobody said may go."""
     found = {p.name for p in out.iterdir()} if out.is_dir() else {"a file"} if out.exists() else set()
     ours = {"images.npy", "volumes", "index.csv", "meta.json", "skipped.csv"}
-    if found and not {"meta.json"} <= found <= ours:  # --overwrite never deletes what is not ours
+    if found and not {"meta.json"} <= found <= ours:
         raise DataError(f"{out}: holds {min(found - ours or found)}, expected a new folder or a cache")
     if found and not overwrite:
         raise DataError(f"{out}: exists already; use --overwrite, or another --out")
-    folder = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
 
 
 def read_meta(cache: Path) -> dict:
@@ -1463,8 +1515,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{args.data}: {len(cases)} cases with masks")
     out = args.out.resolve()
     check_outputs([out], [path for case in cases for path in (*case.images, case.mask)])
-    folder = open_output(out, args.overwrite)
-    try:
+    with open_output(out, args.overwrite) as folder:
         for _, reason in bad:
             print(reason, file=sys.stderr)
         found = list(in_threads(partial(inspect, values=labels and list(labels)), cases, args.workers))
@@ -1509,11 +1560,6 @@ def main(argv: list[str] | None = None) -> None:
             "versions": {m.__name__: m.__version__ for m in (np, nib)},
         }  # fmt: skip
         (folder / "meta.json").write_text(json.dumps(meta, indent=1))
-        if out.exists():
-            shutil.rmtree(out)
-        folder.replace(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     command = "eval.py --checkpoint runs/segmentation/best.pt --split test" if like else "train.py"
     print(f"next: python segmentation/{command} --data {args.out}")
 
