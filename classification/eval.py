@@ -37,6 +37,7 @@ from classification.model import ARCHITECTURES, build_model, class_activation_ma
 from classification.preprocess import (
     DataError,
     check_meta,
+    check_outputs,
     count_files,
     find_images,
     in_threads,
@@ -449,6 +450,14 @@ def predict_images(
     """Probabilities and overlays of images without labels. DataError at the end if some are unreadable."""
     meta, settings = checkpoints[0]["meta"], checkpoints[0]["settings"]
     files = list_images(args.images)
+    for folder in args.images:
+        if folder.resolve() in (out.resolve(), *out.resolve().parents):
+            raise DataError(
+                f"--out {out}: lies in {folder}, where it would be read as images; choose another"
+            )
+    overlays = {path: out / f"{k:04d}_{path.stem}.png" for k, path in enumerate(files)}
+    check_outputs([out / "predictions.csv", *overlays.values()], files)
+    out.mkdir(parents=True, exist_ok=True)
 
     def load(path: Path) -> tuple[Tensor, tuple[str, ...]] | DataError:
         try:
@@ -476,7 +485,7 @@ def predict_images(
             best = int(probabilities[k].argmax())
             answer = f"{meta['classes'][best]} {probabilities[k, best]:.3f}"
             overlay = draw_activation(models[0], meta, image, best, [str(path), answer], device)
-            to_pil_image(overlay).save(out / f"{k:04d}_{path.stem}.png")
+            save_picture(overlays[path], to_pil_image(overlay))
             row = {"image": str(path), "prediction": meta["classes"][best]}
             rows.append(row | named(meta["classes"], probabilities[k]))
             print(f"{path}: {answer}")
@@ -491,8 +500,6 @@ def main(argv: list[str] | None = None) -> None:
     device = choose_device(args.device)
     models, checkpoints = load_models(args.checkpoint, device)
     out = args.out or args.checkpoint[0].parent / (f"eval_{args.split}" if args.data else "predictions")
-    if args.images:
-        out.mkdir(parents=True, exist_ok=True)
     (evaluate_split if args.data else predict_images)(args, models, checkpoints, device, out)
 
 

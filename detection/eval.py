@@ -51,6 +51,7 @@ from detection.model import ARCHITECTURES, HEADS, build_model
 from detection.preprocess import (
     DataError,
     check_meta,
+    check_outputs,
     count_files,
     find_images,
     in_threads,
@@ -310,6 +311,14 @@ def predict_images(
     """Boxes of images without known ones, and overlays. DataError at the end if some are unreadable."""
     meta, settings = checkpoints[0]["meta"], checkpoints[0]["settings"]
     files = list_images(args.images)
+    for folder in args.images:
+        if folder.resolve() in (out.resolve(), *out.resolve().parents):
+            raise DataError(
+                f"--out {out}: lies in {folder}, where it would be read as images; choose another"
+            )
+    overlays = {path: out / f"{k:04d}_{path.stem}.png" for k, path in enumerate(files)}
+    check_outputs([out / "predictions.csv", *overlays.values()], files)
+    out.mkdir(parents=True, exist_ok=True)
 
     def load(path: Path) -> tuple[Tensor, tuple[int, int], tuple[str, ...]] | DataError:
         try:
@@ -338,9 +347,8 @@ def predict_images(
             rows.append({"image": str(path)} | named(pred[k] * torch.tensor([width, height] * 2)))
             answer = " ".join(f"{name} {rows[-1][name]:.0f}" for name in BOX)
             picture = Image.fromarray(image[0].numpy()).resize((width, height))
-            draw_boxes(picture, {PREDICTION: pred[k]}, [str(path), answer]).save(
-                out / f"{k:04d}_{path.stem}.png"
-            )
+            overlay = draw_boxes(picture, {PREDICTION: pred[k]}, [str(path), answer])
+            save_picture(overlays[path], overlay)
             print(f"{path}: {answer}")
         write_table(out / "predictions.csv", rows)
         print(f"{len(good)} images; predictions.csv and overlays in {out}")
@@ -353,8 +361,6 @@ def main(argv: list[str] | None = None) -> None:
     device = choose_device(args.device)
     models, checkpoints = load_models(args.checkpoint, device)
     out = args.out or args.checkpoint[0].parent / (f"eval_{args.split}" if args.data else "predictions")
-    if args.images:
-        out.mkdir(parents=True, exist_ok=True)
     (evaluate_split if args.data else predict_images)(args, models, checkpoints, device, out)
 
 

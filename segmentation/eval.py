@@ -538,6 +538,7 @@ def predict_images(
     warnings.filterwarnings("ignore", module="pydicom")  # harmless header slips, one line per file
     images = find_images(args.images, len(meta["channels"]))
     check_results(out, images)
+    out.mkdir(parents=True, exist_ok=True)
     tiles, bad, done = [], 0, 0
     for image in images:
         try:
@@ -610,8 +611,6 @@ def main(argv: list[str] | None = None) -> None:
     device = choose_device(args.device)
     models, checkpoints = load_models(args.checkpoint, device)
     out = args.out or args.checkpoint[0].parent / (f"eval_{args.split}" if args.data else "predictions")
-    if args.images:
-        out.mkdir(parents=True, exist_ok=True)
     (evaluate_split if args.data else predict_images)(args, models, checkpoints, device, out)
 
 
