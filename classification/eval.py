@@ -37,6 +37,7 @@ from classification.model import ARCHITECTURES, build_model, class_activation_ma
 from classification.preprocess import (
     DataError,
     check_meta,
+    check_outputs,
     count_files,
     find_images,
     in_threads,
@@ -446,18 +447,13 @@ def list_images(paths: list[Path]) -> list[Path]:
     return files
 
 
-def name_overlay(number: int, image: str) -> str:
-    """The file name of an image's picture; long names are cut, as file systems end at 255 letters."""
-    return f"{number:04d}_{Path(image).stem[:100]}.png"
-
-
 def list_predictions(out: Path) -> list[str]:
     """The files that an earlier prediction left in the folder, by its table."""
     if not (out / "predictions.csv").is_file():
         return []
     with open(out / "predictions.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return ["predictions.csv", *(name_overlay(k, row.get("image") or "") for k, row in enumerate(rows))]
+        overlays = [row.get("overlay") or "" for row in csv.DictReader(file)]
+    return ["predictions.csv", *(Path(overlay).name for overlay in overlays if overlay)]
 
 
 def predict_images(
@@ -466,6 +462,14 @@ def predict_images(
     """Probabilities and overlays of images without labels. DataError at the end if some are unreadable."""
     meta, settings = checkpoints[0]["meta"], checkpoints[0]["settings"]
     files = list_images(args.images)
+    for folder in args.images:
+        if folder.resolve() in (out.resolve(), *out.resolve().parents):
+            raise DataError(
+                f"--out {out}: lies in {folder}, where it would be read as images; choose another"
+            )
+    # long names are cut: file systems end at 255 letters
+    overlays = {path: out / f"{k:04d}_{path.stem[:100]}.png" for k, path in enumerate(files)}
+    check_outputs([out / "predictions.csv", *overlays.values()], files)
 
     def load(path: Path) -> tuple[Tensor, tuple[str, ...]] | DataError:
         try:
@@ -495,9 +499,9 @@ def predict_images(
                 best = int(probabilities[k].argmax())
                 answer = f"{meta['classes'][best]} {probabilities[k, best]:.3f}"
                 overlay = draw_activation(models[0], meta, image, best, [str(path), answer], device)
-                save_picture(out / name_overlay(k, str(path)), to_pil_image(overlay))
+                save_picture(overlays[path], to_pil_image(overlay))
                 row = {"image": str(path), "prediction": meta["classes"][best]}
-                rows.append(row | named(meta["classes"], probabilities[k]))
+                rows.append(row | named(meta["classes"], probabilities[k]) | {"overlay": overlays[path].name})
                 print(one_line(f"{path}: {answer}"))
             write_table(out / "predictions.csv", rows)
         print(f"{len(good)} images; predictions.csv and overlays in {out}")

@@ -962,6 +962,17 @@ def report_notes(notes: list[tuple[str, str]]) -> None:
         print(f"note: {len(files)} images: {note}, such as {files[0]}")
 
 
+def check_outputs(outputs: list[Path], inputs: list[Path]) -> None:
+    """Raise DataError if an output is an input by whatever name (links too), or a folder that holds one."""
+    targets = {path.resolve() for path in outputs}
+    files = {(status.st_dev, status.st_ino) for status in (path.stat() for path in targets if path.is_file())}
+    for path in inputs:
+        real = path.resolve()
+        status = real.stat() if real.exists() else None
+        if targets & {real, *real.parents} or (status and (status.st_dev, status.st_ino) in files):
+            raise DataError(f"{path}: would be overwritten by a result; give another --out")
+
+
 def progress(text: str) -> None:
     """A line that overwrites itself on a terminal, and nothing elsewhere."""
     if sys.stdout.isatty():

@@ -51,6 +51,7 @@ from detection.model import ARCHITECTURES, HEADS, build_model
 from detection.preprocess import (
     DataError,
     check_meta,
+    check_outputs,
     count_files,
     find_images,
     in_threads,
@@ -305,18 +306,13 @@ def list_images(paths: list[Path]) -> list[Path]:
     return files
 
 
-def name_overlay(number: int, image: str) -> str:
-    """The file name of an image's picture; long names are cut, as file systems end at 255 letters."""
-    return f"{number:04d}_{Path(image).stem[:100]}.png"
-
-
 def list_predictions(out: Path) -> list[str]:
     """The files that an earlier prediction left in the folder, by its table."""
     if not (out / "predictions.csv").is_file():
         return []
     with open(out / "predictions.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return ["predictions.csv", *(name_overlay(k, row.get("image") or "") for k, row in enumerate(rows))]
+        overlays = [row.get("overlay") or "" for row in csv.DictReader(file)]
+    return ["predictions.csv", *(Path(overlay).name for overlay in overlays if overlay)]
 
 
 def predict_images(
@@ -325,6 +321,14 @@ def predict_images(
     """Boxes of images without known ones, and overlays. DataError at the end if some are unreadable."""
     meta, settings = checkpoints[0]["meta"], checkpoints[0]["settings"]
     files = list_images(args.images)
+    for folder in args.images:
+        if folder.resolve() in (out.resolve(), *out.resolve().parents):
+            raise DataError(
+                f"--out {out}: lies in {folder}, where it would be read as images; choose another"
+            )
+    # long names are cut: file systems end at 255 letters
+    overlays = {path: out / f"{k:04d}_{path.stem[:100]}.png" for k, path in enumerate(files)}
+    check_outputs([out / "predictions.csv", *overlays.values()], files)
 
     def load(path: Path) -> tuple[Tensor, tuple[int, int], tuple[str, ...]] | DataError:
         try:
@@ -353,10 +357,11 @@ def predict_images(
             clear_results(out, list_predictions(out))
             for k, (path, (image, (height, width))) in enumerate(good.items()):
                 rows.append({"image": str(path)} | named(pred[k] * torch.tensor([width, height] * 2)))
+                rows[-1]["overlay"] = overlays[path].name
                 answer = " ".join(f"{name} {rows[-1][name]:.0f}" for name in BOX)
                 picture = Image.fromarray(image[0].numpy()).resize((width, height))
                 overlay = draw_boxes(picture, {PREDICTION: pred[k]}, [str(path), answer])
-                save_picture(out / name_overlay(k, str(path)), overlay)
+                save_picture(overlays[path], overlay)
                 print(one_line(f"{path}: {answer}"))
             write_table(out / "predictions.csv", rows)
         print(f"{len(good)} images; predictions.csv and overlays in {out}")

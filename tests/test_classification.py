@@ -326,3 +326,21 @@ def test_help_and_errors_of_the_command_line(script, tmp_path, capsys):
     done = run(path, *options, cwd=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: nowhere") and done.stderr.count("\n") == 1
+
+
+def test_new_images_are_never_overwritten(trained, tmp_path):
+    checkpoint = ["--checkpoint", str(trained / "best.pt")]
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for name in ("a.png", "0000_a.png"):
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)).save(
+            scans / name
+        )
+    before = {path.name: path.read_bytes() for path in scans.iterdir()}
+    for out in (scans, scans / "new"):
+        with pytest.raises(DataError, match=r"lies in .*scans, where it would be read as images"):
+            evaluation.main([*checkpoint, "--out", str(out), "--images", str(scans)])
+    with pytest.raises(DataError, match=r"0000_a\.png: would be overwritten by a result"):
+        files = [str(scans / "a.png"), str(scans / "0000_a.png")]
+        evaluation.main([*checkpoint, "--out", str(scans), "--images", *files])
+    assert {path.name: path.read_bytes() for path in scans.iterdir()} == before
