@@ -23,6 +23,8 @@ import sys
 import warnings
 import zlib
 from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -216,6 +218,18 @@ def predict(
     return total
 
 
+@contextmanager
+def named_memory(path: Path) -> Iterator[None]:
+    """Turn a lack of memory, of NumPy or of torch, into a DataError that names the file."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        if isinstance(error, RuntimeError) and "memory" not in reason:  # on a CPU torch has no type for it
+            raise
+        raise explain(path, MemoryError(reason)) from error
+
+
 def write_table(path: Path, rows: list[dict]) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -254,10 +268,12 @@ def evaluate_split(
     for k, row in enumerate(rows, 1):
         name = index[row]["id"]
         image, mask = open_case(args.data, name)
-        probabilities = predict(models, checkpoints, image, device, args.amp, args.tta)
-        truth, affine, header = read_nifti(args.data / "volumes" / f"{name}.truth.nii.gz")
+        path = args.data / "volumes" / f"{name}.truth.nii.gz"
+        truth, affine, header = read_nifti(path)
         truth = np.searchsorted(meta["values"], truth).astype(np.uint8)
-        labels = from_grid(probabilities.numpy(), truth.shape, affine)
+        with named_memory(path):
+            probabilities = predict(models, checkpoints, image, device, args.amp, args.tta)
+            labels = from_grid(probabilities.numpy(), truth.shape, affine)
         written = np.array(meta["values"], np.uint8)[labels]
         write_mask(out / "predictions" / f"{name}.nii.gz", written, affine, header)
         figures = judge(truth, labels, affine, classes)
@@ -501,14 +517,10 @@ def predict_image(
     Raises DataError if it cannot be read or needs more memory than there is.
     """
     meta = checkpoints[0]["meta"]
-    try:
+    with named_memory(image.paths[0]):
         on_grid, affine, header, shape = read_image(image, meta)
         probabilities = predict(models, checkpoints, on_grid, device, args.amp, args.tta)
         labels = from_grid(probabilities.numpy(), shape, affine)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch's has no type on a CPU
-            raise
-        raise explain(image.paths[0], MemoryError(str(error).split("\n")[0])) from error
     mask = f"{image.name}.nii.gz"
     write_mask(out / mask, np.array(meta["values"], np.uint8)[labels], affine, header, PREDICTION)
     voxel = abs(np.linalg.det(affine[:3, :3])) / 1000  # ml

@@ -796,6 +796,19 @@ def test_a_broken_image_does_not_end_the_batch(tmp_path, predict, monkeypatch, c
         assert [row["mask"] for row in csv.DictReader(file)] == ["b.nii.gz", "d.nii.gz"]
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError("8 GiB"), RuntimeError("DefaultCPUAllocator: not enough memory")]
+)
+def test_too_little_memory_for_the_network_names_the_image(tmp_path, predict, monkeypatch, capsys, error):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(evaluation, "predict_volume", fail)
+    with pytest.raises(DataError, match="1 of 1 images"):
+        predict([save(tmp_path / "a.nii.gz", block()[0])], tmp_path / "out")
+    assert "a.nii.gz: not enough memory for it" in capsys.readouterr().err
+
+
 def test_the_table_has_the_rows_of_a_run_that_was_stopped(tmp_path, predict, monkeypatch):
     for name in ("a", "b", "c"):
         save(tmp_path / "scans" / f"{name}.nii.gz", block()[0])
