@@ -22,6 +22,8 @@ import sys
 import warnings
 import zlib
 from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -276,6 +278,18 @@ def save_picture(path: Path, picture: Image.Image) -> None:
         picture.save(temporary)
 
 
+@contextmanager
+def named_memory(path: Path) -> Iterator[None]:
+    """Turn a lack of memory, of NumPy or of torch, into a DataError that names the file."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        if isinstance(error, RuntimeError) and "memory" not in reason:  # on a CPU torch has no type for it
+            raise
+        raise explain(path, MemoryError(reason)) from error
+
+
 def write_table(path: Path, rows: list[dict]) -> None:
     with written(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -341,10 +355,11 @@ def evaluate_split(
         for k, row in enumerate(rows, 1):
             name = index[row]["id"]
             image, mask = open_case(args.data, name)
-            probabilities = predict(models, checkpoints, image, device, args.amp, args.tta)
-            check_finite(probabilities, name)
             truth, affine, header = read_truth(args.data, name, meta["values"])
-            labels = from_grid(probabilities.numpy(), truth.shape, affine)
+            with named_memory(args.data / "volumes" / f"{name}.image.npy"):
+                probabilities = predict(models, checkpoints, image, device, args.amp, args.tta)
+                check_finite(probabilities, name)
+                labels = from_grid(probabilities.numpy(), truth.shape, affine)
             with written(out / "predictions" / f"{name}.nii.gz") as path:
                 write_mask(path, np.array(meta["values"], np.uint8)[labels], affine, header)
             figures = judge(truth, labels, affine, classes)
@@ -587,15 +602,11 @@ def predict_image(
     Raises DataError if it cannot be read or needs more memory than there is.
     """
     meta = checkpoints[0]["meta"]
-    try:
+    with named_memory(image.paths[0]):
         on_grid, affine, header, shape = read_image(image, meta)
         probabilities = predict(models, checkpoints, on_grid, device, args.amp, args.tta)
         check_finite(probabilities, image.paths[0])
         labels = from_grid(probabilities.numpy(), shape, affine)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch's has no type on a CPU
-            raise
-        raise explain(image.paths[0], MemoryError(str(error).split("\n")[0])) from error
     mask = f"{image.name}.nii.gz"
     with written(out / mask) as path:
         write_mask(path, np.array(meta["values"], np.uint8)[labels], affine, header, PREDICTION)

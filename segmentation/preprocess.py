@@ -194,7 +194,8 @@ def choose_affine(
     if qform is not None:
         apart = corner_distance(sform, qform, header.get_data_shape()[:3])
         if apart > SHIFT * pixdim.min():
-            notes.append(("sform and qform differ: the sform is taken", f"up to {apart:.3g} mm"))
+            detail = f"by up to {apart / pixdim.min():.3g} voxels"
+            notes.append(("sform and qform differ: the sform is taken", detail))
     return sform
 
 
@@ -1087,10 +1088,17 @@ def inspect(case: Case, values: list[int] | None) -> dict | DataError:
 # --- patients and folds ---
 
 
+def match_patient(regex: str, text: str) -> str:
+    """What a regular expression finds in a file name: its first group, or all of it; "" for no match."""
+    match = re.search(regex, text)
+    if match is None:
+        return ""
+    return (match.group(1) if match.re.groups else match.group()) or ""
+
+
 def find_patients(names: list[str], regex: str) -> list[str]:
-    """The patient in each file name: the first group of `regex`, or all that it finds."""
-    matches = [re.search(regex, name) for name in names]
-    patients = [(match.group(1) if match.re.groups else match.group()) if match else "" for match in matches]
+    """The patient in each file name. Raises DataError for names without one."""
+    patients = [match_patient(regex, name) for name in names]
     unmatched = [name for name, patient in zip(names, patients, strict=True) if not patient]
     if unmatched:
         raise DataError(f"--patient-regex {regex!r} finds nothing in {len(unmatched)} names: {unmatched[0]}")

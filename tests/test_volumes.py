@@ -112,7 +112,7 @@ def test_forms_that_contradict_each_other_are_refused(tmp_path):
 def test_what_is_odd_in_a_header_is_noted(tmp_path):
     image, _ = block()
     moved = patch(save(tmp_path / "a.nii.gz", image), 268, 7.0)  # qoffset_x
-    assert "sform and qform differ: the sform is taken up to 7 mm" in read_noting(moved)[2]
+    assert "sform and qform differ: the sform is taken by up to 7 voxels" in read_noting(moved)[2]
     neither = patch(save(tmp_path / "b.nii.gz", image), 252, 0, 0, kind="h")
     assert "no sform and no qform" in read_noting(neither)[2]
     sheared = save(tmp_path / "c.nii.gz", image, qform_code=0)
@@ -152,7 +152,9 @@ def test_suffixes_in_any_case_and_nifti_2_and_pairs_are_read(tmp_path):
         volume, affine, header = read_volume(tmp_path / name)
         assert np.array_equal(volume[..., 0], image)
         write_mask(tmp_path / "mask.nii.gz", block()[1], affine, header)
-        assert np.array_equal(nib.load(tmp_path / "mask.nii.gz").affine, np.diag([*SPACING, 1]))
+        written = nib.load(tmp_path / "mask.nii.gz")
+        assert np.array_equal(written.affine, np.diag([*SPACING, 1]))
+        assert isinstance(written, nib.Nifti2Image) == (name == "two.nii.gz")
 
 
 def test_other_formats_are_named_with_the_file_and_what_to_do(tmp_path):
@@ -792,6 +794,19 @@ def test_a_broken_image_does_not_end_the_batch(tmp_path, predict, monkeypatch, c
     assert "a.nii.gz: zero bytes" in printed and "c.nii.gz: not enough memory for it (Unable" in printed
     with open(tmp_path / "out" / "volumes.csv", newline="") as file:
         assert [row["mask"] for row in csv.DictReader(file)] == ["b.nii.gz", "d.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("8 GiB"), RuntimeError("DefaultCPUAllocator: not enough memory")]
+)
+def test_too_little_memory_for_the_network_names_the_image(tmp_path, predict, monkeypatch, capsys, error):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(evaluation, "predict_volume", fail)
+    with pytest.raises(DataError, match="1 of 1 images"):
+        predict([save(tmp_path / "a.nii.gz", block()[0])], tmp_path / "out")
+    assert "a.nii.gz: not enough memory for it" in capsys.readouterr().err
 
 
 def test_the_table_has_the_rows_of_a_run_that_was_stopped(tmp_path, predict, monkeypatch):
