@@ -662,10 +662,12 @@ def find_rsna(raw: Path) -> tuple[list[str], list[Case]]:
     stage = "stage_2" if any(raw.glob("stage_2_train_*")) else "stage_1"
     table = raw / f"{stage}_train_labels.csv"
     folder = raw / f"{stage}_train_images"
-    for path in (table, folder):
-        if not path.exists():
-            raise DataError(f"{path}: not found, expected {table.name} and {folder.name}/ side by side")
+    side_by_side = f"not found, expected {table.name} and {folder.name}/ side by side"
+    if not table.exists():
+        raise DataError(f"{table}: {side_by_side}")
     labels = read_rsna_labels(table)
+    if not folder.exists():
+        raise DataError(f"{folder}: {side_by_side}")
     files = {}
     for path in find_images(folder):
         if path.stem in files:

@@ -935,9 +935,8 @@ def list_by_name(folder: Path, bad: list[tuple[Path, str]]) -> dict[str, Path]:
         for path in paths if len(paths) > 1 else []:
             bad.append((path, f"{path}: one of {len(paths)} files of this name, expected one"))
     for name in [name for name in names if has_control(name)]:
-        bad += [
-            (path, f"{path}: control characters in the name: rename the file") for path in names.pop(name)
-        ]
+        for path in names.pop(name):
+            bad.append((path, one_line(f"{path}: control characters in the name: rename the file")))
     for path in others:
         if volume_name(path) != path.name:
             bad.append((path, f"{path}: a folder or a broken link, expected a file"))
