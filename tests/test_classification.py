@@ -59,12 +59,14 @@ def trained(cache, tmp_path_factory) -> Path:
 
 
 def same(a: object, b: object) -> bool:
-    """Equal to the bit, tensors in nested dicts included."""
+    """Equal to the bit, tensors in nested dicts included; NaN is equal to NaN."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, list):
         return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+    return a == b or (a != a and b != b)
 
 
 def assert_same_training(a: Path, b: Path) -> None:

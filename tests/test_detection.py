@@ -285,6 +285,23 @@ def test_all_channels_give_the_torchvision_network():
     assert torch.equal(network(images), narrowed(images))
 
 
+def test_pretrained_takes_the_weights_and_their_scale(cache, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    rgb = torchvision.models.resnet18()
+    state = {name: weight.clone() for name, weight in rgb.state_dict().items()}
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", lambda *_, **__: state)
+    model = build_model("resnet18", "edges", 64, pretrained=True)
+    assert torch.equal(model.backbone.conv1.weight, rgb.conv1.weight.sum(1, keepdim=True))
+    assert torch.equal(model.backbone.layer3[1].conv2.weight, rgb.layer3[1].conv2.weight)
+    options = ["--pretrained", "--epochs", "1", "--lr", "1e-12", "--weight-decay", "0"]
+    train.main(["--data", str(cache), "--out", str(tmp_path), *TINY, *options])
+    trained = load_checkpoint(tmp_path / "last.pt")
+    assert trained["settings"]["channels"] == 64
+    assert (trained["meta"]["mean"], trained["meta"]["std"]) == (0.449, 0.226)
+    kept = trained["model"]["backbone.layer3.1.conv2.weight"]
+    assert torch.allclose(kept, state["layer3.1.conv2.weight"], atol=1e-6)
+
+
 def test_the_phantoms_box_lies_on_its_heart():
     picture, (xmin, ymin, xmax, ymax) = draw_phantom(np.random.default_rng(3))
     inside = picture[ymin:ymax, xmin:xmax]
@@ -296,12 +313,14 @@ def test_the_phantoms_box_lies_on_its_heart():
 
 
 def same(a: object, b: object) -> bool:
-    """Equal to the bit, tensors in nested dicts included."""
+    """Equal to the bit, tensors in nested dicts included; NaN is equal to NaN."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, list):
         return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+    return a == b or (a != a and b != b)
 
 
 def assert_same_training(a: Path, b: Path) -> None:
