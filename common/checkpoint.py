@@ -1,5 +1,6 @@
 """Checkpoints and the files of a run: written atomically, loaded without running code from the file."""
 
+import csv
 import hashlib
 import json
 import math
@@ -74,6 +75,14 @@ def write_json(path: Path, values: dict) -> None:
 
     with written(path) as temporary:
         temporary.write_text(json.dumps(plain(values), indent=1), encoding="utf-8")
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Write rows with the columns of the first one."""
+    with written(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def clear_results(out: Path, names: Iterable[str]) -> None:

@@ -7,9 +7,12 @@ predicted, no cases at all, a score that is NaN) is NaN, never 0 or 1.
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from common.checkpoint import write_json
 
 FEW_GROUPS = 10  # below this, an interval promises more than it holds
 # The 97.5 % quantiles of Student's t for 1 to 18 degrees of freedom.
@@ -227,6 +230,15 @@ def print_summary(summary: dict[str, dict[str, float]], groups: list[str]) -> No
     if "auroc" in summary and summary["auroc"]["value"] > 0.95 and count < 600:
         print("note: near 1 the interval of AUROC lies too high: at 0.99, with 50 patients of each class, "
               "84 % of such intervals hold the true value")  # fmt: skip
+
+
+def write_report(out: Path, summary: dict, groups: list[str], cases: list[dict], run: dict) -> None:
+    """Print the metrics of `bootstrap` and write metrics.json: {"summary", "cases", "run"}.
+
+    `cases` has a row per case, in the order of `groups` (its patient), `run` says how they came about.
+    """
+    print_summary(summary, groups)
+    write_json(out / "metrics.json", {"summary": summary, "cases": cases, "run": run})
 
 
 def overlap(truth: Tensor, prediction: Tensor) -> dict[str, float]:

@@ -473,9 +473,12 @@ def is_one_channel(path: Path) -> bool:
 
 
 def name_outputs(images: list[NewImage]) -> None:
-    """Make the names differ, even without case: by their folders' names, and where those do not, a number."""
+    """Make the names differ, even without case: by their folders' names, and where those do not, a number.
+
+    Of a.nii and a.nii.gz the latter has the mask a.nii.gz, or people would take it for the other's.
+    """
     same_name = defaultdict(list)
-    for image in images:
+    for image in sorted(images, key=lambda image: image.paths[0].name != f"{image.name}.nii.gz"):
         same_name[image.name.casefold()].append(image)
     taken = {name for name, group in same_name.items() if len(group) == 1}
     for group in same_name.values():

@@ -551,7 +551,7 @@ def fit_distances(path: Path, slices: list[Slice], along: np.ndarray) -> tuple[f
         between = f"{slices[k].name} and {slices[k + 1].name} are {gaps[k]:.4g} mm apart"
         if gaps[k] > 1.5 * usual:
             count = sum(max(0, round(gap / usual) - 1) for gap in gaps.tolist())
-            raise DataError(f"{path}: {count} slices missing: {between}, the others {usual:.4g} mm")
+            raise DataError(f"{path}: missing slices: {count}; {between}, the others {usual:.4g} mm")
         raise DataError(f"{path}: slices at distances from {gaps.min():.4g} to {gaps[k]:.4g} mm: {between}")
     return float(start), float(step)
 
@@ -1411,7 +1411,7 @@ def split_cases(
         sides[group].add(fold == "test")
     both = sorted(group for group, found_in in sides.items() if len(found_in) > 1)
     if both:
-        print(f"note: {len(both)} patients are on both sides of the official split, such as {both[0]}")
+        print(f"note: patients on both sides of the official split: {len(both)}, such as {both[0]}")
     if not args.like and set(folds) == {"test"}:
         raise DataError(f"{args.data}: only test cases; for an external test set use --like TRAIN_CACHE")
     return groups, folds

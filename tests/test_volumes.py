@@ -272,8 +272,8 @@ DEFECTS = [
     (shift(11, 0, 20), r"11\.dcm lies 20 mm aside"),
     (shift(6, 2, 1), r"slices at distances from 1\.5 to 3\.5 mm: 05\.dcm and 06\.dcm are 3\.5 mm apart"),
     (shift(6, 2, -2.5), r"1 of 11 positions are doubled: 05\.dcm and 06\.dcm lie in one place, 12\.5 mm"),
-    (lambda s: s.pop(7), r"1 slices missing: 06\.dcm and 07\.dcm are 5 mm apart, the others 2\.5 mm"),
-    (lambda s: [s.pop(3) for _ in range(4)], r"4 slices missing: 02\.dcm and 03\.dcm are 12\.5 mm apart"),
+    (lambda s: s.pop(7), r"missing slices: 1; 06\.dcm and 07\.dcm are 5 mm apart, the others 2\.5 mm"),
+    (lambda s: [s.pop(3) for _ in range(4)], r"missing slices: 4; 02\.dcm and 03\.dcm are 12\.5 mm apart"),
     (set_value([4], "PixelSpacing", [1.5, 1.3]), r"PixelSpacing \[1\.5, 1\.3\] in 04\.dcm, \[1\.5, 1\.0\]"),
     (set_value(ALL[6:], "PixelSpacing", [2, 1]), r"PixelSpacing \[2\.0, 1\.0\] in 06\.dcm and 5 more"),
     (set_value([9], "ImageOrientationPatient", [0, 1, 0, 0, 0, -1]), r"ImageOrientationPatient .* 09\.dcm,"),
@@ -347,6 +347,14 @@ def test_a_cut_file_is_known_by_its_series_or_its_name(tmp_path):
         path.write_bytes(path.read_bytes()[:length])
         with pytest.raises(DataError, match=r"1 of 12 files are cut, empty or damaged: 1\.2\.840\.11"):
             read_volume(folder)
+
+
+def test_an_image_without_pixels_is_named_whatever_its_series(tmp_path):
+    slices = make_slices()
+    del slices[11].PixelData
+    slices[11].SeriesInstanceUID = "1.9"
+    with pytest.raises(DataError, match=r"1 of 12 files are cut, empty or damaged: 11\.dcm"):
+        read_volume(save_series(tmp_path / "ct", slices))
 
 
 def test_files_that_are_no_images_are_left_out_with_a_note(tmp_path):
@@ -514,7 +522,7 @@ def test_a_patient_on_both_sides_of_the_official_split_is_noted(tmp_path, capsys
         (raw / f"{folder}Ts" / "p1_b.nii.gz").write_bytes(content)
     save(raw / "imagesTs" / "p1_b.nii.gz", block()[0] + np.int16(9))
     run(raw, tmp_path / "cache", "--patient-regex", "p[0-9]")
-    assert "1 patients are on both sides of the official split, such as p1" in capsys.readouterr().out
+    assert "patients on both sides of the official split: 1, such as p1" in capsys.readouterr().out
 
 
 def test_names_in_upper_case_are_cases(tmp_path):
@@ -753,7 +761,7 @@ def test_names_of_masks_do_not_collide(tmp_path, predict, monkeypatch):
         save(tmp_path / name, block()[0])
     rows = predict([tmp_path / "p1", tmp_path / "p2", tmp_path / "p3"], tmp_path / "out")
     masks = [row["mask"] for row in rows]
-    assert masks == ["a.nii.gz", "a_2.nii.gz", "p2_b.nii.gz", "p1_a.nii.gz", "p3_B.nii.gz"]
+    assert masks == ["a_2.nii.gz", "a.nii.gz", "p2_b.nii.gz", "p1_a.nii.gz", "p3_B.nii.gz"]
     assert all((tmp_path / "out" / mask).is_file() for mask in masks)
 
 
