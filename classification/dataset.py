@@ -88,7 +88,7 @@ def fingerprints(cache: Path, rows: list[int]) -> tuple[list[str], list[str]]:
 class XrayDataset(Dataset):
     """Raw images and labels of a cache, fetched a batch of row numbers at a time.
 
-    `dataset.__getitems__(rows)` gives images uint8 (B, 1, S, S) and labels int64 (B,). It pickles as nothing
+    `dataset[rows]` gives images uint8 (B, 1, S, S) and labels int64 (B,). It pickles as nothing
     but the path: each worker maps the file itself, because a pickled memory map is the whole array.
     """
 
@@ -99,16 +99,11 @@ class XrayDataset(Dataset):
     def __getstate__(self) -> dict:
         return {"cache": self.cache, "images": None, "labels": None}
 
-    def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
         if self.images is None:
             self.images = np.load(self.cache / "images.npy", mmap_mode="r")
             self.labels = torch.tensor([int(row["label"]) for row in read_index(self.cache)])
         return torch.from_numpy(self.images[rows])[:, None], self.labels[rows]
-
-
-def keep_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """`collate_fn` for batches that are tensors already; at module level, so that workers can be spawned."""
-    return batch
 
 
 def in_batches(rows: list[int], batch_size: int) -> list[list[int]]:
@@ -125,7 +120,7 @@ def make_loader(
     cache: Path, batches: Sampler | list[list[int]], workers: int, device: torch.device
 ) -> DataLoader:
     """A loader of whole batches. Workers stay from epoch to epoch: the dataset knows no epoch."""
-    return DataLoader(XrayDataset(cache), batch_sampler=batches, collate_fn=keep_batch, num_workers=workers,
+    return DataLoader(XrayDataset(cache), batch_size=None, sampler=batches, num_workers=workers,
                       persistent_workers=workers > 0, pin_memory=device.type == "cuda",
                       worker_init_fn=ignore_interrupt)  # fmt: skip
 

@@ -397,7 +397,7 @@ def evaluate_split(
     worst = wrong[probabilities[wrong].amax(1).argsort(descending=True)][:12].tolist()
     tiles, dataset = [], XrayDataset(args.data)
     for k in worst:  # the most confident mistakes, with what the first model looked at
-        (image,), _ = dataset.__getitems__([rows[k]])
+        (image,), _ = dataset[[rows[k]]]
         answer = f"predicted {cases[k]['prediction']} {probabilities[k].max():.3f}"
         caption = [cases[k]["id"], f"{cases[k]['label']}, {answer}"]
         tiles.append(

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
@@ -30,11 +31,20 @@ def build_model(arch: str, num_classes: int, size: int, pretrained: bool = False
         )
     try:
         model = torchvision.models.get_model(arch, weights="DEFAULT" if pretrained else None)
-    except (OSError, RuntimeError) as error:  # no network, no place to keep the file, a broken download
-        raise DataError(f"--pretrained: could not fetch the ImageNet weights of {arch} ({error})") from error
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # no network, no place to keep the file, a broken download
+        raise DataError(
+            f"--pretrained: could not fetch the ImageNet weights of {arch} ({error})"
+        ) from error
     rgb_stem = model.conv1.weight
-    model.conv1 = nn.Conv2d(1, 64, 3, 1, 1, bias=False) if small else nn.Conv2d(1, 64, 7, 2, 3, bias=False)
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
+    model.conv1 = (
+        nn.Conv2d(1, 64, 3, 1, 1, bias=False) if small else nn.Conv2d(1, 64, 7, 2, 3, bias=False)
+    )
+    nn.init.kaiming_normal_(
+        model.conv1.weight, mode="fan_out", nonlinearity="relu"
+    )  # as torchvision does
     if small:
         model.maxpool = nn.Identity()
     if pretrained:
@@ -56,3 +66,22 @@ def class_activation_maps(model: nn.Module, images: Tensor) -> tuple[Tensor, Ten
         features = layer(features)
     maps = torch.einsum("bfhw,cf->bchw", features, model.fc.weight)
     return maps.mean((2, 3)) + model.fc.bias, maps
+
+
+def class_weights(kind: str, counts: Tensor) -> Tensor:
+    """Weights (classes,) of the loss; "balanced" has mean 1 over the images of the training set."""
+    if kind == "balanced":
+        return counts.sum() / (len(counts) * counts)
+    return torch.ones(len(counts))
+
+
+def weighted_cross_entropy(
+    logits: Tensor, labels: Tensor, weights: Tensor, label_smoothing: float
+) -> Tensor:
+    """Mean over the batch of the weighted cross entropy; logits float32 (B, C), labels int64 (B,).
+
+    A plain mean, not one divided by the weights of the batch: so the gradient does not depend on
+    how the batch is shared out among processes.
+    """
+    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+    return (losses * weights[labels]).mean()

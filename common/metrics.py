@@ -43,7 +43,10 @@ def roc_curve(labels: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     last[:-1] = scores[1:] != scores[:-1]  # ties move together
     tp, fp = positive.cumsum(0)[last], (1 - positive).cumsum(0)[last]
     start = torch.zeros(1, dtype=torch.float64)
-    fpr, tpr = torch.cat([start, fp]) / (1 - positive).sum(), torch.cat([start, tp]) / positive.sum()
+    fpr, tpr = (
+        torch.cat([start, fp]) / (1 - positive).sum(),
+        torch.cat([start, tp]) / positive.sum(),
+    )
     if undefined:
         fpr, tpr = torch.full_like(fpr, math.nan), torch.full_like(tpr, math.nan)
     return fpr, tpr, torch.cat([start + math.inf, scores[last]])
@@ -95,6 +98,13 @@ def youden_threshold(labels: Tensor, scores: Tensor) -> float:
     return thresholds[best : best + 2].mean().item()
 
 
+def best_threshold(labels: Tensor, probabilities: Tensor) -> float | None:
+    """Youden's threshold for probabilities (N, 2) of the positive class; None for more classes."""
+    if probabilities.shape[1] != 2:
+        return None
+    return youden_threshold(labels, probabilities[:, 1])
+
+
 def sensitivity_at_specificity(labels: Tensor, scores: Tensor, specificity: float) -> float:
     """Largest sensitivity among the thresholds whose specificity is at least this."""
     fpr, tpr, _ = roc_curve(labels, scores)
@@ -133,7 +143,9 @@ def classification_metrics(
             "specificity_at_95_sensitivity": specificity_at_sensitivity(labels, scores, 0.95),
         }
         if threshold is not None:
-            figures |= {f"{k}_tuned": v for k, v in binary_metrics(labels, scores, threshold).items()}
+            figures |= {
+                f"{k}_tuned": v for k, v in binary_metrics(labels, scores, threshold).items()
+            }
     else:
         predictions = probabilities.argmax(1)
         rest = []
@@ -155,7 +167,9 @@ def box_iou(pred: Tensor, truth: Tensor) -> Tensor:
 
     Inverted or empty boxes have IoU 0.
     """
-    overlap = (torch.minimum(pred, truth)[:, 2:] - torch.maximum(pred, truth)[:, :2]).clamp(min=0).prod(1)
+    overlap = (
+        (torch.minimum(pred, truth)[:, 2:] - torch.maximum(pred, truth)[:, :2]).clamp(min=0).prod(1)
+    )
     area = [(boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1) for boxes in (pred, truth)]
     iou = overlap / (area[0] + area[1] - overlap)
     return torch.where(overlap == 0, 0, iou)  # NaN stays NaN
@@ -176,7 +190,10 @@ def detection_metrics(pred: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def bootstrap(
-    function: Callable[[Tensor], dict[str, float]], groups: list[str], samples: int = 1000, seed: int = 0
+    function: Callable[[Tensor], dict[str, float]],
+    groups: list[str],
+    samples: int = 1000,
+    seed: int = 0,
 ) -> dict[str, dict[str, float]]:
     """Value, 95 % percentile interval and number of undefined samples for every figure of `function(rows)`.
 
@@ -208,7 +225,9 @@ def bootstrap(
     for name in value:
         sample = torch.tensor([figures[name] for figures in drawn], dtype=torch.float64)
         finite = sample[sample.isfinite()]
-        low, high = (finite.quantile(q).item() if len(finite) else math.nan for q in (tail, 1 - tail))
+        low, high = (
+            finite.quantile(q).item() if len(finite) else math.nan for q in (tail, 1 - tail)
+        )
         if high - low < 1e-12 * max(1.0, abs(high)):
             low = high = math.nan
         undefined = len(sample) - len(finite)
@@ -220,7 +239,9 @@ def print_summary(summary: dict[str, dict[str, float]], groups: list[str]) -> No
     """Print every metric of `bootstrap` with its interval, and what that is worth with few groups."""
     count = len(set(groups))
     for name, metric in summary.items():
-        interval = "({low:.4f} to {high:.4f})".format(**metric) if math.isfinite(metric["low"]) else ""
+        interval = (
+            "({low:.4f} to {high:.4f})".format(**metric) if math.isfinite(metric["low"]) else ""
+        )
         print(f"{name:30} {metric['value']:.4f}  {interval}".rstrip())
     if count == 1:
         print("note: one patient, so no intervals")
@@ -259,7 +280,9 @@ def dice_figures(scores: Tensor, classes: list[str]) -> dict[str, float]:
     `scores` float64 (N, classes - 1); the first class is the background.
     """
     figures = {"dice": scores.nanmean(1).nanmean().item()}
-    return figures | {f"dice_{name}": scores[:, k].nanmean().item() for k, name in enumerate(classes[1:])}
+    return figures | {
+        f"dice_{name}": scores[:, k].nanmean().item() for k, name in enumerate(classes[1:])
+    }
 
 
 def surface(mask: Tensor) -> Tensor:
@@ -282,7 +305,9 @@ def distances_to(points: Tensor, feature: Tensor, spacing: list[float]) -> Tenso
     feature, points = feature.permute(first, last, middle), points[:, [first, last, middle]]
     steps = [spacing[axis] for axis in (first, last, middle)]
 
-    far = 2**14  # voxels, farther than any volume is long; int16 is a quarter of the traffic of float64
+    far = (
+        2**14
+    )  # voxels, farther than any volume is long; int16 is a quarter of the traffic of float64
     index = torch.arange(len(feature), dtype=torch.int16).view(-1, 1, 1)
     away = index - torch.where(feature, index, -far).cummax(0).values
     after = torch.where(feature, index, far).flip(0).cummin(0).values.flip(0)
@@ -304,7 +329,10 @@ def distances_to(points: Tensor, feature: Tensor, spacing: list[float]) -> Tenso
 
     way = torch.arange(feature.shape[1], dtype=torch.float64) * steps[1]
     cost = (way[:, None] - way).square()
-    found = [(squared[x, :, z] + cost[y]).amin(1) for x, y, z in (p.unbind(1) for p in points.split(16384))]
+    found = [
+        (squared[x, :, z] + cost[y]).amin(1)
+        for x, y, z in (p.unbind(1) for p in points.split(16384))
+    ]
     return torch.cat(found).sqrt()
 
 
@@ -320,7 +348,9 @@ def surface_distances(truth: Tensor, prediction: Tensor, spacing: list[float]) -
     return torch.cat([there, distances_to(prediction.nonzero(), truth, spacing)])
 
 
-def segmentation_metrics(truth: Tensor, prediction: Tensor, spacing: list[float]) -> dict[str, float]:
+def segmentation_metrics(
+    truth: Tensor, prediction: Tensor, spacing: list[float]
+) -> dict[str, float]:
     """Figures of one structure: bool masks (X, Y, Z), voxels of `spacing` mm.
 
     hd95_mm is the 95th percentile and assd_mm the mean of both directed sets of surface distances pooled;

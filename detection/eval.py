@@ -276,7 +276,7 @@ def evaluate_split(
 
     tiles, dataset = [], XrayDataset(args.data)
     for k in iou.argsort()[:24].tolist():  # the worst first
-        (image,), _ = dataset.__getitems__([rows[k]])
+        (image,), _ = dataset[[rows[k]]]
         caption = [cases[k]["id"], f"IoU {iou[k]:.3f}   green: truth, orange: prediction"]
         tile = draw_boxes(image[0], {TRUTH: boxes[k], PREDICTION: pred[k]}, caption)
         tiles.append(pil_to_tensor(tile))

@@ -154,7 +154,7 @@ def cut(volume: np.ndarray, corner: list[int], size: list[int]) -> np.ndarray:
 class PatchDataset(Dataset):
     """Patches of a cache's volumes, fetched a batch of (row number, corner x, y, z) at a time.
 
-    `dataset.__getitems__(places)` gives images float16 (B, C, *patch) and masks uint8 (B, *patch); `patch`
+    `dataset[places]` gives images float16 (B, C, *patch) and masks uint8 (B, *patch); `patch`
     has two or three axes. It holds paths and sizes only, so it can go to workers.
     """
 
@@ -167,7 +167,7 @@ class PatchDataset(Dataset):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "names": None}
 
-    def __getitems__(self, places: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, places: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
         if self.names is None:
             self.names = [row["id"] for row in read_index(self.cache)]
         images, masks = [], []
@@ -177,11 +177,6 @@ class PatchDataset(Dataset):
             masks.append(cut(mask, corner, self.size))
         images, masks = torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(masks))
         return (images, masks) if self.flat is None else (images.squeeze(self.flat), masks.squeeze(self.flat))
-
-
-def keep_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """`collate_fn` for batches that are tensors already; at module level, so that workers can be spawned."""
-    return batch
 
 
 def in_batches(rows: list[int], batch_size: int) -> list[list[int]]:
@@ -199,7 +194,7 @@ def make_loader(
 ) -> DataLoader:
     """A loader of whole batches. Workers stay from epoch to epoch: the dataset knows no epoch."""
     dataset = PatchDataset(cache, patch)
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=keep_batch, num_workers=workers,
+    return DataLoader(dataset, batch_size=None, sampler=batches, num_workers=workers,
                       persistent_workers=workers > 0, pin_memory=device.type == "cuda",
                       worker_init_fn=ignore_interrupt)  # fmt: skip
 

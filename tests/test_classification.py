@@ -147,7 +147,7 @@ def test_eval_gives_the_score_that_train_printed(cache, tmp_path, amp, capsys):
         assert result["summary"][name]["value"] == (None if np.isnan(value) else value), name
     assert result["run"]["n"] == len(result["cases"])
     assert result["run"]["positive_class"] == "pneumonia"
-    assert capsys.readouterr().out.count("positive class: pneumonia\n") == 2  # by train.py and by eval.py
+    assert capsys.readouterr().out.count("positive class: pneumonia") == 2  # by train.py and by eval.py
     assert "f1_tuned" in result["summary"]
     for name in ("confusion_matrix.png", "roc.png", "mistakes.png"):
         assert Image.open(tmp_path / "eval_val" / name).size[0] > 200

@@ -68,7 +68,7 @@ def demo(tmp_path_factory) -> Path:
 
 def test_batches_equal_the_array_and_the_index(cache):
     array, rows = np.load(cache / "images.npy"), [7, 3, 3, 49]
-    images, labels = XrayDataset(cache).__getitems__(rows)
+    images, labels = XrayDataset(cache)[rows]
     assert images.shape == (4, 1, SIZE, SIZE) and images.dtype == torch.uint8
     assert np.array_equal(images[:, 0].numpy(), array[rows])
     assert labels.tolist() == [1, 0, 0, 1] and labels.dtype == torch.int64
@@ -87,9 +87,9 @@ def test_the_dataset_pickles_as_its_path(cache):
     assert (cache / "images.npy").stat().st_size > 10_000
     data = XrayDataset(cache)
     assert len(pickle.dumps(data)) < 10_000
-    expected = data.__getitems__([5, 6])[0]
+    expected = data[[5, 6]][0]
     assert len(pickle.dumps(data)) < 10_000
-    assert torch.equal(pickle.loads(pickle.dumps(data)).__getitems__([5, 6])[0], expected)
+    assert torch.equal(pickle.loads(pickle.dumps(data))[[5, 6]][0], expected)
 
 
 def test_evaluation_batches_keep_every_row_in_order():

@@ -330,7 +330,7 @@ def test_cut_pads_with_zeros():
 @pytest.mark.parametrize("patch", [[8, 8], [8, 6, 5], [16, 16, 16]])
 def test_patches(cache, patch):
     dataset = PatchDataset(cache, patch)
-    images, masks = dataset.__getitems__([(1, 2, 1, 3), (0, -2, 0, 0)])
+    images, masks = dataset[[(1, 2, 1, 3), (0, -2, 0, 0)]]
     assert images.shape == (2, 1, *patch) and masks.shape == (2, *patch)
     assert images.dtype == torch.float16 and masks.dtype == torch.uint8
     _, mask = open_case(cache, "c1")
