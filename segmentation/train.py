@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import checkpoint
 from common.checkpoint import CheckpointError, Run
-from common.metrics import dice_figures, dice_scores
+from common.metrics import dice_metrics, dice_scores
 from segmentation import dataset, preprocess
 from segmentation.dataset import make_loader, open_case, to_input
 from segmentation.model import build_model, default_patch, predict_volume, segmentation_loss
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
         train_loss = mean_over_processes(loss_sum, steps_per_epoch, world_size, epoch)
         train_seconds = time.perf_counter() - start
         scores = evaluate(model, cache, val_names, device, settings, meta)
-        metrics = dice_figures(scores, meta["classes"])
+        metrics = dice_metrics(scores, meta["classes"])
         if is_main:
             row = {"epoch": epoch + 1, "lr": lr, "train_loss": train_loss}
             row |= {f"val_{name}": value for name, value in metrics.items()}

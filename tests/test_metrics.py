@@ -17,7 +17,7 @@ from common.metrics import (
     classification_metrics,
     confusion_matrix,
     detection_metrics,
-    dice_figures,
+    dice_metrics,
     dice_scores,
     overlap,
     print_summary,
@@ -425,9 +425,9 @@ def test_dice_and_iou_by_hand():
     assert scores.tolist() == approx([0, 0, 2 * 4 / (4 + 8), math.nan])
 
 
-def test_dice_figures_leave_out_what_is_not_defined():
+def test_dice_metrics_leave_out_what_is_not_defined():
     scores = torch.tensor([[1.0, 0.5], [math.nan, 0.25], [math.nan, math.nan]], dtype=torch.float64)
-    assert dice_figures(scores, ["background", "a", "b"]) == {"dice": 0.5, "dice_a": 1.0, "dice_b": 0.375}
+    assert dice_metrics(scores, ["background", "a", "b"]) == {"dice": 0.5, "dice_a": 1.0, "dice_b": 0.375}
 
 
 def test_surface_is_inside_and_beyond_the_volume_is_outside():
