@@ -1,4 +1,4 @@
-"""Checkpoints and the files of a run: written atomically, loaded without running code from the file."""
+"""Checkpoints and other files of a run: written atomically, loaded without running their code."""
 
 import argparse
 import csv
@@ -26,17 +26,17 @@ except ImportError:  # Windows
 
 
 class CheckpointError(ValueError):
-    """A checkpoint or a file of a run that is missing or damaged, does not fit, or cannot be written."""
+    """A file of a run that is missing or damaged, does not fit, or cannot be written."""
 
 
 # --- writing ---
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a dict of plain values, lists, dicts and tensors; a crash leaves the old file or the new one.
+    """Write a dict of plain values, lists, dicts and tensors; a crash leaves the old or the new file.
 
-    Keep the bare model's `state_dict()` in it, not that of a compiled or distributed wrapper. Raises
-    CheckpointError naming the file.
+    Keep the bare model's `state_dict()` in it, not that of a compiled or distributed wrapper.
+    Raises CheckpointError naming the file.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -45,10 +45,8 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # torch hides the OSError of a full disk in a RuntimeError
+    except (OSError, RuntimeError) as error:
+        # torch hides the OSError of a full disk in a RuntimeError
         raise CheckpointError(f"{path}: not written ({error.__context__ or error})") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -95,15 +93,15 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def clear_results(out: Path, names: Iterable[str]) -> None:
-    """Remove what an earlier run left in the folder, so that nothing of it is taken for this run's."""
+    """Remove what an earlier run left in the folder: nothing of it is to be taken for this run's."""
     for name in names:
         (out / name).unlink(missing_ok=True)
 
 
 def lock_folder(folder: Path) -> TextIO | None:
-    """Make the folder and keep other processes from writing to it, until the file returned is closed.
+    """Make the folder and keep other processes out until the file that is returned is closed.
 
-    Raises CheckpointError if one writes there. Where there are no such locks (Windows), nothing is kept.
+    Raises CheckpointError if one writes there. Windows has no such locks: there nothing is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
@@ -139,7 +137,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
-    """Read what `save_checkpoint` wrote, tensors on `device`. Raises CheckpointError naming the file."""
+    """Read what `save_checkpoint` wrote, tensors on `device`. Raises CheckpointError."""
     if not path.is_file():
         raise CheckpointError(
             f"{path}: no checkpoint here; train.py writes best.pt and last.pt to its --out"
@@ -175,9 +173,9 @@ def check_types(values: dict, types: dict[str, type], where: object) -> None:
 def load_run(
     path: Path, task: str, settings: dict[str, type], device: torch.device | str = "cpu"
 ) -> dict:
-    """Read a checkpoint of this task's train.py, with at least these settings. Raises CheckpointError.
+    """Read a checkpoint of this task's train.py, with at least these settings.
 
-    What is in its `meta` is for the task to check.
+    What is in its `meta` is for the task to check. Raises CheckpointError.
     """
     checkpoint = load_checkpoint(path, device)
     other = checkpoint.get("task", task)  # older checkpoints do not say
@@ -201,7 +199,7 @@ def check_weights(state: dict, path: Path) -> None:
 
 
 def load_weights(model: nn.Module, checkpoint: dict, path: Path) -> None:
-    """Copy `checkpoint["model"]` into a bare model. Raises CheckpointError listing what does not fit."""
+    """Copy `checkpoint["model"]` into a bare model. Raises CheckpointError if it does not fit."""
     check_weights(checkpoint["model"], path)
     try:
         model.load_state_dict(checkpoint["model"])
@@ -213,11 +211,12 @@ def load_weights(model: nn.Module, checkpoint: dict, path: Path) -> None:
 def load_fitting_weights(model: nn.Module, checkpoint: dict, path: Path) -> list[str]:
     """Copy the weights whose name and shape fit into a bare model; the names of those that did not.
 
-    For --init: another number of classes keeps all but the last layer. Raises CheckpointError if nothing
-    fits.
+    For --init: another number of classes keeps all but the last layer. Raises CheckpointError if
+    nothing fits.
     """
     check_weights(checkpoint["model"], path)
-    own, fitting = model.state_dict(), {}
+    own = model.state_dict()
+    fitting = {}
     for name, weight in checkpoint["model"].items():
         if name in own and isinstance(weight, torch.Tensor) and weight.shape == own[name].shape:
             fitting[name] = weight
@@ -234,7 +233,7 @@ def load_fitting_weights(model: nn.Module, checkpoint: dict, path: Path) -> list
 
 @dataclass
 class Run:
-    """The folder of a training and how far it has come. Rank 0 claims and saves, all ranks restore."""
+    """A training's folder and how far it has come. Rank 0 claims and saves, all ranks restore."""
 
     out: Path
     epoch: int = 0  # epochs done
@@ -313,7 +312,7 @@ def load_init(
 
 
 def check_settings(saved: dict, current: dict, path: Path) -> None:
-    """Refuse to resume with settings that change the result. Raises CheckpointError listing both sides."""
+    """Raise CheckpointError listing the settings that would change the result of a resumed run."""
     differing = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
     if differing:
         lines = ", ".join(
@@ -323,7 +322,7 @@ def check_settings(saved: dict, current: dict, path: Path) -> None:
 
 
 def array_bytes(cache: Path) -> int:
-    """Bytes of all arrays of a cache: with index.csv and meta.json it tells one cache from another."""
+    """Bytes of all arrays of a cache: with index.csv and meta.json they tell it from others."""
     return sum(path.stat().st_size for path in cache.rglob("*.npy"))
 
 
@@ -351,7 +350,7 @@ def restore(
     optimizer: Optimizer,
     scaler: GradScaler,
 ) -> tuple[int, float, list[dict], dict | None]:
-    """Put last.pt into model, optimizer and scaler; the epochs done, best score, log and `trained_on`.
+    """Put last.pt into model, optimizer and scaler; returns epochs done, best score, log, trained_on.
 
     Raises CheckpointError if it was trained with other settings or on another cache.
     """
@@ -395,7 +394,7 @@ def file_sha256(path: Path) -> str:
 
 
 def short_hash(data: object) -> str:
-    """The beginning of the SHA-256 of bytes or a contiguous array: it tells patients and images apart."""
+    """The beginning of the SHA-256 of bytes or a contiguous array: tells patients and images apart."""
     return hashlib.sha256(data).hexdigest()[:12]
 
 
@@ -410,6 +409,10 @@ def list_trained_on(patients: list[str], images: list[str], init: dict | None = 
 
 def count_trained_on(trained_on: dict, patients: list[str], images: list[str]) -> list[int]:
     """Numbers of the rows (a hash of the patient and of the image each) that were trained on."""
-    known_patients, known_images = set(trained_on["patients"]), set(trained_on["images"])
-    rows = enumerate(zip(patients, images, strict=True))
-    return [k for k, (patient, image) in rows if patient in known_patients or image in known_images]
+    known_patients = set(trained_on["patients"])
+    known_images = set(trained_on["images"])
+    seen = []
+    for row_number, (patient, image) in enumerate(zip(patients, images, strict=True)):
+        if patient in known_patients or image in known_images:
+            seen.append(row_number)
+    return seen
