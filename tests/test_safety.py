@@ -139,8 +139,12 @@ def test_best_is_there_although_all_masks_are_empty(tmp_path, monkeypatch):
     assert summary["volume_error_ml"]["value"] >= 0
 
 
-def test_resume_without_best_writes_it_again(caches, tmp_path):
+def test_resume_without_best_writes_it_again(caches, tmp_path, monkeypatch):
+    dice = iter([0.9, 0.8, 0.1])
+    one = torch.ones(1, 1, dtype=torch.float64)
+    monkeypatch.setattr(module("segmentation", "train"), "evaluate", lambda *_: next(dice) * one)
     train("segmentation", caches["segmentation"], tmp_path, "--epochs", "3", "--stop-after", "2")
+    assert load_checkpoint(tmp_path / "best.pt")["epoch"] == 1
     (tmp_path / "best.pt").unlink()
     train("segmentation", caches["segmentation"], tmp_path, "--epochs", "3", "--resume")
     assert load_checkpoint(tmp_path / "best.pt")["epoch"] == 3
