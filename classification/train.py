@@ -34,8 +34,14 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from classification import dataset, preprocess
 from classification.dataset import in_batches, make_loader, to_input
-from classification.model import ARCHITECTURES, PRETRAINED_MEAN, PRETRAINED_STD
-from classification.model import build_model, class_weights, weighted_cross_entropy
+from classification.model import (
+    ARCHITECTURES,
+    PRETRAINED_MEAN,
+    PRETRAINED_STD,
+    build_model,
+    class_weights,
+    weighted_cross_entropy,
+)
 from classification.preprocess import DataError, positive_class, progress, run_command
 from common import checkpoint
 from common.checkpoint import CheckpointError, Run

@@ -33,7 +33,7 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a dict of plain values, lists, dicts and tensors; a crash leaves the old or the new file.
+    """Write a dict of plain values, lists, dicts, tensors; a crash leaves the old or the new file.
 
     Keep the bare model's `state_dict()` in it, not that of a compiled or distributed wrapper.
     Raises CheckpointError naming the file.
@@ -93,7 +93,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def clear_results(out: Path, names: Iterable[str]) -> None:
-    """Remove what an earlier run left in the folder: nothing of it is to be taken for this run's."""
+    """Remove what an earlier run left: nothing of it is to be taken for this run's."""
     for name in names:
         (out / name).unlink(missing_ok=True)
 
@@ -350,7 +350,7 @@ def restore(
     optimizer: Optimizer,
     scaler: GradScaler,
 ) -> tuple[int, float, list[dict], dict | None]:
-    """Put last.pt into model, optimizer and scaler; returns epochs done, best score, log, trained_on.
+    """Put last.pt into model, optimizer, scaler; returns epochs done, best score, log, trained_on.
 
     Raises CheckpointError if it was trained with other settings or on another cache.
     """
@@ -394,7 +394,7 @@ def file_sha256(path: Path) -> str:
 
 
 def short_hash(data: object) -> str:
-    """The beginning of the SHA-256 of bytes or a contiguous array: tells patients and images apart."""
+    """The beginning of the SHA-256 of bytes or of a contiguous array."""
     return hashlib.sha256(data).hexdigest()[:12]
 
 
