@@ -376,7 +376,7 @@ def test_augment_moves_image_and_mask_together(shape):
         assert image[one == 1].mean() > image[one == 0].mean() + 1
     again = augment(images, mask, np.random.default_rng(0), spacing, 1.0, True)
     assert torch.equal(again[0], moved) and torch.equal(again[1], masks)
-    still = augment(images, mask, np.random.default_rng(0), spacing, 0.0)
+    still = augment(images, mask, np.random.default_rng(0), spacing, 0.0, False)
     assert torch.equal(still[0], images) and torch.equal(still[1], mask)
 
 
@@ -398,7 +398,7 @@ def test_rotation_is_in_millimetres():
         def integers(self, n: int) -> int:
             return 0
 
-    _, turned = augment(disc[:, None].float(), disc, OnlyTurns(), spacing)
+    _, turned = augment(disc[:, None].float(), disc, OnlyTurns(), spacing, 1.0, False)
     assert (turned != disc).flatten(1).float().mean(1).max() < 0.04  # in voxels it would be 0.1
 
 
