@@ -168,9 +168,7 @@ def cut(volume: np.ndarray, corner: list[int], size: list[int]) -> np.ndarray:
 
 
 def box_slices(
-    corner: list[int],
-    size: list[int],
-    shape: tuple[int, ...],
+    corner: list[int], size: list[int], shape: tuple[int, ...]
 ) -> tuple[list[slice], list[slice]]:
     """The part of a box that lies in a volume of `shape`: slices of the volume, and of the box."""
     inside = []
@@ -216,11 +214,7 @@ class PatchDataset(Dataset):
 
 
 def make_loader(
-    cache: Path,
-    patch: list[int],
-    batches: Sampler,
-    workers: int,
-    device: torch.device,
+    cache: Path, patch: list[int], batches: Sampler, workers: int, device: torch.device
 ) -> DataLoader:
     """A loader of the batches that `batches` draws: the dataset is asked for a whole batch at once.
 
@@ -297,7 +291,7 @@ class EpochBatches(Sampler):
             yield places[self.rank :: self.world_size]
 
     def draw_corner(self, row: int, rng: np.random.Generator) -> list[int]:
-        """Where a patch begins: at a negative place if the volume is smaller; it lies in the middle."""
+        """Where a patch begins: below 0 if the volume is smaller, which then lies in its middle."""
         free = self.shapes[row] - self.size
         last = np.maximum(free, 0)  # the last corner from which the patch stays inside
         points = self.points[row]
@@ -376,11 +370,7 @@ def augment(
     return change_values(images, values, int(rng.integers(2**62))), masks
 
 
-def mirror_axes(
-    images: Tensor,
-    masks: Tensor,
-    rng: np.random.Generator,
-) -> tuple[Tensor, Tensor]:
+def mirror_axes(images: Tensor, masks: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Flip each axis of images (B, C, *S) and masks (B, *S) in half of the images."""
     batch = len(masks)
     dims = masks.ndim - 1
@@ -474,11 +464,9 @@ def write_demo(raw: Path, cases: int = 30, size: float = 72, seed: int = 0) -> N
 
 
 def draw_grid(
-    rng: np.random.Generator,
-    spacing: np.ndarray,
-    size: float,
+    rng: np.random.Generator, spacing: np.ndarray, size: float
 ) -> tuple[np.ndarray, list[int]]:
-    """Affine (4, 4) from voxels to RAS in mm, about the origin, and voxels per axis, for `size` mm."""
+    """Affine (4, 4) to RAS in mm, about the origin, and voxels per axis, of `size` mm."""
     oblique = np.eye(3) + rng.normal(0, 0.1, (3, 3))  # by some 10 degrees
     turn, _ = np.linalg.qr(oblique)
     diagonal = np.diag(turn)
@@ -494,9 +482,7 @@ def draw_grid(
 
 
 def draw_phantom(
-    rng: np.random.Generator,
-    shape: list[int],
-    affine: np.ndarray,
+    rng: np.random.Generator, shape: list[int], affine: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """A trunk-like volume, int16 (X, Y, Z), and its mask, uint8: 1 = wall, 2 = core of an organ.
 

@@ -195,11 +195,7 @@ class ResidualUnit(nn.Module):
 
 
 def conv_unit(
-    inputs: int,
-    outputs: int,
-    kernel: list[int],
-    stride: list[int],
-    norm: bool = True,
+    inputs: int, outputs: int, kernel: list[int], stride: list[int], norm: bool = True
 ) -> nn.Sequential:
     """Convolution, instance norm, leaky ReLU: a side of S voxels becomes ceil(S / stride)."""
     dims = len(kernel)
@@ -327,10 +323,7 @@ def window_weights(length: int, size: int) -> list[tuple[int, Tensor]]:
 
 
 def predict_batch(
-    model: nn.Module,
-    images: Tensor,
-    amp: torch.dtype | None,
-    mirror: bool,
+    model: nn.Module, images: Tensor, amp: torch.dtype | None, mirror: bool
 ) -> Tensor:
     """Class probabilities float32 (B, K, *S) of images float32 (B, C, *S), averaged if mirrored."""
     flips = [()]  # the axes to flip
@@ -348,9 +341,7 @@ def predict_batch(
 
 
 def add_window(
-    result: Tensor,
-    window: tuple[tuple[int, Tensor], ...],
-    probabilities: Tensor,
+    result: Tensor, window: tuple[tuple[int, Tensor], ...], probabilities: Tensor
 ) -> None:
     """Add the probabilities of a window, (K, *size), to those of the volume, (K, X, Y, Z).
 
