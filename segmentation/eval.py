@@ -774,11 +774,15 @@ def read_image(
     """
     notes: Notes = []
     path = image.paths[0]
-    if image.numbers and sorted(image.numbers) != list(range(len(meta["channels"]))):
-        numbers = ", ".join(f"{number:04d}" for number in sorted(image.numbers))
-        expected = f"one for each of {meta['channels']}"
-        raise DataError(f"{path}: channel files {numbers}, expected {expected}")
-    volume, affine, header = read_channels(image.paths, notes)
+    paths = image.paths
+    if image.numbers:
+        numbers = sorted(image.numbers)
+        if numbers != list(range(len(meta["channels"]))):
+            given = ", ".join(f"{number:04d}" for number in numbers)
+            expected = f"one for each of {meta['channels']}"
+            raise DataError(f"{path}: channel files {given}, expected {expected}")
+        paths = [image.paths[image.numbers.index(number)] for number in numbers]
+    volume, affine, header = read_channels(paths, notes)
     for what, detail in notes:
         print_note(path, what, detail)
     check_channels(path, volume.shape[3], meta["channels"])

@@ -846,6 +846,16 @@ def test_channel_files_are_one_image(tmp_path, predict, capsys):
         assert [row["mask"] for row in csv.DictReader(file)] == ["c0.nii.gz", "scan_2024.nii.gz"]
 
 
+def test_channel_files_are_read_in_the_order_of_their_numbers(tmp_path, predict):
+    image, mask = block()
+    bright = save(tmp_path / "c0_0000.nii.gz", image)
+    dark = save(tmp_path / "c0_0001.nii.gz", -image)
+    for k, paths in enumerate(([bright, dark], [dark, bright])):
+        (row,) = predict(paths, tmp_path / str(k), channels=2)
+        found = np.asanyarray(nib.load(tmp_path / str(k) / row["mask"]).dataobj)
+        assert np.array_equal(found, mask)  # the network looks at the first channel
+
+
 def test_other_files_beside_volumes_are_noted(tmp_path, predict, capsys):
     save(tmp_path / "scans" / "a.nii.gz", block()[0])
     save_series(tmp_path / "scans", make_slices(2))
