@@ -1,4 +1,4 @@
-"""segmentation/preprocess.py, dataset.py and model.py: tiny NIfTI and DICOM files, hand-made values."""
+"""segmentation/preprocess.py, dataset.py and model.py: tiny files, values made by hand."""
 
 import csv
 import gzip
@@ -40,13 +40,20 @@ from segmentation.preprocess import (
 )
 
 CPU = torch.device("cpu")
-META = {"classes": ["background", "a", "b"], "values": [0, 1, 2], "channels": ["MRI"], "resample": False,
-        "spacing": [1.0, 1.0, 1.0], "slice_axis": 2, "shape": [9, 8, 7], "normalisation": [None]}  # fmt: skip
-ORIENTATIONS = [
-    np.array(list(zip(axes, signs, strict=True)))
-    for axes in itertools.permutations(range(3))
-    for signs in itertools.product((1, -1), repeat=3)
-]
+META = {
+    "classes": ["background", "a", "b"],
+    "values": [0, 1, 2],
+    "channels": ["MRI"],
+    "resample": False,
+    "spacing": [1.0, 1.0, 1.0],
+    "slice_axis": 2,
+    "shape": [9, 8, 7],
+    "normalisation": [None],
+}
+# Every way to order and to flip three axes, as nibabel writes it: (axis, 1 or -1) for each.
+ORDERS = itertools.permutations(range(3))
+SIGNS = itertools.product((1, -1), repeat=3)
+ORIENTATIONS = [np.column_stack(pair) for pair in itertools.product(ORDERS, SIGNS)]
 
 
 def oblique(spacing: tuple = (1.0, 1.5, 2.5), degrees: float = 12) -> np.ndarray:
@@ -55,7 +62,8 @@ def oblique(spacing: tuple = (1.0, 1.5, 2.5), degrees: float = 12) -> np.ndarray
     z = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
     x = np.array([[1, 0, 0], [0, np.cos(b), -np.sin(b)], [0, np.sin(b), np.cos(b)]])
     affine = np.eye(4)
-    affine[:3, :3], affine[:3, 3] = z @ x * spacing, (-20, 31, 7)
+    affine[:3, :3] = z @ x * spacing
+    affine[:3, 3] = (-20, 31, 7)
     return affine
 
 
@@ -67,7 +75,9 @@ def block(shape: tuple = (12, 10, 8)) -> tuple[np.ndarray, np.ndarray]:
     return (np.random.default_rng(sum(shape)).normal(0, 0.2, shape) + mask).astype(np.float32), mask
 
 
-def write(raw: Path, name: str, image: np.ndarray, mask: np.ndarray | None, affine: object = None) -> None:
+def write(
+    raw: Path, name: str, image: np.ndarray, mask: np.ndarray | None, affine: object = None
+) -> None:
     affine = oblique() if affine is None else affine
     for folder, voxels in (("imagesTr", image), ("labelsTr", mask)):
         (raw / folder).mkdir(parents=True, exist_ok=True)
@@ -78,7 +88,9 @@ def write(raw: Path, name: str, image: np.ndarray, mask: np.ndarray | None, affi
 def describe(raw: Path, **changes: object) -> None:
     raw.mkdir(parents=True, exist_ok=True)
     labels = {"0": "background", "1": "a", "2": "b"}
-    (raw / "dataset.json").write_text(json.dumps({"labels": labels, "modality": {"0": "MRI"}} | changes))
+    (raw / "dataset.json").write_text(
+        json.dumps({"labels": labels, "modality": {"0": "MRI"}} | changes)
+    )
 
 
 def make(raw: Path, cases: int = 6) -> Path:
@@ -101,7 +113,8 @@ def run(raw: Path, out: Path, *options: str) -> tuple[dict, list[dict]]:
 def test_all_48_axis_orders_there_and_back(resampled):
     image, mask = block()
     meta = META | ({"resample": True, "spacing": [1.3, 1.1, 1.7]} if resampled else {})
-    expected, labels = to_grid(image[..., None], oblique(), meta), mask_to_grid(mask, oblique(), meta)
+    expected = to_grid(image[..., None], oblique(), meta)
+    labels = mask_to_grid(mask, oblique(), meta)
     chances = np.eye(3, dtype=np.float16)[labels].transpose(3, 0, 1, 2)
     back = from_grid(chances, mask.shape, oblique())
     assert resampled or np.array_equal(back, mask)
@@ -110,8 +123,12 @@ def test_all_48_axis_orders_there_and_back(resampled):
         turned = apply_orientation(image, orientation)
         affine = oblique() @ inv_ornt_aff(orientation, image.shape)
         assert np.array_equal(to_grid(turned[..., None], affine, meta), expected)
-        assert np.array_equal(mask_to_grid(apply_orientation(mask, orientation), affine, meta), labels)
-        assert np.array_equal(from_grid(chances, turned.shape, affine), apply_orientation(back, orientation))
+        assert np.array_equal(
+            mask_to_grid(apply_orientation(mask, orientation), affine, meta), labels
+        )
+        assert np.array_equal(
+            from_grid(chances, turned.shape, affine), apply_orientation(back, orientation)
+        )
 
 
 def test_resampling_matrix_keeps_extent_and_ramps():
@@ -144,8 +161,12 @@ def test_cache(tmp_path):
     assert meta["classes"] == ["background", "a", "b"] and meta["spacing"] == [1, 1.5, 2.5]
     assert meta["slice_axis"] == 2 and meta["n"] == 6 and meta["shape"] == [12, 10, 8]
     image, mask = open_case(tmp_path / "cache", "c1")
-    assert isinstance(image, np.memmap) and image.dtype == np.float16 and image.shape == (1, 13, 10, 8)
-    assert abs(float(image.mean())) < 1e-3 and float(image.astype(float).std()) == pytest.approx(1, abs=1e-3)
+    assert (
+        isinstance(image, np.memmap) and image.dtype == np.float16 and image.shape == (1, 13, 10, 8)
+    )
+    assert abs(float(image.mean())) < 1e-3 and float(image.astype(float).std()) == pytest.approx(
+        1, abs=1e-3
+    )
     assert np.array_equal(mask, block((13, 10, 8))[1])
     points = np.load(tmp_path / "cache" / "volumes" / "c1.points.npy")
     assert (mask[tuple(points[:, 1:].T)] == points[:, 0]).all() and len(points) == (mask > 0).sum()
@@ -159,7 +180,11 @@ def test_cache(tmp_path):
 def test_spacing_by_value_keep_and_like(tmp_path):
     raw = make(tmp_path / "raw")
     meta, _ = run(raw, tmp_path / "coarse", "--spacing", "2", "3", "2.5")
-    assert open_case(tmp_path / "coarse", "c0")[1].shape == (6, 5, 8) and meta["spacing"] == [2, 3, 2.5]
+    assert open_case(tmp_path / "coarse", "c0")[1].shape == (6, 5, 8) and meta["spacing"] == [
+        2,
+        3,
+        2.5,
+    ]
     image, mask = block()
     write(tmp_path / "other", "d0", image, mask, oblique((2, 3, 2.5)))
     write(tmp_path / "other", "d1", image, mask)
@@ -192,7 +217,9 @@ def test_ct_values_are_clipped_to_the_foreground_of_the_training_cases(tmp_path)
     low, high = np.percentile(inside, (0.5, 99.5))
     (found,) = meta["normalisation"]
     assert (found["low"], found["high"]) == pytest.approx((low, high), rel=1e-5)
-    expected = ((100 * image).clip(low, high) - inside.clip(low, high).mean()) / inside.clip(low, high).std()
+    expected = ((100 * image).clip(low, high) - inside.clip(low, high).mean()) / inside.clip(
+        low, high
+    ).std()
     assert np.allclose(open_case(tmp_path / "cache", "c0")[0][0], expected, atol=5e-3)
 
 
@@ -217,7 +244,9 @@ def test_label_styles_channels_and_official_test_cases(tmp_path):
 def bad_cases(raw: Path) -> dict[str, str]:
     """One case for each thing that can be wrong, and a part of its message."""
     image, mask = block()
-    nan, scaled, turned = image.copy(), 255 * (mask > 0).astype(np.uint8), oblique()
+    nan = image.copy()
+    scaled = 255 * (mask > 0).astype(np.uint8)
+    turned = oblique()
     nan[3, 3, 3] = np.nan
     turned[0, 3] += 2
     write(raw, "nan", nan, mask)
@@ -236,12 +265,21 @@ def bad_cases(raw: Path) -> dict[str, str]:
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2] if name == "short" else content)
     (raw / "labelsTr" / "lost.nii.gz").write_bytes(gzip.compress(b""))
-    return {"nan": "1 voxels are NaN", "flat": "no contrast",
-            "shape": "shape (11, 10, 8), expected (12, 10, 8)",
-            "values": "mask values [0, 255], expected [0, 1, 2]", "between": "between the integers",
-            "alone": "no file of that name in labelsTr", "two": "2 channels, expected ['MRI']",
-            "plane": "expected 3D", "moved": "2 mm apart", "zero": "zero bytes", "text": "text.nii.gz",
-            "short": "short.nii.gz", "lost": "no file of that name in imagesTr"}  # fmt: skip
+    return {
+        "nan": "1 voxels are NaN",
+        "flat": "no contrast",
+        "shape": "shape (11, 10, 8), expected (12, 10, 8)",
+        "values": "mask values [0, 255], expected [0, 1, 2]",
+        "between": "between the integers",
+        "alone": "no file of that name in labelsTr",
+        "two": "2 channels, expected ['MRI']",
+        "plane": "expected 3D",
+        "moved": "2 mm apart",
+        "zero": "zero bytes",
+        "text": "text.nii.gz",
+        "short": "short.nii.gz",
+        "lost": "no file of that name in imagesTr",
+    }
 
 
 def test_every_bad_case_is_named_in_one_run(tmp_path, capsys):
@@ -250,11 +288,17 @@ def test_every_bad_case_is_named_in_one_run(tmp_path, capsys):
     with pytest.raises(DataError, match=f"{len(expected)} cases or files"):
         run(raw, tmp_path / "cache")
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == len(expected) and not (tmp_path / "cache").exists() and not list(tmp_path.glob(".*"))
+    assert (
+        len(lines) == len(expected)
+        and not (tmp_path / "cache").exists()
+        and not list(tmp_path.glob(".*"))
+    )
     for name, reason in expected.items():
         assert any(f"/{name}.nii.gz" in line and reason in line for line in lines), (name, lines)
     meta, index = run(raw, tmp_path / "cache", "--skip-bad")
-    assert meta["skipped"] == len(expected) and [row["id"] for row in index] == [f"c{k}" for k in range(6)]
+    assert meta["skipped"] == len(expected) and [row["id"] for row in index] == [
+        f"c{k}" for k in range(6)
+    ]
     with open(tmp_path / "cache" / "skipped.csv", newline="") as file:
         assert len(list(csv.reader(file))) == len(expected) + 1
 
@@ -274,7 +318,7 @@ def test_without_description_gaps_in_the_values_are_refused(tmp_path):
 
 
 def series(folder: Path, volume: np.ndarray, affine: np.ndarray) -> Path:
-    """A CT series, int16 stored with an intercept, with file names against the order of the slices."""
+    """A CT series, int16 with an intercept, file names against the order of the slices."""
     folder.mkdir()
     lps = np.diag([-1, -1, 1, 1]) @ affine
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
@@ -282,15 +326,22 @@ def series(folder: Path, volume: np.ndarray, affine: np.ndarray) -> Path:
         ds = pydicom.Dataset()
         ds.file_meta = pydicom.dataset.FileMetaDataset()
         ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        ds.SOPClassUID, ds.SOPInstanceUID, ds.SeriesInstanceUID = CTImageStorage, f"1.2.{k + 1}", "1.2"
+        ds.SOPClassUID = CTImageStorage
+        ds.SOPInstanceUID = f"1.2.{k + 1}"
+        ds.SeriesInstanceUID = "1.2"
         ds.ImageOrientationPatient = [*(lps[:3, 0] / spacing[0]), *(lps[:3, 1] / spacing[1])]
         ds.ImagePositionPatient = list(lps[:3] @ [0, 0, k, 1])
         ds.PixelSpacing = [spacing[1], spacing[0]]
-        ds.RescaleSlope, ds.RescaleIntercept = 1, -1024
+        ds.RescaleSlope = 1
+        ds.RescaleIntercept = -1024
         pixels = np.rint(volume[:, :, k].T + 1024).astype(np.uint16)
-        ds.Rows, ds.Columns, ds.SamplesPerPixel = *pixels.shape, 1
-        ds.PhotometricInterpretation, ds.PixelRepresentation = "MONOCHROME2", 0
-        ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 16, 15
+        ds.Rows, ds.Columns = pixels.shape
+        ds.SamplesPerPixel = 1
+        ds.PhotometricInterpretation = "MONOCHROME2"
+        ds.PixelRepresentation = 0
+        ds.BitsAllocated = 16
+        ds.BitsStored = 16
+        ds.HighBit = 15
         ds.PixelData = pixels.tobytes()
         ds["PixelData"].VR = "OW"
         ds.save_as(folder / f"{99 - k}.dcm", enforce_file_format=True)
@@ -372,7 +423,9 @@ def test_augment_moves_image_and_mask_together(shape):
     assert masks.dtype == torch.uint8 and moved.shape == images.shape
     changed = (masks != mask).flatten(1).any(1)
     assert 2 < changed.sum() <= 8
-    for image, one in zip(moved[:, 0], masks, strict=True):  # inside brighter than outside wherever it went
+    for image, one in zip(
+        moved[:, 0], masks, strict=True
+    ):  # inside brighter than outside wherever it went
         assert image[one == 1].mean() > image[one == 0].mean() + 1
     again = augment(images, mask, np.random.default_rng(0), spacing, 1.0, True)
     assert torch.equal(again[0], moved) and torch.equal(again[1], masks)
@@ -382,7 +435,8 @@ def test_augment_moves_image_and_mask_together(shape):
 
 def test_rotation_is_in_millimetres():
     """A disc stays a disc in mm, though it is an ellipse in voxels."""
-    spacing, shape = [1.0, 3.0], (60, 20)
+    spacing = [1.0, 3.0]
+    shape = (60, 20)
     x, y = (np.arange(n) * s - (n - 1) * s / 2 for n, s in zip(shape, spacing, strict=True))
     disc = torch.from_numpy((x[:, None] ** 2 + y**2 < 20**2).astype(np.uint8)).expand(32, *shape)
 
@@ -427,8 +481,12 @@ def test_loss_by_hand():
     logits[:, 1] = torch.tensor([[30.0, 30.0], [-30.0, -30.0]])
     masks = torch.tensor([[[1, 0], [0, 0]]])
     assert segmentation_loss(logits, masks, "dice").item() == pytest.approx(1 - 2 / 3, abs=1e-5)
-    assert segmentation_loss(logits, 0 * masks, "dice").item() == pytest.approx(0.5, abs=1e-5)  # absent
-    assert segmentation_loss(logits, masks, "dice_ce").item() == pytest.approx(1 / 3 + 30 / 4, abs=1e-4)
+    assert segmentation_loss(logits, 0 * masks, "dice").item() == pytest.approx(
+        0.5, abs=1e-5
+    )  # absent
+    assert segmentation_loss(logits, masks, "dice_ce").item() == pytest.approx(
+        1 / 3 + 30 / 4, abs=1e-4
+    )
 
 
 @pytest.mark.parametrize(("length", "size"), [(20, 8), (21, 8), (8, 8), (5, 8), (30, 7), (9, 1)])

@@ -1,4 +1,4 @@
-"""What segmentation/ reads, refuses and never overwrites: NIfTI, DICOM series, file names, patients."""
+"""What segmentation/ reads, refuses and never overwrites: NIfTI, DICOM series, names, patients."""
 
 import csv
 import gzip
@@ -27,8 +27,16 @@ from segmentation.dataset import read_index
 from segmentation.preprocess import DataError, main, read_mask, read_volume, write_mask
 
 SPACING = (1.0, 1.5, 2.5)
-META = {"classes": ["background", "a"], "values": [0, 1], "channels": ["MRI"], "resample": True,
-        "spacing": list(SPACING), "slice_axis": 2, "shape": [12, 10, 8], "normalisation": [None]}  # fmt: skip
+META = {
+    "classes": ["background", "a"],
+    "values": [0, 1],
+    "channels": ["MRI"],
+    "resample": True,
+    "spacing": list(SPACING),
+    "slice_axis": 2,
+    "shape": [12, 10, 8],
+    "normalisation": [None],
+}
 
 
 def block() -> tuple[np.ndarray, np.ndarray]:
@@ -54,7 +62,10 @@ def save(path: Path, voxels: np.ndarray, spacing: tuple = SPACING, **header: obj
 
 
 def patch(path: Path, offset: int, *numbers: float, kind: str = "f") -> Path:
-    """Write numbers into the header of a .nii.gz; 80: pixdim, 252: codes, 256: quaternion, 280: sform."""
+    """Write numbers into the header of a .nii.gz.
+
+    Offsets of NIfTI-1: 80 pixdim, 252 codes, 256 quaternion, 268 qoffset, 280 sform.
+    """
     content = bytearray(gzip.decompress(path.read_bytes()))
     struct.pack_into(f"<{len(numbers)}{kind}", content, offset, *numbers)
     path.write_bytes(gzip.compress(bytes(content)))
@@ -92,7 +103,9 @@ def test_a_unit_that_cannot_be_true_is_refused(tmp_path, unit):
 
 
 def test_a_form_of_unit_voxels_gives_way_to_the_other_one(tmp_path):
-    unit_sform = patch(save(tmp_path / "a.nii.gz", block()[0]), 280, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0)
+    unit_sform = patch(
+        save(tmp_path / "a.nii.gz", block()[0]), 280, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0
+    )
     _, affine, notes = read_noting(unit_sform)
     assert np.allclose(affine, np.diag([*SPACING, 1]))
     assert "the qform is taken sform 1 x 1 x 1, pixdim 1 x 1.5 x 2.5" in notes
@@ -116,9 +129,12 @@ def test_what_is_odd_in_a_header_is_noted(tmp_path):
     neither = patch(save(tmp_path / "b.nii.gz", image), 252, 0, 0, kind="h")
     assert "no sform and no qform" in read_noting(neither)[2]
     sheared = save(tmp_path / "c.nii.gz", image, qform_code=0)
-    sheared = patch(sheared, 280, 1, 0, 2.5 * np.sin(0.3), 0, 0, 1.5, 0, 0, 0, 0, 2.5 * np.cos(0.3), 0)
+    sheared = patch(
+        sheared, 280, 1, 0, 2.5 * np.sin(0.3), 0, 0, 1.5, 0, 0, 0, 0, 2.5 * np.cos(0.3), 0
+    )
     assert (
-        "sheared axes: the voxels are taken for boxes 72.8 instead of 90 degrees" in read_noting(sheared)[2]
+        "sheared axes: the voxels are taken for boxes 72.8 instead of 90 degrees"
+        in read_noting(sheared)[2]
     )
     assert read_noting(save(tmp_path / "d.nii.gz", image))[2] == ""
 
@@ -180,7 +196,12 @@ def test_one_flipped_bit_of_a_packed_file_is_found(tmp_path):
 
 def test_a_mask_has_nothing_of_what_its_image_says_of_values(tmp_path):
     image, mask = block()
-    fields = {"intent_code": 1002, "intent_name": b"labels", "aux_file": b"colours.lut", "cal_max": 900}
+    fields = {
+        "intent_code": 1002,
+        "intent_name": b"labels",
+        "aux_file": b"colours.lut",
+        "cal_max": 900,
+    }
     _, affine, header = read_volume(save(tmp_path / "a.nii.gz", image, **fields))
     write_mask(tmp_path / "mask.nii.gz", mask, affine, header)
     written = nib.load(tmp_path / "mask.nii.gz").header
@@ -191,7 +212,10 @@ def test_a_mask_has_nothing_of_what_its_image_says_of_values(tmp_path):
 
 
 def make_slices(count: int = 12) -> list[pydicom.Dataset]:
-    """A CT series: 6 rows of 1.5 mm, 5 columns of 1 mm, slices every 2.5 mm; slice k begins with 10 k."""
+    """A CT series: 6 rows of 1.5 mm, 5 columns of 1 mm, a slice every 2.5 mm.
+
+    The first pixel of slice k is 10 k, and the others count on from there.
+    """
     slices = []
     for k in range(count):
         ds = pydicom.Dataset()
@@ -270,22 +294,22 @@ DEFECTS = [
     (shift(0, 1, 3), r"00\.dcm lies 3 mm aside"),
     (shift(5, 0, -0.4), r"05\.dcm lies 0\.4 mm aside"),
     (shift(11, 0, 20), r"11\.dcm lies 20 mm aside"),
-    (shift(6, 2, 1), r"slices at distances from 1\.5 to 3\.5 mm: 05\.dcm and 06\.dcm are 3\.5 mm apart"),
-    (shift(6, 2, -2.5), r"1 of 11 positions are doubled: 05\.dcm and 06\.dcm lie in one place, 12\.5 mm"),
-    (lambda s: s.pop(7), r"missing slices: 1; 06\.dcm and 07\.dcm are 5 mm apart, the others 2\.5 mm"),
-    (lambda s: [s.pop(3) for _ in range(4)], r"missing slices: 4; 02\.dcm and 03\.dcm are 12\.5 mm apart"),
-    (set_value([4], "PixelSpacing", [1.5, 1.3]), r"PixelSpacing \[1\.5, 1\.3\] in 04\.dcm, \[1\.5, 1\.0\]"),
-    (set_value(ALL[6:], "PixelSpacing", [2, 1]), r"PixelSpacing \[2\.0, 1\.0\] in 06\.dcm and 5 more"),
-    (set_value([9], "ImageOrientationPatient", [0, 1, 0, 0, 0, -1]), r"ImageOrientationPatient .* 09\.dcm,"),
+    (shift(6, 2, 1), r"distances from 1\.5 to 3\.5 mm: 05\.dcm and 06\.dcm are 3\.5 mm apart"),
+    (shift(6, 2, -2.5), r"1 of 11 positions .* 05\.dcm and 06\.dcm lie in one place, 12\.5"),
+    (lambda s: s.pop(7), r"missing slices: 1; 06\.dcm and 07\.dcm are 5 mm apart, .* 2\.5 mm"),
+    (lambda s: [s.pop(3) for _ in range(4)], r"missing slices: 4; 02\.dcm and 03\.dcm are 12\.5"),
+    (set_value([4], "PixelSpacing", [1.5, 1.3]), r"\[1\.5, 1\.3\] in 04\.dcm, \[1\.5, 1\.0\]"),
+    (set_value(ALL[6:], "PixelSpacing", [2, 1]), r"PixelSpacing \[2\.0, 1\.0\] in 06\.dcm and 5"),
+    (set_value([9], "ImageOrientationPatient", [0, 1, 0, 0, 0, -1]), r"ImageOrient.* 09\.dcm,"),
     (set_value([0], "Rows", 3), r"Rows, Columns \[3\.0, 5\.0\] in 00\.dcm"),
-    (set_value([11], "ImagePositionPatient", None), r"1 of 12 images have no ImagePositionPatient.* 11\.dcm"),
+    (set_value([11], "ImagePositionPatient", None), r"1 of 12 .* no ImagePosition.* 11\.dcm"),
     (set_value(ALL, "ImagePositionPatient", None), r"12 of 12 images have no ImagePositionPatient"),
     (set_value(ALL, "PixelSpacing", None), "12 of 12 images have no PixelSpacing of 2 numbers"),
     (set_value(ALL, "PixelSpacing", [0, 0]), r"PixelSpacing 0\.0, expected more than 0"),
     (set_value(ALL, "ImageOrientationPatient", [0] * 6), "expected two perpendicular unit vectors"),
-    (set_value([2], "SeriesInstanceUID", "1.9"), r"2 DICOM series: - '' \(11 CT .*\(1 CT .* 02\.dcm\)"),
-    (set_value([3], "ImageType", ["ORIGINAL", "PRIMARY", "M", "MOSAIC"]), r"03\.dcm is a Siemens mosaic"),
-    (set_value([0], "NumberOfFrames", 4), r"00\.dcm is a multi-frame file \(CT Image Storage, 4 frames\)"),
+    (set_value([2], "SeriesInstanceUID", "1.9"), r"2 DICOM series: .*\(11 CT .*\(1 CT .*02\.dcm"),
+    (set_value([3], "ImageType", ["ORIGINAL", "M", "MOSAIC"]), r"03\.dcm is a Siemens mosaic"),
+    (set_value([0], "NumberOfFrames", 4), r"00\.dcm .* multi-frame file \(CT Image Storage, 4 f"),
     (set_value([0], "SOPClassUID", RTDoseStorage), r"00\.dcm is an RT dose grid"),
     (set_value([0], "SOPClassUID", SegmentationStorage), r"00\.dcm is a segmentation"),
     (set_value([0], "PhotometricInterpretation", "RGB"), r"00\.dcm is a colour image \(RGB\)"),
@@ -337,7 +361,7 @@ def test_a_file_that_has_lost_its_beginning_is_named(tmp_path):
 
 
 def test_a_cut_file_is_known_by_its_series_or_its_name(tmp_path):
-    """Files of an archive end in numbers; what is left of a file may have lost its class or its series."""
+    """Archives number their files, and what is left of one may lack its class or its series."""
     for length in (0, 100, 280, 300, 350):
         folder = tmp_path / str(length)
         folder.mkdir()
@@ -345,7 +369,9 @@ def test_a_cut_file_is_known_by_its_series_or_its_name(tmp_path):
             ds.save_as(folder / f"1.2.840.{k}", enforce_file_format=True)
         path = folder / "1.2.840.11"
         path.write_bytes(path.read_bytes()[:length])
-        with pytest.raises(DataError, match=r"1 of 12 files are cut, empty or damaged: 1\.2\.840\.11"):
+        with pytest.raises(
+            DataError, match=r"1 of 12 files are cut, empty or damaged: 1\.2\.840\.11"
+        ):
             read_volume(folder)
 
 
@@ -412,18 +438,27 @@ def test_monochrome1_is_inverted_with_a_note(tmp_path):
 
 def test_a_tilt_that_the_positions_do_not_show_is_noted(tmp_path):
     _, _, notes = read_noting(change(tmp_path / "ct", set_value(ALL, "GantryDetectorTilt", 12)))
-    assert "GantryDetectorTilt, but the positions are a box: the positions are believed 12 degrees" in notes
+    assert (
+        "GantryDetectorTilt, but the positions are a box: the positions are believed 12 degrees"
+        in notes
+    )
 
 
 def make_enhanced(slices: list[pydicom.Dataset]) -> pydicom.Dataset:
-    """The slices as frames of one enhanced file: position and rescale per frame, the rest shared."""
+    """The slices as frames of an enhanced file: position and rescale per frame, all else shared."""
     enhanced = make_slices(1)[0]
     enhanced.SOPClassUID = EnhancedCTImageStorage
     enhanced.NumberOfFrames = len(slices)
     enhanced.PixelData = b"".join(ds.PixelData for ds in slices)
     enhanced["PixelData"].VR = "OW"
-    for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "RescaleSlope",
-                    "RescaleIntercept", "SliceThickness"):  # fmt: skip
+    for keyword in (
+        "ImagePositionPatient",
+        "ImageOrientationPatient",
+        "PixelSpacing",
+        "RescaleSlope",
+        "RescaleIntercept",
+        "SliceThickness",
+    ):
         delattr(enhanced, keyword)
     macros = {"PlaneOrientationSequence": ["ImageOrientationPatient"],
               "PixelMeasuresSequence": ["PixelSpacing"],
@@ -501,7 +536,9 @@ def run(raw: Path, out: Path, *options: str) -> tuple[dict, list[dict]]:
 
 
 def test_scans_of_one_patient_share_a_fold(tmp_path, capsys):
-    names = [f"patient{k:03d}_frame{frame:02d}" for k in range(8) for frame in (1, 12)]
+    names = []
+    for k in range(8):
+        names += [f"patient{k:03d}_frame01", f"patient{k:03d}_frame12"]
     raw = make_set(tmp_path / "raw", names)
     _, rows = run(raw, tmp_path / "apart")
     assert len({row["group"] for row in rows}) == 16
@@ -510,7 +547,9 @@ def test_scans_of_one_patient_share_a_fold(tmp_path, capsys):
     folds = {(row["group"], row["fold"]) for row in rows}
     assert len(folds) == 8 and ("patient003" in dict(folds))
     assert all(row["id"].startswith(row["group"]) for row in rows)
-    with pytest.raises(DataError, match=r"--patient-regex 'person' finds nothing in 16 names: patient000_"):
+    with pytest.raises(
+        DataError, match=r"--patient-regex 'person' finds nothing in 16 names: patient000_"
+    ):
         run(raw, tmp_path / "none", "--patient-regex", "person")
 
 
@@ -537,14 +576,20 @@ def test_what_looks_like_a_case_and_is_none_is_named(tmp_path, capsys):
     raw = make_set(tmp_path / "raw", ["c0", "c1", "c2"])
     save(raw / "imagesTr" / "c0.nii_old.nii.gz", block()[0] + np.int16(50))
     (raw / "imagesTr" / "c9.nii.gz").mkdir()
-    (raw / "labelsTr" / "c2.nii").write_bytes(gzip.decompress((raw / "labelsTr" / "c2.nii.gz").read_bytes()))
+    (raw / "labelsTr" / "c2.nii").write_bytes(
+        gzip.decompress((raw / "labelsTr" / "c2.nii.gz").read_bytes())
+    )
     (raw / "imagesTr" / "c0.nrrd").write_text("another format")
     with pytest.raises(DataError, match="5 cases or files"):
         run(raw, tmp_path / "cache")
     printed = capsys.readouterr()
-    for message in ("c0.nii_old.nii.gz: no file of that name in labelsTr", "c9.nii.gz: a folder",
-                    "labelsTr/c2.nii: one of 2 files of this name", "c2.nii.gz: one of 2 files of this name",
-                    "imagesTr/c2.nii.gz: no file of that name"):  # fmt: skip
+    for message in (
+        "c0.nii_old.nii.gz: no file of that name in labelsTr",
+        "c9.nii.gz: a folder",
+        "labelsTr/c2.nii: one of 2 files of this name",
+        "c2.nii.gz: one of 2 files of this name",
+        "imagesTr/c2.nii.gz: no file of that name",
+    ):
         assert message in printed.err
     assert "left out, because no .nii or .nii.gz: 1 .nrrd, such as c0.nrrd" in printed.out
     _, rows = run(raw, tmp_path / "cache", "--skip-bad")
@@ -556,7 +601,10 @@ def test_what_looks_like_a_case_and_is_none_is_named(tmp_path, capsys):
 
 def test_nnunet_names_are_channels(tmp_path):
     raw = make_set(
-        tmp_path / "raw", ["c0", "c1"], {"background": 0, "a": 1}, channel_names={"0": "T1", "1": "T2"}
+        tmp_path / "raw",
+        ["c0", "c1"],
+        {"background": 0, "a": 1},
+        channel_names={"0": "T1", "1": "T2"},
     )
     for name in ("c0", "c1"):
         image = raw / "imagesTr" / f"{name}.nii.gz"
@@ -571,7 +619,10 @@ def test_nnunet_names_are_channels(tmp_path):
 
 def test_a_missing_channel_file_is_named(tmp_path, capsys):
     raw = make_set(
-        tmp_path / "raw", ["c0", "c1", "c2"], {"background": 0, "a": 1}, channel_names={"0": "A", "1": "B"}
+        tmp_path / "raw",
+        ["c0", "c1", "c2"],
+        {"background": 0, "a": 1},
+        channel_names={"0": "A", "1": "B"},
     )
     for name, numbers in (("c0", "01"), ("c1", "1"), ("c2", "0")):
         content = (raw / "imagesTr" / f"{name}.nii.gz").read_bytes()
@@ -608,7 +659,10 @@ REFUSED = [
     ({"0": "background", "1": "a", "2": "a"}, "another label has this name"),
     ({"background": 0, "a": 1, "b": 1}, "another label has .* this number"),
     ({"background": 0, "whole": [1, 2], "core": [2]}, "overlapping regions are not supported"),
-    ({"background": 0, "a": 1, "ignore": 2}, r"voxels that do not count \(nnU-Net\) are not supported"),
+    (
+        {"background": 0, "a": 1, "ignore": 2},
+        r"voxels that do not count \(nnU-Net\) are not supported",
+    ),
     ({"0": "background", "1": "a", "2": "Ignore"}, "voxels that do not count"),
 ]
 
@@ -629,23 +683,39 @@ def test_a_key_that_stands_twice_in_the_labels_is_refused(tmp_path):
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_a_byte_order_mark_and_a_modality_without_numbers_are_read(tmp_path, encoding):
     raw = make_set(tmp_path / "raw", ["c0"])
-    text = json.dumps({"labels": {"0": "background", "1": "Hüfte"}, "modality": "MRI"}, ensure_ascii=False)
+    text = json.dumps(
+        {"labels": {"0": "background", "1": "Hüfte"}, "modality": "MRI"}, ensure_ascii=False
+    )
     (raw / "dataset.json").write_text(text, encoding=encoding)
     meta, _ = run(raw, tmp_path / "cache")
     assert meta["classes"] == ["background", "Hüfte"] and meta["channels"] == ["MRI"]
 
 
 def test_ct_by_its_many_names():
-    names = ("CT", "ct", "CT scan", "CTA", "CBCT", "contrast-enhanced CT", "Computed Tomography", "CT_portal")
+    names = (
+        "CT",
+        "ct",
+        "CT scan",
+        "CTA",
+        "CBCT",
+        "contrast-enhanced CT",
+        "Computed Tomography",
+        "CT_portal",
+    )
     assert all(preprocess.is_ct(name) for name in names)
-    assert not any(preprocess.is_ct(name) for name in ("MRI", "T1", "CT1", "PET", "PET/CT", "ADC", "SPECT"))
+    assert not any(
+        preprocess.is_ct(name) for name in ("MRI", "T1", "CT1", "PET", "PET/CT", "ADC", "SPECT")
+    )
 
 
 def test_the_printed_line_says_how_each_channel_is_normalised(tmp_path, capsys):
-    raw = make_set(tmp_path / "raw", ["c0"], {"background": 0, "a": 1}, modality={"0": "CT scan", "1": "MRI"})
+    raw = make_set(
+        tmp_path / "raw", ["c0"], {"background": 0, "a": 1}, modality={"0": "CT scan", "1": "MRI"}
+    )
     save(raw / "imagesTr" / "c0.nii.gz", np.stack([block()[0]] * 2, 3))
     run(raw, tmp_path / "cache")
-    assert "channels CT scan (as CT: clipped to 1" in (printed := capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert "channels CT scan (as CT: clipped to 1" in printed
     assert "MRI (each image to mean 0, deviation 1)" in printed
 
 
@@ -654,12 +724,15 @@ def test_a_grid_that_is_impossible_is_refused_before_it_is_made(tmp_path, capsys
     raw = make_set(tmp_path / "raw", ["c0"])
     with pytest.raises(DataError, match="1 cases"):
         run(raw, tmp_path / "cache", "--spacing", spacing, spacing, spacing)
-    assert "c0.nii.gz: 12 x 10 x 8 voxels of 1 x 1.5 x 2.5 mm would become" in capsys.readouterr().err
+    assert (
+        "c0.nii.gz: 12 x 10 x 8 voxels of 1 x 1.5 x 2.5 mm would become" in capsys.readouterr().err
+    )
 
 
 def test_too_little_memory_is_named_and_skipped_in_every_step(tmp_path, capsys, monkeypatch):
     raw = make_set(tmp_path / "raw", ["c0", "c1", "c2", "c3"])
-    read, resample = preprocess.read_volume, preprocess.to_grid
+    read = preprocess.read_volume
+    resample = preprocess.to_grid
 
     def fail_to_read(path: Path, notes: list | None = None) -> tuple:
         if path.name == "c1.nii.gz":
@@ -677,7 +750,8 @@ def test_too_little_memory_is_named_and_skipped_in_every_step(tmp_path, capsys, 
     assert [row["id"] for row in rows] == ["c0", "c2"] and meta["n"] == meta["skipped"] == 2
     printed = capsys.readouterr().err
     assert (
-        "c1.nii.gz: not enough memory" in printed and "c3.nii.gz: not enough memory for it (Unable" in printed
+        "c1.nii.gz: not enough memory" in printed
+        and "c3.nii.gz: not enough memory for it (Unable" in printed
     )
     assert not list((tmp_path / "cache" / "volumes").glob("c3*"))
 
@@ -716,7 +790,10 @@ def predict(monkeypatch) -> Callable:
 
     def call(images: list, out: Path, channels: int = 1) -> list[dict]:
         meta = META | {"channels": ["MRI"] * channels, "normalisation": [None] * channels}
-        checkpoint = {"settings": {"patch": [12, 10, 8], "batch_size": 1, "amp": "off"}, "meta": meta}
+        checkpoint = {
+            "settings": {"patch": [12, 10, 8], "batch_size": 1, "amp": "off"},
+            "meta": meta,
+        }
         monkeypatch.setattr(evaluation, "load_models", lambda *_: ([Bright()], [checkpoint]))
         options = ["--checkpoint", "none", "--device", "cpu", "--out", str(out)]
         evaluation.main([*options, "--images", *map(str, images)])
@@ -788,7 +865,8 @@ def test_a_broken_image_does_not_end_the_batch(tmp_path, predict, monkeypatch, c
     for name in ("a", "b", "c", "d"):
         save(tmp_path / "scans" / f"{name}.nii.gz", block()[0])
     (tmp_path / "scans" / "a.nii.gz").write_bytes(b"")
-    grid, count = evaluation.to_grid, iter(range(9))
+    grid = evaluation.to_grid
+    count = iter(range(9))
 
     def fail(*args: object) -> np.ndarray:
         if next(count) == 1:
@@ -799,7 +877,10 @@ def test_a_broken_image_does_not_end_the_batch(tmp_path, predict, monkeypatch, c
     with pytest.raises(DataError, match="2 of 4 images"):
         predict([tmp_path / "scans"], tmp_path / "out")
     printed = capsys.readouterr().err
-    assert "a.nii.gz: zero bytes" in printed and "c.nii.gz: not enough memory for it (Unable" in printed
+    assert (
+        "a.nii.gz: zero bytes" in printed
+        and "c.nii.gz: not enough memory for it (Unable" in printed
+    )
     with open(tmp_path / "out" / "volumes.csv", newline="") as file:
         assert [row["mask"] for row in csv.DictReader(file)] == ["b.nii.gz", "d.nii.gz"]
 
@@ -807,7 +888,9 @@ def test_a_broken_image_does_not_end_the_batch(tmp_path, predict, monkeypatch, c
 @pytest.mark.parametrize(
     "error", [MemoryError("8 GiB"), RuntimeError("DefaultCPUAllocator: not enough memory")]
 )
-def test_too_little_memory_for_the_network_names_the_image(tmp_path, predict, monkeypatch, capsys, error):
+def test_too_little_memory_for_the_network_names_the_image(
+    tmp_path, predict, monkeypatch, capsys, error
+):
     def fail(*_: object) -> None:
         raise error
 
@@ -820,7 +903,8 @@ def test_too_little_memory_for_the_network_names_the_image(tmp_path, predict, mo
 def test_the_table_has_the_rows_of_a_run_that_was_stopped(tmp_path, predict, monkeypatch):
     for name in ("a", "b", "c"):
         save(tmp_path / "scans" / f"{name}.nii.gz", block()[0])
-    write, written = evaluation.write_mask, []
+    write = evaluation.write_mask
+    written = []
 
     def stop(path: Path, *args: object) -> None:
         written.append(path)
@@ -860,4 +944,7 @@ def test_other_files_beside_volumes_are_noted(tmp_path, predict, capsys):
     save(tmp_path / "scans" / "a.nii.gz", block()[0])
     save_series(tmp_path / "scans", make_slices(2))
     predict([tmp_path / "scans"], tmp_path / "out")
-    assert "scans: left out, because no .nii or .nii.gz: 2 .dcm, such as 00.dcm" in capsys.readouterr().out
+    assert (
+        "scans: left out, because no .nii or .nii.gz: 2 .dcm, such as 00.dcm"
+        in capsys.readouterr().out
+    )
