@@ -19,13 +19,13 @@ from common.checkpoint import short_hash
 from detection.preprocess import DataError, read_meta
 
 BOX = ("xmin", "ymin", "xmax", "ymax")
-COLUMNS = ("id", "patient", "fold", "group", *BOX, "height", "width", "spacing")
+COLUMNS = ("id", "patient", "fold", "site", *BOX, "height", "width", "spacing")
 # The folds that training and evaluation know; a person may edit them in index.csv.
 FOLD_NAMES = ("0", "1", "2", "3", "4", "test")
 
 
 def read_index(cache: Path) -> list[dict[str, str]]:
-    """The rows of index.csv (id, patient, fold, group, box, height, width, ...), as images.npy has them."""
+    """The rows of index.csv (id, patient, fold, site, box, height, width, ...), as images.npy has them."""
     with open(cache / "index.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 

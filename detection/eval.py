@@ -246,13 +246,13 @@ def evaluate_split(
     spacing = [[float(mm) for mm in row["spacing"].split()[::-1]] or [math.nan] * 2 for row in index]
     error_mm = error * torch.tensor(spacing).repeat(1, 2)
     cases = [
-        {"id": row["id"], "patient": row["patient"], "group": row["group"], "iou": round(iou[k].item(), 4)}
+        {"id": row["id"], "patient": row["patient"], "site": row["site"], "iou": round(iou[k].item(), 4)}
         | named(pred[k] * scale[k])
         | {f"true_{name}": value for name, value in named(boxes[k] * scale[k]).items()}
         for k, row in enumerate(index)
     ]
-    groups = sorted({row["group"] for row in index} - {""})
-    members = {f"_{name}": torch.tensor([row["group"] == name for row in index]) for name in groups}
+    groups = sorted({row["site"] for row in index} - {""})
+    members = {f"_{name}": torch.tensor([row["site"] == name for row in index]) for name in groups}
     members = {"": torch.ones(len(rows), dtype=torch.bool)} | (members if len(groups) > 1 else {})
 
     def figures(chosen: Tensor) -> dict[str, float]:

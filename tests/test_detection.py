@@ -45,7 +45,7 @@ def raw(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def cache(raw, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("cache") / "demo"
-    options = ["--size", "64", "--group-regex", "[0-9]{2}(?=..[.])", "--test-fraction", "0.2"]
+    options = ["--size", "64", "--site-regex", "[0-9]{2}(?=..[.])", "--test-fraction", "0.2"]
     preprocess.main(["--data", str(raw), "--out", str(out), *options])
     return out
 
@@ -204,17 +204,17 @@ def test_two_files_of_one_name_are_told(tmp_path, capsys):
 
 
 def test_groups_and_like(raw, cache, tmp_path):
-    assert {row["group"] for row in read_table(cache / "index.csv")} == {"00"}
+    assert {row["site"] for row in read_table(cache / "index.csv")} == {"00"}
     raw = boxes_csv(tmp_path / "raw", "a.png,1,1,9,9 b.png,1,1,9,9")
-    _, rows, _ = run(raw, "--group-regex", "^[a-z]", "--test-group", "b")
-    assert [(row["group"], row["fold"] == "test") for row in rows] == [("a", False), ("b", True)]
+    _, rows, _ = run(raw, "--site-regex", "^[a-z]", "--test-site", "b")
+    assert [(row["site"], row["fold"] == "test") for row in rows] == [("a", False), ("b", True)]
     images, rows, meta = run(raw, "--like", str(cache), out="like")
     assert images.shape[1:] == (64, 64) and {row["fold"] for row in rows} == {"test"}
     assert meta["mean"] == json.loads((cache / "meta.json").read_text())["mean"]
-    with pytest.raises(DataError, match=r"found the groups \['a', 'b'\]"):
-        run(raw, "--group-regex", "^[a-z]", "--test-group", "c")
+    with pytest.raises(DataError, match=r"found the sites \['a', 'b'\]"):
+        run(raw, "--site-regex", "^[a-z]", "--test-site", "c")
     with pytest.raises(DataError, match="finds nothing in a"):
-        run(raw, "--group-regex", "[0-9]")
+        run(raw, "--site-regex", "[0-9]")
 
 
 # --- dataset.py and model.py ---

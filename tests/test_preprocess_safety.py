@@ -325,7 +325,7 @@ def test_a_spacing_of_a_hair_is_one_line(tmp_path, capsys):
 
 def test_a_group_that_a_regex_leaves_empty_is_one_line(tmp_path):
     raw = draw_raw(tmp_path / "raw", "detection")
-    assert "--group-regex" in refusal("detection", raw, tmp_path / "out", "--group-regex", "^(x)?")
+    assert "--site-regex" in refusal("detection", raw, tmp_path / "out", "--site-regex", "^(x)?")
 
 
 @pytest.mark.parametrize("text, expected", [

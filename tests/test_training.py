@@ -174,7 +174,7 @@ def test_several_networks_of_volumes_are_averaged(monkeypatch):
 
 def test_metrics_of_a_site_are_those_of_its_images(tmp_path, monkeypatch):
     cache = draw_images(tmp_path / "cache", "detection")
-    change_rows(cache, lambda k, row: row.update(group="ab"[k % 4 < 2], fold="0" if k < 8 else "1"))
+    change_rows(cache, lambda k, row: row.update(site="ab"[k % 4 < 2], fold="0" if k < 8 else "1"))
     train("detection", cache, tmp_path / "run")
     evaluation = module("detection", "eval")
     real = evaluation.evaluate
