@@ -71,7 +71,9 @@ def open_cache(cache: Path) -> tuple[dict, list[dict[str, str]]]:
     expected = (len(rows), meta["size"], meta["size"])
     if images.shape != expected:
         found = f"{cache}: images.npy {images.shape}"
-        raise DataError(f"{found}, expected {expected} by index.csv and meta.json; preprocess again")
+        raise DataError(
+            f"{found}, expected {expected} by index.csv and meta.json; preprocess again"
+        )
     for k, row in enumerate(rows):
         if problem := check_row(row, meta):
             raise DataError(f"{cache / 'index.csv'}: row {k + 1}: {problem}")
@@ -153,12 +155,16 @@ def blur(images: Tensor, sigma: Tensor) -> Tensor:
     x = torch.arange(-4, 5, device=images.device)
     kernel = torch.exp(-0.5 * (x / sigma[:, None]).square())
     kernel = (kernel / kernel.sum(1, keepdim=True))[:, None]
-    images = F.pad(images.transpose(0, 1), (4, 4, 4, 4), mode="replicate")  # batch as channels: a kernel each
+    images = F.pad(
+        images.transpose(0, 1), (4, 4, 4, 4), mode="replicate"
+    )  # batch as channels: a kernel each
     images = F.conv2d(images, kernel[..., None], groups=len(sigma))
     return F.conv2d(images, kernel[:, None], groups=len(sigma)).transpose(0, 1)
 
 
-def augment(images: Tensor, rng: np.random.Generator, strength: float = 1.0, flip: bool = False) -> Tensor:
+def augment(
+    images: Tensor, rng: np.random.Generator, strength: float = 1.0, flip: bool = False
+) -> Tensor:
     """Random affine, gamma, contrast, brightness, blur and noise for float images (B, 1, S, S) in 0..1.
 
     Parameters are drawn per image on the CPU from `rng`, so that neither workers nor the device change them;
@@ -176,7 +182,10 @@ def augment(images: Tensor, rng: np.random.Generator, strength: float = 1.0, fli
 
     # where each output pixel comes from, in the coordinates of grid_sample: -1..1 from edge to edge
     cos, sin = torch.cos(angle * math.radians(15)), torch.sin(angle * math.radians(15))
-    sx, sy = torch.exp(0.2 * log_scale + 0.1 * log_aspect), torch.exp(0.2 * log_scale - 0.1 * log_aspect)
+    sx, sy = (
+        torch.exp(0.2 * log_scale + 0.1 * log_aspect),
+        torch.exp(0.2 * log_scale - 0.1 * log_aspect),
+    )
     if flip:
         sign = torch.from_numpy(rng.choice([-1, 1], batch).astype(np.float32))
         sx = sx * sign.to(device, non_blocking=True)
@@ -188,16 +197,24 @@ def augment(images: Tensor, rng: np.random.Generator, strength: float = 1.0, fli
     if strength == 0:
         return images
 
-    gamma, contrast, brightness, noise = (v.view(-1, 1, 1, 1) for v in (gamma, contrast, brightness, noise))
+    gamma, contrast, brightness, noise = (
+        v.view(-1, 1, 1, 1) for v in (gamma, contrast, brightness, noise)
+    )
     images = images.clamp(1e-4, 1) ** torch.exp(0.5 * gamma)
     mean = images.mean((2, 3), keepdim=True)
     images = (images - mean) * torch.exp(0.4 * contrast) + mean + 0.2 * brightness
-    images = blur(images, (sigma * 0.012 * images.shape[-1]).clamp(min=0.05))  # half of them stay sharp
+    images = blur(
+        images, (sigma * 0.012 * images.shape[-1]).clamp(min=0.05)
+    )  # half of them stay sharp
     generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
-    return images + 0.05 * noise.clamp(min=0) * torch.randn(images.shape, generator=generator, device=device)
+    return images + 0.05 * noise.clamp(min=0) * torch.randn(
+        images.shape, generator=generator, device=device
+    )
 
 
-def to_input(images: Tensor, device: torch.device, mean: float, std: float, *augmentation: object) -> Tensor:
+def to_input(
+    images: Tensor, device: torch.device, mean: float, std: float, *augmentation: object
+) -> Tensor:
     """uint8 (B, 1, S, S) to float32 on `device`: 0..1, augmented if asked for, normalised, channels last."""
     images = images.to(device, non_blocking=True).float() / 255
     if augmentation:
@@ -214,7 +231,9 @@ def smooth_noise(rng: np.random.Generator, cells: int, size: int) -> np.ndarray:
     return np.asarray(noise.resize((size, size), Image.Resampling.BICUBIC))
 
 
-def draw_phantom(rng: np.random.Generator, boxes: int, size: int = 256) -> tuple[np.ndarray, list[tuple]]:
+def draw_phantom(
+    rng: np.random.Generator, boxes: int, size: int = 256
+) -> tuple[np.ndarray, list[tuple]]:
     """A chest-like picture, float (size, size) in 0..1; boxes (x, y, width, height) of its opacities."""
     y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
     x = (x - rng.normal(0, 0.03)) / rng.uniform(0.92, 1.08)
@@ -230,7 +249,10 @@ def draw_phantom(rng: np.random.Generator, boxes: int, size: int = 256) -> tuple
 
     body, cage = inside(0, 0.15, 0.86, 1.25, 4), inside(0, 0.05, 0.78, 0.95, 3) * (np.abs(x) > 0.08)
     lungs = np.maximum(inside(-0.4, -0.05, 0.3, 0.66, 2.6), inside(0.4, -0.05, 0.28, 0.66, 2.6))
-    for side, top in ((-1, 0.38), (1, 0.44)):  # the diaphragm: two domes, the patient's right one higher
+    for side, top in (
+        (-1, 0.38),
+        (1, 0.44),
+    ):  # the diaphragm: two domes, the patient's right one higher
         lungs *= 1 - inside(0.42 * side, top + 0.6, 0.5, 0.6)
     heart = inside(0.15, 0.22, rng.uniform(0.3, 0.42), rng.uniform(0.28, 0.36))
     lungs *= 1 - 0.9 * heart
@@ -239,7 +261,9 @@ def draw_phantom(rng: np.random.Generator, boxes: int, size: int = 256) -> tuple
     for k in range(9):  # ribs fall from the spine to the sides
         center = -0.75 + 0.16 * k + 0.55 * np.abs(x) ** 1.6 + rng.normal(0, 0.008)
         picture += 0.09 * cage * ridge(y - center, 0.025)
-    picture += 0.14 * body * (np.abs(x) < 0.7) * ridge(y + 0.72 - 0.22 * np.abs(x), 0.03)  # clavicles
+    picture += (
+        0.14 * body * (np.abs(x) < 0.7) * ridge(y + 0.72 - 0.22 * np.abs(x), 0.03)
+    )  # clavicles
 
     found = []
     for _ in range(boxes):

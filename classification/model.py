@@ -75,13 +75,11 @@ def class_weights(kind: str, counts: Tensor) -> Tensor:
     return torch.ones(len(counts))
 
 
-def weighted_cross_entropy(
-    logits: Tensor, labels: Tensor, weights: Tensor, label_smoothing: float
-) -> Tensor:
+def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor, smoothing: float) -> Tensor:
     """Mean over the batch of the weighted cross entropy; logits float32 (B, C), labels int64 (B,).
 
     A plain mean, not one divided by the weights of the batch: so the gradient does not depend on
     how the batch is shared out among processes.
     """
-    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
     return (losses * weights[labels]).mean()

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,15 +34,9 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from classification import dataset, preprocess
+from classification import model as network
 from classification.dataset import in_batches, make_loader, to_input
-from classification.model import (
-    ARCHITECTURES,
-    PRETRAINED_MEAN,
-    PRETRAINED_STD,
-    build_model,
-    class_weights,
-    weighted_cross_entropy,
-)
+from classification.model import ARCHITECTURES, build_model
 from classification.preprocess import DataError, positive_class, progress, run_command
 from common import checkpoint
 from common.checkpoint import CheckpointError, Run
@@ -105,7 +100,8 @@ def main(argv: list[str] | None = None) -> None:
     model = build_model(args.arch, len(counts), meta["size"], args.pretrained and not args.resume)
     model = model.to(device, memory_format=torch.channels_last)
     init = checkpoint.load_init(args, model, device, is_main)
-    weights = class_weights(args.class_weights, counts).to(device)
+    weights = network.class_weights(args.class_weights, counts).to(device)
+    criterion = partial(network.weighted_loss, weights=weights, smoothing=args.label_smoothing)
     mean_std = (meta["mean"], meta["std"])
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     scaler = GradScaler(device.type, enabled=args.amp == "fp16")
@@ -119,7 +115,8 @@ def main(argv: list[str] | None = None) -> None:
     if is_main:
         run.claim(args, settings)
         run.trained_on = run.trained_on or record_training(cache, args.fold, init)
-        print_setup(settings, describe_data(counts, meta["classes"]), device)
+        print_setup(settings, f"{counts.tolist()} images of {meta['classes']}", device)
+        print(f"positive class: {positive_class(meta['classes'])}")
     saved = {"task": "classification", "meta": meta, "settings": settings}
     train_model = wrap_model(model, device, world_size, args.compile)
 
@@ -137,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
             set_learning_rate(optimizer, lr)
             with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
                 logits = train_model(images)  # (B, classes)
-            loss = weighted_cross_entropy(logits.float(), labels, weights, args.label_smoothing)
+            loss = criterion(logits.float(), labels)
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)  # to clip the true gradients, not the scaled ones
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -233,7 +230,7 @@ def load_data(
     meta, index = dataset.open_cache(cache)
     meta = {name: meta[name] for name in ("classes", "size", "fit", "mean", "std")}
     if args.pretrained:
-        meta |= {"mean": PRETRAINED_MEAN, "std": PRETRAINED_STD}
+        meta |= {"mean": network.PRETRAINED_MEAN, "std": network.PRETRAINED_STD}
     train_rows, val_rows = split_rows(index, args.fold)
     counts = {}
     for side, row_numbers in (("training", train_rows), ("validation", val_rows)):
@@ -265,12 +262,6 @@ def split_rows(index: list[dict[str, str]], fold: int) -> tuple[list[int], list[
         elif row["fold"] != "test":
             train_rows.append(row_number)
     return train_rows, val_rows
-
-
-def describe_data(counts: Tensor, classes: list[str]) -> str:
-    """The training images per class, and which class is the positive one."""
-    positive = positive_class(classes) or "none of more than two"
-    return f"{counts.tolist()} images of {classes}, positive class: {positive}"
 
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> Optimizer:

@@ -62,7 +62,9 @@ def check_row(row: dict[str, str], meta: dict) -> str:
     if row["fold"] not in FOLD_NAMES:
         return f"fold {row['fold']!r}, expected one of {' '.join(FOLD_NAMES)}"
     try:
-        xmin, ymin, xmax, ymax, height, width = (float(row[name]) for name in (*BOX, "height", "width"))
+        xmin, ymin, xmax, ymax, height, width = (
+            float(row[name]) for name in (*BOX, "height", "width")
+        )
         spacing = [float(mm) for mm in row["spacing"].split()]
     except ValueError as error:
         return f"{error}, expected numbers"
@@ -84,7 +86,9 @@ def open_cache(cache: Path) -> tuple[dict, list[dict[str, str]]]:
     expected = (len(rows), meta["size"], meta["size"])
     if images.shape != expected:
         found = f"{cache}: images.npy {images.shape}"
-        raise DataError(f"{found}, expected {expected} by index.csv and meta.json; preprocess again")
+        raise DataError(
+            f"{found}, expected {expected} by index.csv and meta.json; preprocess again"
+        )
     for k, row in enumerate(rows):
         if problem := check_row(row, meta):
             raise DataError(f"{cache / 'index.csv'}: row {k + 1}: {problem}")
@@ -167,14 +171,18 @@ def blur(images: Tensor, sigma: Tensor) -> Tensor:
     x = torch.arange(-4, 5, device=images.device)
     kernel = torch.exp(-0.5 * (x / sigma[:, None]).square())
     kernel = (kernel / kernel.sum(1, keepdim=True))[:, None]
-    images = F.pad(images.transpose(0, 1), (4, 4, 4, 4), mode="replicate")  # batch as channels: a kernel each
+    images = F.pad(
+        images.transpose(0, 1), (4, 4, 4, 4), mode="replicate"
+    )  # batch as channels: a kernel each
     images = F.conv2d(images, kernel[..., None], groups=len(sigma))
     return F.conv2d(images, kernel[:, None], groups=len(sigma)).transpose(0, 1)
 
 
 def inverse(matrix: Tensor) -> Tensor:
     """Inverse of (B, 2, 2) by elimination: torch.linalg.inv waits for the GPU, to look for singular ones."""
-    swap = (matrix[:, 1, 0].abs() > matrix[:, 0, 0].abs())[:, None, None]  # the larger one is the pivot
+    swap = (matrix[:, 1, 0].abs() > matrix[:, 0, 0].abs())[
+        :, None, None
+    ]  # the larger one is the pivot
     rows = torch.where(swap, matrix.flip(1), matrix)
     a, b, c, d = rows.flatten(1).unbind(1)
     factor = c / a
@@ -191,7 +199,10 @@ def move_boxes(boxes: Tensor, affine: Tensor) -> Tensor:
     What moves is the ellipse inside the box, and the new box is drawn around it: a box around the moved
     corners would grow with every rotation, while hearts are round. Cut off at the image's edge.
     """
-    center, radius = boxes[:, 2:] + boxes[:, :2] - 1, boxes[:, 2:] - boxes[:, :2]  # in -1..1, edge to edge
+    center, radius = (
+        boxes[:, 2:] + boxes[:, :2] - 1,
+        boxes[:, 2:] - boxes[:, :2],
+    )  # in -1..1, edge to edge
     forward = inverse(affine[:, :, :2])  # theta leads from the new image to the old one
     center = (forward @ (center - affine[:, :, 2])[:, :, None])[:, :, 0]
     radius = (forward * radius[:, None]).square().sum(2).sqrt()
@@ -216,18 +227,25 @@ def augment(
 
     # where each output pixel comes from, in the coordinates of grid_sample: -1..1 from edge to edge
     cos, sin = torch.cos(angle * math.radians(10)), torch.sin(angle * math.radians(10))
-    sx, sy = torch.exp(0.2 * log_scale + 0.1 * log_aspect), torch.exp(0.2 * log_scale - 0.1 * log_aspect)
+    sx, sy = (
+        torch.exp(0.2 * log_scale + 0.1 * log_aspect),
+        torch.exp(0.2 * log_scale - 0.1 * log_aspect),
+    )
     row_x = [cos * sx, (0.1 * shear * cos - sin) * sy, 0.2 * dx]
     row_y = [sin * sx, (cos + 0.1 * shear * sin) * sy, 0.2 * dy]
     affine = torch.stack(row_x + row_y, 1).view(batch, 2, 3)
     grid = F.affine_grid(affine, list(images.shape), align_corners=False)
     images, boxes = F.grid_sample(images, grid, align_corners=False), move_boxes(boxes, affine)
 
-    gamma, contrast, brightness, noise = (v.view(-1, 1, 1, 1) for v in (gamma, contrast, brightness, noise))
+    gamma, contrast, brightness, noise = (
+        v.view(-1, 1, 1, 1) for v in (gamma, contrast, brightness, noise)
+    )
     images = images.clamp(1e-4, 1) ** torch.exp(0.5 * gamma)
     mean = images.mean((2, 3), keepdim=True)
     images = (images - mean) * torch.exp(0.4 * contrast) + mean + 0.2 * brightness
-    images = blur(images, (sigma * 0.012 * images.shape[-1]).clamp(min=0.05))  # half of them stay sharp
+    images = blur(
+        images, (sigma * 0.012 * images.shape[-1]).clamp(min=0.05)
+    )  # half of them stay sharp
     generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
     images = images + 0.05 * noise.clamp(min=0) * torch.randn(
         images.shape, generator=generator, device=device
@@ -236,13 +254,21 @@ def augment(
 
 
 def to_input(
-    images: Tensor, boxes: Tensor, device: torch.device, mean: float, std: float, *augmentation: object
+    images: Tensor,
+    boxes: Tensor,
+    device: torch.device,
+    mean: float,
+    std: float,
+    *augmentation: object,
 ) -> tuple[Tensor, Tensor]:
     """uint8 (B, 1, S, S) to float32 on `device`: 0..1, augmented if asked for, normalised, channels last.
 
     The boxes (B, 4) go to the device as well, and move with the augmentation.
     """
-    images, boxes = images.to(device, non_blocking=True).float() / 255, boxes.to(device, non_blocking=True)
+    images, boxes = (
+        images.to(device, non_blocking=True).float() / 255,
+        boxes.to(device, non_blocking=True),
+    )
     if augmentation:
         images, boxes = augment(images, boxes, *augmentation)
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last), boxes
@@ -273,7 +299,10 @@ def draw_phantom(rng: np.random.Generator, size: int = 256) -> tuple[np.ndarray,
 
     body, cage = inside(0, 0.15, 0.86, 1.25, 4), inside(0, 0.05, 0.78, 0.95, 3) * (np.abs(x) > 0.08)
     lungs = np.maximum(inside(-0.4, -0.05, 0.3, 0.66, 2.6), inside(0.4, -0.05, 0.28, 0.66, 2.6))
-    for side, top in ((-1, 0.42), (1, 0.48)):  # the diaphragm: two domes, the patient's right one higher
+    for side, top in (
+        (-1, 0.42),
+        (1, 0.48),
+    ):  # the diaphragm: two domes, the patient's right one higher
         lungs *= 1 - inside(0.42 * side, top + 0.6, 0.5, 0.6)
     middle = (rng.uniform(0.08, 0.2), rng.uniform(0.12, 0.24))
     heart = inside(*middle, rng.uniform(0.25, 0.42), rng.uniform(0.2, 0.32))
@@ -297,7 +326,10 @@ def write_dicom(path: Path, picture: np.ndarray) -> None:
     ds.PatientID, ds.Modality, ds.ViewPosition = path.stem, "CR", "PA"
     ds.WindowCenter, ds.WindowWidth, ds.PixelSpacing = 2048, 4096, [1.6, 1.6]
     ds.set_pixel_data(
-        np.rint((1 - picture) * 4095).astype(np.uint16), "MONOCHROME1", 12, generate_instance_uid=False
+        np.rint((1 - picture) * 4095).astype(np.uint16),
+        "MONOCHROME1",
+        12,
+        generate_instance_uid=False,
     )
     ds.save_as(path, enforce_file_format=True)
 

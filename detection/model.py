@@ -35,7 +35,9 @@ class BoxNet(nn.Module):
         if head == "linear":
             self.out = nn.Linear(channels[-1], 4)
             nn.init.zeros_(self.out.weight)
-            self.out.bias = nn.Parameter(torch.tensor([0.25, 0.25, 0.75, 0.75]))  # start with half the image
+            self.out.bias = nn.Parameter(
+                torch.tensor([0.25, 0.25, 0.75, 0.75])
+            )  # start with half the image
         else:
             self.lateral = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
             self.smooth = nn.Sequential(
@@ -54,9 +56,9 @@ class BoxNet(nn.Module):
             return self.out(features.mean((2, 3)))
         fused = self.lateral[2](stages[2])
         for k in (1, 0):
-            fused = F.interpolate(fused, size=stages[k].shape[2:], mode="nearest") + self.lateral[k](
-                stages[k]
-            )
+            fused = F.interpolate(fused, size=stages[k].shape[2:], mode="nearest") + self.lateral[
+                k
+            ](stages[k])
         maps = self.out(self.smooth(fused)).float()
         return edge_positions(maps)
 
@@ -81,8 +83,12 @@ def narrow(net: nn.Module, share: float) -> None:
             inputs, outputs = round(part.in_channels * share), round(part.out_channels * share)
             if inputs == 0:  # the stem's three colours: build_model puts its own in this place
                 continue
-            conv = nn.Conv2d(inputs, outputs, part.kernel_size, part.stride, part.padding, bias=False)
-            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
+            conv = nn.Conv2d(
+                inputs, outputs, part.kernel_size, part.stride, part.padding, bias=False
+            )
+            nn.init.kaiming_normal_(
+                conv.weight, mode="fan_out", nonlinearity="relu"
+            )  # as torchvision does
             setattr(net, name, conv)
         elif isinstance(part, nn.BatchNorm2d):
             setattr(net, name, nn.BatchNorm2d(round(part.num_features * share)))
@@ -98,8 +104,13 @@ def build_model(arch: str, head: str, channels: int, pretrained: bool = False) -
     """
     try:
         net = torchvision.models.get_model(arch, weights="DEFAULT" if pretrained else None)
-    except (OSError, RuntimeError) as error:  # no network, no place to keep the file, a broken download
-        raise DataError(f"--pretrained: could not fetch the ImageNet weights of {arch} ({error})") from error
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # no network, no place to keep the file, a broken download
+        raise DataError(
+            f"--pretrained: could not fetch the ImageNet weights of {arch} ({error})"
+        ) from error
     rgb_stem = net.conv1.weight
     if channels != 64:
         narrow(net, channels / 64)

@@ -37,8 +37,9 @@ from common import checkpoint
 from common.checkpoint import CheckpointError, Run
 from common.metrics import detection_metrics
 from detection import dataset, preprocess
+from detection import model as network
 from detection.dataset import in_batches, make_loader, to_input
-from detection.model import ARCHITECTURES, HEADS, PRETRAINED_MEAN, PRETRAINED_STD, build_model
+from detection.model import ARCHITECTURES, HEADS, build_model
 from detection.preprocess import DataError, progress, run_command
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -233,7 +234,7 @@ def load_data(
     meta, index = dataset.open_cache(cache)
     meta = {name: meta[name] for name in ("size", "mean", "std")}
     if args.pretrained:
-        meta |= {"mean": PRETRAINED_MEAN, "std": PRETRAINED_STD}
+        meta |= {"mean": network.PRETRAINED_MEAN, "std": network.PRETRAINED_STD}
     train_rows, val_rows = split_rows(index, args.fold)
     for side, row_numbers in (("training", train_rows), ("validation", val_rows)):
         if not row_numbers:
