@@ -107,8 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     scaler = GradScaler(device.type, enabled=args.amp == "fp16")
 
     # A new run, or the state of the one to resume
-    settings = {name: value for name, value in vars(args).items() if name not in FREE}
-    settings |= checkpoint.identify_run(cache, world_size)
+    settings = collect_settings(args, cache, world_size)
     run = Run(args.out)
     if args.resume:
         run.restore(settings, meta, model, optimizer, scaler)
@@ -141,7 +140,6 @@ def main(argv: list[str] | None = None) -> None:
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-
             loss_sum += loss.detach()
             if step % 20 == 0:  # seldom: .item() waits for the device
                 mean_loss = check_loss(loss_sum.item() / step, epoch)
@@ -276,6 +274,12 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> Optimize
         {"params": others, "weight_decay": 0.0},
     ]
     return AdamW(groups, lr=lr, fused=True)
+
+
+def collect_settings(args: argparse.Namespace, cache: Path, world_size: int) -> dict:
+    """All that decides the result: options, number of processes, and which cache it is."""
+    settings = {name: value for name, value in vars(args).items() if name not in FREE}
+    return settings | checkpoint.identify_run(cache, world_size)
 
 
 def record_training(cache: Path, fold: int, init: dict) -> dict:
