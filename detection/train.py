@@ -100,10 +100,10 @@ def main(argv: list[str] | None = None) -> None:
     cache = args.data or make_demo(is_main, world_size)
     meta, train_loader, val_loader, count = load_data(cache, args, device, rank, world_size)
     steps_per_epoch = len(train_loader)
-    total_steps = args.epochs * steps_per_epoch
+    total_steps = args.epochs * steps_per_epoch  # of the learning rate's schedule
 
     # Model, loss, optimizer
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # the first weights
     pretrained = args.pretrained and not args.resume
     model = build_model(args.arch, args.head, args.channels, pretrained)
     model = model.to(device, memory_format=torch.channels_last)
@@ -127,9 +127,9 @@ def main(argv: list[str] | None = None) -> None:
 
     for epoch in range(run.epoch, min(args.epochs, args.stop_after or args.epochs)):
         start = time.perf_counter()
-        loss_sum = torch.zeros((), device=device)
-        train_loader.sampler.epoch = epoch
-        model.train()
+        loss_sum = torch.zeros((), device=device)  # stays there: reading it would wait
+        train_loader.sampler.epoch = epoch  # decides the order
+        model.train()  # evaluate() has set the other mode
         for step, (images, boxes) in enumerate(train_loader, 1):
             # These four decide all random numbers, so a resumed run draws the same ones.
             rng = np.random.default_rng((args.seed, epoch, step, rank))
@@ -138,12 +138,12 @@ def main(argv: list[str] | None = None) -> None:
             set_learning_rate(optimizer, lr)
             with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
                 pred = train_model(images)  # (B, 4) in fractions of the image
-            loss = criterion(pred.float(), boxes)
+            loss = criterion(pred.float(), boxes)  # float32, whatever --amp is
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)  # to clip the true gradients, not the scaled ones
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            scaler.step(optimizer)
-            scaler.update()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # a bad batch moves little
+            scaler.step(optimizer)  # left out if fp16 overflowed
+            scaler.update()  # the factor of the fp16 loss
             optimizer.zero_grad()
             loss_sum += loss.detach()
             if step % 20 == 0:  # seldom: .item() waits for the device
