@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,15 +34,9 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from classification import dataset, preprocess
+from classification import model as network
 from classification.dataset import in_batches, make_loader, to_input
-from classification.model import (
-    ARCHITECTURES,
-    PRETRAINED_MEAN,
-    PRETRAINED_STD,
-    build_model,
-    class_weights,
-    weighted_cross_entropy,
-)
+from classification.model import ARCHITECTURES, build_model
 from classification.preprocess import DataError, positive_class, progress, run_command
 from common import checkpoint
 from common.checkpoint import CheckpointError, Run
@@ -98,36 +93,37 @@ def main(argv: list[str] | None = None) -> None:
     cache = args.data or make_demo(is_main, world_size)
     meta, train_loader, val_loader, counts = load_data(cache, args, device, rank, world_size)
     steps_per_epoch = len(train_loader)
-    total_steps = args.epochs * steps_per_epoch
+    total_steps = args.epochs * steps_per_epoch  # of the learning rate's schedule
 
     # Model, loss, optimizer
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # the first weights
     model = build_model(args.arch, len(counts), meta["size"], args.pretrained and not args.resume)
     model = model.to(device, memory_format=torch.channels_last)
     init = checkpoint.load_init(args, model, device, is_main)
-    weights = class_weights(args.class_weights, counts).to(device)
+    weights = network.class_weights(args.class_weights, counts).to(device)
+    criterion = partial(network.weighted_loss, weights=weights, smoothing=args.label_smoothing)
     mean_std = (meta["mean"], meta["std"])
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     scaler = GradScaler(device.type, enabled=args.amp == "fp16")
 
     # A new run, or the state of the one to resume
-    settings = {name: value for name, value in vars(args).items() if name not in FREE}
-    settings |= checkpoint.identify_run(cache, world_size)
+    settings = collect_settings(args, cache, world_size)
     run = Run(args.out)
     if args.resume:
         run.restore(settings, meta, model, optimizer, scaler)
     if is_main:
         run.claim(args, settings)
         run.trained_on = run.trained_on or record_training(cache, args.fold, init)
-        print_setup(settings, describe_data(counts, meta["classes"]), device)
+        print_setup(settings, f"{counts.tolist()} images of {meta['classes']}", device)
+        print(f"positive class: {positive_class(meta['classes'])}")
     saved = {"task": "classification", "meta": meta, "settings": settings}
     train_model = wrap_model(model, device, world_size, args.compile)
 
     for epoch in range(run.epoch, min(args.epochs, args.stop_after or args.epochs)):
         start = time.perf_counter()
-        loss_sum = torch.zeros((), device=device)
-        train_loader.sampler.epoch = epoch
-        model.train()
+        loss_sum = torch.zeros((), device=device)  # stays there: reading it would wait
+        train_loader.sampler.epoch = epoch  # decides the order
+        model.train()  # evaluate() has set the other mode
         for step, (images, labels) in enumerate(train_loader, 1):
             # These four decide all random numbers, so a resumed run draws the same ones.
             rng = np.random.default_rng((args.seed, epoch, step, rank))
@@ -137,14 +133,13 @@ def main(argv: list[str] | None = None) -> None:
             set_learning_rate(optimizer, lr)
             with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
                 logits = train_model(images)  # (B, classes)
-            loss = weighted_cross_entropy(logits.float(), labels, weights, args.label_smoothing)
+            loss = criterion(logits.float(), labels)  # float32, whatever --amp is
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)  # to clip the true gradients, not the scaled ones
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            scaler.step(optimizer)
-            scaler.update()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # a bad batch moves little
+            scaler.step(optimizer)  # left out if fp16 overflowed
+            scaler.update()  # the factor of the fp16 loss
             optimizer.zero_grad()
-
             loss_sum += loss.detach()
             if step % 20 == 0:  # seldom: .item() waits for the device
                 mean_loss = check_loss(loss_sum.item() / step, epoch)
@@ -233,7 +228,7 @@ def load_data(
     meta, index = dataset.open_cache(cache)
     meta = {name: meta[name] for name in ("classes", "size", "fit", "mean", "std")}
     if args.pretrained:
-        meta |= {"mean": PRETRAINED_MEAN, "std": PRETRAINED_STD}
+        meta |= {"mean": network.PRETRAINED_MEAN, "std": network.PRETRAINED_STD}
     train_rows, val_rows = split_rows(index, args.fold)
     counts = {}
     for side, row_numbers in (("training", train_rows), ("validation", val_rows)):
@@ -267,12 +262,6 @@ def split_rows(index: list[dict[str, str]], fold: int) -> tuple[list[int], list[
     return train_rows, val_rows
 
 
-def describe_data(counts: Tensor, classes: list[str]) -> str:
-    """The training images per class, and which class is the positive one."""
-    positive = positive_class(classes) or "none of more than two"
-    return f"{counts.tolist()} images of {classes}, positive class: {positive}"
-
-
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
     """AdamW (Loshchilov & Hutter, ICLR 2019), without decay for biases and norms.
 
@@ -285,6 +274,12 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> Optimize
         {"params": others, "weight_decay": 0.0},
     ]
     return AdamW(groups, lr=lr, fused=True)
+
+
+def collect_settings(args: argparse.Namespace, cache: Path, world_size: int) -> dict:
+    """All that decides the result: options, number of processes, and which cache it is."""
+    settings = {name: value for name, value in vars(args).items() if name not in FREE}
+    return settings | checkpoint.identify_run(cache, world_size)
 
 
 def record_training(cache: Path, fold: int, init: dict) -> dict:

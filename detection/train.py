@@ -37,8 +37,9 @@ from common import checkpoint
 from common.checkpoint import CheckpointError, Run
 from common.metrics import detection_metrics
 from detection import dataset, preprocess
+from detection import model as network
 from detection.dataset import in_batches, make_loader, to_input
-from detection.model import ARCHITECTURES, HEADS, PRETRAINED_MEAN, PRETRAINED_STD, build_model
+from detection.model import ARCHITECTURES, HEADS, build_model
 from detection.preprocess import DataError, progress, run_command
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -99,10 +100,10 @@ def main(argv: list[str] | None = None) -> None:
     cache = args.data or make_demo(is_main, world_size)
     meta, train_loader, val_loader, count = load_data(cache, args, device, rank, world_size)
     steps_per_epoch = len(train_loader)
-    total_steps = args.epochs * steps_per_epoch
+    total_steps = args.epochs * steps_per_epoch  # of the learning rate's schedule
 
     # Model, loss, optimizer
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # the first weights
     pretrained = args.pretrained and not args.resume
     model = build_model(args.arch, args.head, args.channels, pretrained)
     model = model.to(device, memory_format=torch.channels_last)
@@ -113,8 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     scaler = GradScaler(device.type, enabled=args.amp == "fp16")
 
     # A new run, or the state of the one to resume
-    settings = {name: value for name, value in vars(args).items() if name not in FREE}
-    settings |= checkpoint.identify_run(cache, world_size)
+    settings = collect_settings(args, cache, world_size)
     run = Run(args.out)
     if args.resume:
         run.restore(settings, meta, model, optimizer, scaler)
@@ -127,9 +127,9 @@ def main(argv: list[str] | None = None) -> None:
 
     for epoch in range(run.epoch, min(args.epochs, args.stop_after or args.epochs)):
         start = time.perf_counter()
-        loss_sum = torch.zeros((), device=device)
-        train_loader.sampler.epoch = epoch
-        model.train()
+        loss_sum = torch.zeros((), device=device)  # stays there: reading it would wait
+        train_loader.sampler.epoch = epoch  # decides the order
+        model.train()  # evaluate() has set the other mode
         for step, (images, boxes) in enumerate(train_loader, 1):
             # These four decide all random numbers, so a resumed run draws the same ones.
             rng = np.random.default_rng((args.seed, epoch, step, rank))
@@ -138,14 +138,13 @@ def main(argv: list[str] | None = None) -> None:
             set_learning_rate(optimizer, lr)
             with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
                 pred = train_model(images)  # (B, 4) in fractions of the image
-            loss = criterion(pred.float(), boxes)
+            loss = criterion(pred.float(), boxes)  # float32, whatever --amp is
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)  # to clip the true gradients, not the scaled ones
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            scaler.step(optimizer)
-            scaler.update()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # a bad batch moves little
+            scaler.step(optimizer)  # left out if fp16 overflowed
+            scaler.update()  # the factor of the fp16 loss
             optimizer.zero_grad()
-
             loss_sum += loss.detach()
             if step % 20 == 0:  # seldom: .item() waits for the device
                 mean_loss = check_loss(loss_sum.item() / step, epoch)
@@ -233,7 +232,7 @@ def load_data(
     meta, index = dataset.open_cache(cache)
     meta = {name: meta[name] for name in ("size", "mean", "std")}
     if args.pretrained:
-        meta |= {"mean": PRETRAINED_MEAN, "std": PRETRAINED_STD}
+        meta |= {"mean": network.PRETRAINED_MEAN, "std": network.PRETRAINED_STD}
     train_rows, val_rows = split_rows(index, args.fold)
     for side, row_numbers in (("training", train_rows), ("validation", val_rows)):
         if not row_numbers:
@@ -273,6 +272,12 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> Optimize
         {"params": others, "weight_decay": 0.0},
     ]
     return AdamW(groups, lr=lr, fused=True)
+
+
+def collect_settings(args: argparse.Namespace, cache: Path, world_size: int) -> dict:
+    """All that decides the result: options, number of processes, and which cache it is."""
+    settings = {name: value for name, value in vars(args).items() if name not in FREE}
+    return settings | checkpoint.identify_run(cache, world_size)
 
 
 def record_training(cache: Path, fold: int, init: dict) -> dict:

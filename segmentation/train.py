@@ -93,18 +93,17 @@ def main(argv: list[str] | None = None) -> None:
     train_loader = load_patches(cache, train_rows, args, device, rank, world_size)
     spacing = train_loader.dataset.spacing  # mm, of the axes that a patch has
     steps_per_epoch = len(train_loader)
-    total_steps = args.epochs * steps_per_epoch
+    total_steps = args.epochs * steps_per_epoch  # of the learning rate's schedule
 
     # Model, loss, optimizer
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # the first weights
     model = build_model(meta, args.channels, args.patch).to(device)
     init = checkpoint.load_init(args, model, device, is_main)
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     scaler = GradScaler(device.type, enabled=args.amp == "fp16")
 
     # A new run, or the state of the one to resume
-    settings = {name: value for name, value in vars(args).items() if name not in FREE}
-    settings |= checkpoint.identify_run(cache, world_size)
+    settings = collect_settings(args, cache, world_size)
     run = Run(args.out)
     if args.resume:
         run.restore(settings, meta, model, optimizer, scaler)
@@ -119,9 +118,9 @@ def main(argv: list[str] | None = None) -> None:
 
     for epoch in range(run.epoch, min(args.epochs, args.stop_after or args.epochs)):
         start = time.perf_counter()
-        loss_sum = torch.zeros((), device=device)
-        train_loader.sampler.epoch = epoch
-        model.train()
+        loss_sum = torch.zeros((), device=device)  # stays there: reading it would wait
+        train_loader.sampler.epoch = epoch  # decides the order
+        model.train()  # evaluate() has set the other mode
         for step, (images, masks) in enumerate(train_loader, 1):
             # These four decide all random numbers, so a resumed run draws the same ones.
             rng = np.random.default_rng((args.seed, epoch, step, rank))
@@ -130,14 +129,13 @@ def main(argv: list[str] | None = None) -> None:
             set_learning_rate(optimizer, lr)
             with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
                 logits = train_model(images)  # (B, classes, *patch)
-            loss = segmentation_loss(logits.float(), masks, args.loss)
+            loss = segmentation_loss(logits.float(), masks, args.loss)  # float32
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)  # to clip the true gradients, not the scaled ones
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            scaler.step(optimizer)
-            scaler.update()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # a bad batch moves little
+            scaler.step(optimizer)  # left out if fp16 overflowed
+            scaler.update()  # the factor of the fp16 loss
             optimizer.zero_grad()
-
             loss_sum += loss.detach()
             if step % 20 == 0:  # seldom: .item() waits for the device
                 mean_loss = check_loss(loss_sum.item() / step, epoch)
@@ -273,6 +271,12 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> Optimize
         {"params": others, "weight_decay": 0.0},
     ]
     return AdamW(groups, lr=lr, fused=True)
+
+
+def collect_settings(args: argparse.Namespace, cache: Path, world_size: int) -> dict:
+    """All that decides the result: options, number of processes, and which cache it is."""
+    settings = {name: value for name, value in vars(args).items() if name not in FREE}
+    return settings | checkpoint.identify_run(cache, world_size)
 
 
 def record_training(cache: Path, fold: int, init: dict) -> dict:

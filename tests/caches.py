@@ -64,7 +64,7 @@ def draw_images(cache: Path, task: str) -> Path:
         if task == "classification":
             row |= {"label": k % 2, "source": f"i{k}.png"}
         else:
-            row |= {"group": "ab"[k // 2 % 2], "xmin": 6, "ymin": top, "xmax": 14, "ymax": top + 8}
+            row |= {"site": "ab"[k // 2 % 2], "xmin": 6, "ymin": top, "xmax": 14, "ymax": top + 8}
             row |= {"height": 32, "width": 32, "spacing": "", "source": f"i{k}.png"}
         rows.append(row)
     cache.mkdir(parents=True)
@@ -110,7 +110,18 @@ def train(task: str, cache: Path, out: Path, *options: str) -> None:
         "detection": ["--batch-size", "6", "--channels", "8"],
         "segmentation": ["--batch-size", "8", "--channels", "2"],
     }[task]
-    command = ["--data", str(cache), "--out", str(out), "--epochs", "1", "--workers", "0", "--device", "cpu"]
+    command = [
+        "--data",
+        str(cache),
+        "--out",
+        str(out),
+        "--epochs",
+        "1",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
     module(task, "train").main([*command, *small, *options])
 
 
@@ -129,7 +140,9 @@ def copy(source: Path, target: Path) -> Path:
 def small_network() -> Iterator[None]:
     """In place of classification's ResNet one of a hundredth of its weights: all of it is about files."""
 
-    def build_small(arch: str, num_classes: int, size: int, pretrained: bool = False) -> torch.nn.Module:
+    def build_small(
+        arch: str, num_classes: int, size: int, pretrained: bool = False
+    ) -> torch.nn.Module:
         model = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1])
         narrow(model, 1 / 8)
         model.conv1 = torch.nn.Conv2d(1, 8, 7, 2, 3, bias=False)
