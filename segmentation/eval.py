@@ -60,6 +60,7 @@ from segmentation.dataset import (
 )
 from segmentation.model import build_model, predict_volume
 from segmentation.preprocess import (
+    META,
     DataError,
     Notes,
     check_channels,
@@ -159,16 +160,9 @@ def load_models(
 
 def check_same(meta: dict, expected: dict, path: Path, other: Path) -> None:
     """Raise CheckpointError if images were not prepared in the same way."""
-    for name in (
-        "classes",
-        "values",
-        "channels",
-        "resample",
-        "spacing",
-        "slice_axis",
-        "normalisation",
-    ):
-        if meta[name] != expected[name]:
+    for name in META:
+        # The median shape may differ: it only suggests the size of a patch.
+        if name != "shape" and meta[name] != expected[name]:
             raise CheckpointError(f"{path}: {name} {meta[name]}, but {other} has {expected[name]}")
 
 
