@@ -299,6 +299,8 @@ def test_another_table_is_refused(caches, runs, tmp_path, table, change, message
 
 
 def test_the_table_to_compare_with_may_be_the_one_that_is_replaced(caches, runs, tmp_path, table):
+    digits = [float(row["probability_yes"]) for row in table]
+    assert digits != [round(digit, 6) for digit in digits]
     rows = [dict(row) for row in table]
     for row in rows:  # a model that knows nothing but the labels
         right = row["label"] == "yes"
@@ -467,6 +469,22 @@ def test_pictures_of_an_earlier_evaluation_do_not_stay(caches, runs, tmp_path, t
     if task == "segmentation":  # the masks of the other split
         assert {path.name for path in (tmp_path / "predictions").iterdir()} == {"v3.nii.gz", "v7.nii.gz"}
         assert "predictions/v0.nii.gz" in names
+
+
+@TASKS
+def test_figures_of_an_earlier_evaluation_are_gone_if_this_one_fails(
+    caches, runs, tmp_path, task, monkeypatch
+):
+    options = ("--checkpoint", runs[task] / "best.pt", "--out", tmp_path)
+    evaluate(task, caches[task], *options)
+    assert (tmp_path / "metrics.json").exists()
+
+    def full(path: Path, picture: object) -> None:
+        raise CheckpointError(f"{path}: not written (No space left on device)")
+
+    monkeypatch.setattr(module(task, "eval"), "save_picture", full)
+    assert ".png: not written (No space left" in refusal(evaluate, task, caches[task], *options)
+    assert not (tmp_path / "metrics.json").exists()
 
 
 @TASKS
