@@ -124,7 +124,7 @@ def copy(source: Path, target: Path) -> Path:
 
 @contextmanager
 def small_network() -> Iterator[None]:
-    """In place of the ResNets of X-rays some with a thousandth of their weights: the tests are about the rest."""
+    """In place of the ResNets for X-rays, networks of a thousandth of their weights."""
 
     def build_classifier(arch: str, num_classes: int, size: int, pretrained: bool = False) -> nn.Module:
         layers = {"conv1": nn.Conv2d(1, 8, 7, 4, 3), "bn1": nn.BatchNorm2d(8), "relu": nn.ReLU()}
