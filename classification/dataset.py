@@ -1,4 +1,7 @@
-"""The cache of preprocess.py as batches of tensors, augmentation on the device, and the synthetic raw set."""
+"""The cache of preprocess.py as batches of tensors, augmentation, and a synthetic raw set.
+
+In the shapes below N is the number of images in a cache, B that in a batch, S their side in pixels.
+"""
 
 import csv
 import io
@@ -23,12 +26,29 @@ from common.checkpoint import short_hash
 COLUMNS = ("id", "patient", "fold", "label")
 # The folds that training and evaluation know; a person may edit them in index.csv.
 FOLD_NAMES = ("0", "1", "2", "3", "4", "test")
+PHANTOM = 256  # pixels per side of a synthetic picture
 
 
-def read_index(cache: Path) -> list[dict[str, str]]:
-    """The rows of index.csv (id, patient, fold, label, source), in the order of images.npy."""
-    with open(cache / "index.csv", newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+# --- the cache ---
+
+
+def open_cache(cache: Path) -> tuple[dict, list[dict[str, str]]]:
+    """meta.json and the rows of index.csv. Raises DataError unless images.npy goes with them."""
+    meta = read_meta(cache)
+    images = load_array(cache / "images.npy", "uint8", 3)  # (N, S, S)
+    try:
+        rows = read_index(cache)
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{cache / 'index.csv'}: {error}; preprocess again") from error
+    expected = (len(rows), meta["size"], meta["size"])
+    if images.shape != expected:
+        problem = f"images.npy {images.shape}, expected {expected} by index.csv and meta.json"
+        raise DataError(f"{cache}: {problem}; preprocess again")
+    for number, row in enumerate(rows, 1):
+        problem = check_row(row, meta)
+        if problem:
+            raise DataError(f"{cache / 'index.csv'}: row {number}: {problem}")
+    return meta, rows
 
 
 def load_array(path: Path, dtype: str, axes: int) -> np.ndarray:
@@ -47,73 +67,83 @@ def load_array(path: Path, dtype: str, axes: int) -> np.ndarray:
     return array
 
 
+def read_index(cache: Path) -> list[dict[str, str]]:
+    """The rows of index.csv (id, patient, fold, label, source), in the order of images.npy."""
+    with open(cache / "index.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def check_row(row: dict[str, str], meta: dict) -> str:
     """What is wrong with a row of index.csv, or ""."""
+    # csv.DictReader: the key None holds surplus values, the value None is a missing one.
     if None in row or None in row.values() or not set(COLUMNS) <= row.keys():
         return f"found {list(row)}, expected a value for each of {', '.join(COLUMNS)}"
     if not row["id"]:
         return "no id, expected a name"
     if row["fold"] not in FOLD_NAMES:
         return f"fold {row['fold']!r}, expected one of {' '.join(FOLD_NAMES)}"
-    if row["label"] not in [str(k) for k in range(len(meta["classes"]))]:
-        return f"label {row['label']!r}, expected 0 to {len(meta['classes']) - 1}"
+    count = len(meta["classes"])
+    if row["label"] not in [str(k) for k in range(count)]:
+        return f"label {row['label']!r}, expected 0 to {count - 1}"
     return ""
 
 
-def open_cache(cache: Path) -> tuple[dict, list[dict[str, str]]]:
-    """meta.json and the rows of index.csv. Raises DataError unless they and images.npy go together."""
-    meta = read_meta(cache)
-    images = load_array(cache / "images.npy", "uint8", 3)
-    try:
-        rows = read_index(cache)
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{cache / 'index.csv'}: {error}; preprocess again") from error
-    expected = (len(rows), meta["size"], meta["size"])
-    if images.shape != expected:
-        found = f"{cache}: images.npy {images.shape}"
-        raise DataError(f"{found}, expected {expected} by index.csv and meta.json; preprocess again")
-    for k, row in enumerate(rows):
-        if problem := check_row(row, meta):
-            raise DataError(f"{cache / 'index.csv'}: row {k + 1}: {problem}")
-    return meta, rows
-
-
 def fingerprints(cache: Path, rows: list[int]) -> tuple[list[str], list[str]]:
-    """Hashes of the patient and of the image of every row: by them eval.py knows what was trained on."""
-    index, images = read_index(cache), np.load(cache / "images.npy", mmap_mode="r")
-    patients = [short_hash(index[k]["patient"].encode()) for k in rows]
-    return patients, [short_hash(images[k]) for k in rows]
+    """Hashes of the patient and the image of every row: they tell eval.py what was trained on."""
+    index = read_index(cache)
+    images = np.load(cache / "images.npy", mmap_mode="r")
+    patient_hashes = [short_hash(index[k]["patient"].encode()) for k in rows]
+    image_hashes = [short_hash(images[k]) for k in rows]
+    return patient_hashes, image_hashes
+
+
+# --- batches ---
 
 
 class XrayDataset(Dataset):
-    """Raw images and labels of a cache, fetched a batch of row numbers at a time.
+    """Raw images and labels of a cache, a batch at a time: augmentation is on the device.
 
-    `dataset.__getitems__(rows)` gives images uint8 (B, 1, S, S) and labels int64 (B,). It pickles as nothing
-    but the path: each worker maps the file itself, because a pickled memory map is the whole array.
+    `dataset[row_numbers]` gives images uint8 (B, 1, S, S) and labels int64 (B,), the number of the
+    class in meta.json. It pickles as nothing but the path: each worker maps the file itself,
+    because a pickled memory map is the whole array.
     """
 
     def __init__(self, cache: Path) -> None:
         self.cache = cache
-        self.images = self.labels = None
+        self.images = None  # opened by the first batch, in the process that loads it
+        self.labels = None
 
     def __getstate__(self) -> dict:
         return {"cache": self.cache, "images": None, "labels": None}
 
-    def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, row_numbers: list[int]) -> tuple[Tensor, Tensor]:
         if self.images is None:
-            self.images = np.load(self.cache / "images.npy", mmap_mode="r")
-            self.labels = torch.tensor([int(row["label"]) for row in read_index(self.cache)])
-        return torch.from_numpy(self.images[rows])[:, None], self.labels[rows]
+            labels = [int(row["label"]) for row in read_index(self.cache)]
+            self.labels = torch.tensor(labels)  # (N,)
+            self.images = np.load(self.cache / "images.npy", mmap_mode="r")  # (N, S, S)
+        images = torch.from_numpy(self.images[row_numbers])  # (B, S, S), a copy in memory
+        return images[:, None], self.labels[row_numbers]
 
 
-def keep_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """`collate_fn` for batches that are tensors already; at module level, so that workers can be spawned."""
-    return batch
+def make_loader(
+    cache: Path,
+    batches: Sampler | list[list[int]],
+    workers: int,
+    device: torch.device,
+) -> DataLoader:
+    """A loader of whole batches of row numbers: the dataset is asked for one at once.
 
-
-def in_batches(rows: list[int], batch_size: int) -> list[list[int]]:
-    """Rows in their order, nothing dropped: the batches of an evaluation."""
-    return [rows[k : k + batch_size] for k in range(0, len(rows), batch_size)]
+    Workers stay from epoch to epoch: the dataset knows no epoch, only the sampler does.
+    """
+    return DataLoader(
+        XrayDataset(cache),
+        batch_size=None,
+        sampler=batches,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_interrupt,
+    )
 
 
 def ignore_interrupt(worker: int) -> None:
@@ -121,176 +151,274 @@ def ignore_interrupt(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def make_loader(
-    cache: Path, batches: Sampler | list[list[int]], workers: int, device: torch.device
-) -> DataLoader:
-    """A loader of whole batches. Workers stay from epoch to epoch: the dataset knows no epoch."""
-    return DataLoader(XrayDataset(cache), batch_sampler=batches, collate_fn=keep_batch, num_workers=workers,
-                      persistent_workers=workers > 0, pin_memory=device.type == "cuda",
-                      worker_init_fn=ignore_interrupt)  # fmt: skip
+def in_batches(rows: list[int], batch_size: int) -> list[list[int]]:
+    """Rows in their order, nothing dropped: the batches of an evaluation."""
+    return [rows[k : k + batch_size] for k in range(0, len(rows), batch_size)]
 
 
 class EpochBatches(Sampler):
-    """Batches of row numbers for training, in an order given by (seed, epoch); each rank takes its share.
+    """Batches of row numbers for training, in an order given by (seed, epoch).
 
-    The rows left over by the last full step are dropped: BatchNorm fails on a batch of one, and every rank
-    needs the same number of steps. The loop sets `epoch`.
+    Each rank takes its share. The rows left over by the last full step are dropped: BatchNorm fails
+    on a batch of one, and every rank needs the same number of steps. The loop sets `epoch`.
     """
 
     def __init__(
-        self, rows: list[int], batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        rows: list[int],
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        self.rows, self.batch_size, self.seed = rows, batch_size, seed
-        self.rank, self.world_size, self.epoch = rank, world_size, 0
+        self.rows = rows
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.rows) // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        # To NumPy (seed, epoch) is (seed, epoch, 0, 0); the draws of the loop count their steps from 1.
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.rows)
-        for batch in order[: len(self) * self.batch_size * self.world_size].reshape(len(self), -1):
-            yield batch[self.rank :: self.world_size].tolist()
+        # To NumPy (seed, epoch) is (seed, epoch, 0, 0); the draws of the loop count steps from 1.
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order = rng.permutation(self.rows)
+        step_size = self.batch_size * self.world_size
+        steps = order[: len(self) * step_size].reshape(len(self), step_size)
+        for rows in steps:
+            # Every rank-th row, so that all ranks together see the batch of one process.
+            yield rows[self.rank :: self.world_size].tolist()
 
 
-def blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of (B, 1, H, W) with a sigma (B,) in pixels for each image, cut off at 4 pixels."""
-    x = torch.arange(-4, 5, device=images.device)
-    kernel = torch.exp(-0.5 * (x / sigma[:, None]).square())
-    kernel = (kernel / kernel.sum(1, keepdim=True))[:, None]
-    images = F.pad(images.transpose(0, 1), (4, 4, 4, 4), mode="replicate")  # batch as channels: a kernel each
-    images = F.conv2d(images, kernel[..., None], groups=len(sigma))
-    return F.conv2d(images, kernel[:, None], groups=len(sigma)).transpose(0, 1)
+# --- augmentation, on the device ---
 
 
-def augment(images: Tensor, rng: np.random.Generator, strength: float = 1.0, flip: bool = False) -> Tensor:
-    """Random affine, gamma, contrast, brightness, blur and noise for float images (B, 1, S, S) in 0..1.
+def to_input(
+    images: Tensor,
+    device: torch.device,
+    mean: float,
+    std: float,
+    rng: np.random.Generator | None = None,
+    strength: float = 1.0,
+    flip: bool = False,
+) -> Tensor:
+    """uint8 (B, 1, S, S) to float32 on `device`, normalised, channels last: what the network takes.
 
-    Parameters are drawn per image on the CPU from `rng`, so that neither workers nor the device change them;
-    only the noise is drawn on the device, from a generator that `rng` seeds. `flip` mirrors half the images.
+    With `rng` the images are augmented, in 0..1, before they are normalised.
+    """
+    images = images.to(device, non_blocking=True).float() / 255
+    if rng is not None:
+        images = augment(images, rng, strength, flip)
+    images = (images - mean) / std
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def augment(
+    images: Tensor,
+    rng: np.random.Generator,
+    strength: float = 1.0,
+    flip: bool = False,
+) -> Tensor:
+    """Random affine, gamma, contrast, brightness, blur and noise for float (B, 1, S, S) in 0..1.
+
+    Parameters are drawn per image on the CPU from `rng`, so that neither workers nor the device
+    change them; only the noise is drawn on the device, from a generator that `rng` seeds. `flip`
+    mirrors half the images. The result may leave 0..1.
     """
     if strength == 0 and not flip:
         return images
-    batch, device = len(images), images.device
+    batch = len(images)
+    device = images.device
     draws = strength * rng.uniform(-1, 1, (11, batch))
-    # Half the images keep their place: interpolation blurs, and evaluation is on images that are as sharp as
-    # they come.
+    # Half the images keep their place: interpolation blurs, and evaluation is on images that are
+    # as sharp as they come.
     draws[:6] *= rng.random(batch) < 0.5
-    draws = torch.from_numpy(draws.astype(np.float32)).to(device, non_blocking=True)
-    angle, log_scale, log_aspect, shear, dx, dy, gamma, contrast, brightness, sigma, noise = draws
+    draws = torch.from_numpy(draws.astype(np.float32))
+    draws = draws.to(device, non_blocking=True)  # (11, B)
 
-    # where each output pixel comes from, in the coordinates of grid_sample: -1..1 from edge to edge
-    cos, sin = torch.cos(angle * math.radians(15)), torch.sin(angle * math.radians(15))
-    sx, sy = torch.exp(0.2 * log_scale + 0.1 * log_aspect), torch.exp(0.2 * log_scale - 0.1 * log_aspect)
+    affine = make_affine(draws[:6], degrees=15)  # (B, 2, 3)
     if flip:
-        sign = torch.from_numpy(rng.choice([-1, 1], batch).astype(np.float32))
-        sx = sx * sign.to(device, non_blocking=True)
-    row_x = [cos * sx, (0.1 * shear * cos - sin) * sy, 0.2 * dx]
-    row_y = [sin * sx, (cos + 0.1 * shear * sin) * sy, 0.2 * dy]
-    affine = torch.stack(row_x + row_y, 1).view(batch, 2, 3)
-    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
-    images = F.grid_sample(images, grid, align_corners=False)
+        sign = torch.from_numpy(rng.choice([-1, 1], batch).astype(np.float32))  # (B,)
+        affine[:, :, 0] *= sign.to(device, non_blocking=True)[:, None]  # what x is multiplied by
+    grid = F.affine_grid(affine, list(images.shape), align_corners=False)  # (B, S, S, 2)
+    images = F.grid_sample(images, grid, align_corners=False)  # (B, 1, S, S), black outside
     if strength == 0:
         return images
+    return change_gray(images, draws[6:], rng)
 
-    gamma, contrast, brightness, noise = (v.view(-1, 1, 1, 1) for v in (gamma, contrast, brightness, noise))
+
+def make_affine(draws: Tensor, degrees: float) -> Tensor:
+    """Affine maps (B, 2, 3) from draws (6, B) in -1..1, for F.affine_grid.
+
+    They say where each output pixel comes from, in the coordinates of grid_sample: x and y from -1
+    to 1, edge to edge. The ends of the range turn by `degrees`, change size and aspect by 22 %,
+    shear by 0.1 and shift by a tenth of the image.
+    """
+    angle, log_scale, log_aspect, shear, dx, dy = draws
+    cos = torch.cos(angle * math.radians(degrees))
+    sin = torch.sin(angle * math.radians(degrees))
+    scale_x = torch.exp(0.2 * log_scale + 0.1 * log_aspect)
+    scale_y = torch.exp(0.2 * log_scale - 0.1 * log_aspect)
+    # Rotation times shear times scale, the shift beside it.
+    x_from_x = cos * scale_x
+    x_from_y = (0.1 * shear * cos - sin) * scale_y
+    y_from_x = sin * scale_x
+    y_from_y = (cos + 0.1 * shear * sin) * scale_y
+    row_x = [x_from_x, x_from_y, 0.2 * dx]  # a tenth of the image: its width is 2
+    row_y = [y_from_x, y_from_y, 0.2 * dy]
+    return torch.stack(row_x + row_y, 1).view(-1, 2, 3)
+
+
+def change_gray(images: Tensor, draws: Tensor, rng: np.random.Generator) -> Tensor:
+    """Gamma, contrast, brightness, blur and noise by draws (5, B); float (B, 1, S, S) in 0..1."""
+    gamma, contrast, brightness, sigma, noise = draws[:, :, None, None, None]  # (B, 1, 1, 1) each
+    # Clamped, because the power of a value below 0 would be NaN.
     images = images.clamp(1e-4, 1) ** torch.exp(0.5 * gamma)
-    mean = images.mean((2, 3), keepdim=True)
-    images = (images - mean) * torch.exp(0.4 * contrast) + mean + 0.2 * brightness
-    images = blur(images, (sigma * 0.012 * images.shape[-1]).clamp(min=0.05))  # half of them stay sharp
-    generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
-    return images + 0.05 * noise.clamp(min=0) * torch.randn(images.shape, generator=generator, device=device)
+    mean = images.mean((2, 3), keepdim=True)  # (B, 1, 1, 1)
+    images = (images - mean) * torch.exp(0.4 * contrast) + mean
+    images = images + 0.2 * brightness
+    # Up to 1.2 % of the side; half of the images stay sharp, and half of them without noise.
+    pixels = (sigma * 0.012 * images.shape[-1]).clamp(min=0.05)
+    images = blur(images, pixels.flatten())
+    # Seeded anew each step, so that no state of a generator has to be kept for --resume.
+    seed = int(rng.integers(2**62))
+    generator = torch.Generator(images.device).manual_seed(seed)
+    grain = torch.randn(images.shape, generator=generator, device=images.device)
+    return images + 0.05 * noise.clamp(min=0) * grain
 
 
-def to_input(images: Tensor, device: torch.device, mean: float, std: float, *augmentation: object) -> Tensor:
-    """uint8 (B, 1, S, S) to float32 on `device`: 0..1, augmented if asked for, normalised, channels last."""
-    images = images.to(device, non_blocking=True).float() / 255
-    if augmentation:
-        images = augment(images, *augmentation)
-    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+def blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur of (B, 1, H, W), with a sigma (B,) in pixels each, cut off at 4 pixels."""
+    x = torch.arange(-4, 5, device=images.device)
+    kernel = torch.exp(-0.5 * (x / sigma[:, None]).square())  # (B, 9)
+    kernel = (kernel / kernel.sum(1, keepdim=True))[:, None]  # (B, 1, 9)
+    # The batch as channels, so that every image has a kernel of its own: (1, B, H + 8, W + 8)
+    images = F.pad(images.transpose(0, 1), (4, 4, 4, 4), mode="replicate")
+    images = F.conv2d(images, kernel[..., None], groups=len(sigma))  # down: (1, B, H, W + 8)
+    images = F.conv2d(images, kernel[:, None], groups=len(sigma))  # across: (1, B, H, W)
+    return images.transpose(0, 1)
 
 
 # --- the synthetic raw set ---
 
 
-def smooth_noise(rng: np.random.Generator, cells: int, size: int) -> np.ndarray:
-    """Noise of mean 0 and deviation about 1 on a coarse grid of `cells`, blown up to float (size, size)."""
-    noise = Image.fromarray(rng.normal(0, 1, (cells, cells)).astype(np.float32))
-    return np.asarray(noise.resize((size, size), Image.Resampling.BICUBIC))
+def write_demo(raw: Path, patients: int = 600, seed: int = 0) -> None:
+    """Write a synthetic raw set in the layout of the RSNA challenge: DICOM files, a row per box.
+
+    The opacities are blobs of chance, some too faint to see: scores on them say nothing about
+    pneumonia.
+    """
+    folder = raw / "stage_2_train_images"
+    folder.mkdir(parents=True, exist_ok=True)
+    table = raw / "stage_2_train_labels.csv"
+    with open(table, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("patientId", "x", "y", "width", "height", "Target"))
+        for k in range(patients):
+            rng = np.random.default_rng((seed, k))  # so that a longer set begins with a shorter one
+            name = f"demo{k:04d}"
+            opacities = rng.choice(4, p=[0.5, 0.2, 0.2, 0.1])
+            picture, boxes = draw_phantom(rng, opacities)
+            write_dicom(folder / f"{name}.dcm", picture, jpeg=k % 2 == 0)
+            for box in boxes:
+                writer.writerow((name, *box, 1))
+            if not boxes:
+                writer.writerow((name, "", "", "", "", 0))
 
 
-def draw_phantom(rng: np.random.Generator, boxes: int, size: int = 256) -> tuple[np.ndarray, list[tuple]]:
-    """A chest-like picture, float (size, size) in 0..1; boxes (x, y, width, height) of its opacities."""
-    y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
+def draw_phantom(
+    rng: np.random.Generator, opacities: int
+) -> tuple[np.ndarray, list[tuple[int, ...]]]:
+    """A chest-like picture, float (256, 256) in 0..1; boxes x, y, width, height of opacities."""
+    # Coordinates from -1 to 1, y down, shifted and stretched as patients are.
+    y, x = np.mgrid[-1 : 1 : PHANTOM * 1j, -1 : 1 : PHANTOM * 1j]
     x = (x - rng.normal(0, 0.03)) / rng.uniform(0.92, 1.08)
     y = (y - rng.normal(0, 0.03)) / rng.uniform(0.92, 1.08)
-    edge = rng.uniform(0.02, 0.05)
+    edge = rng.uniform(0.02, 0.05)  # how soft outlines are
 
     def inside(cx: float, cy: float, rx: float, ry: float, power: float = 2.0) -> np.ndarray:
-        distance = (np.abs((x - cx) / rx) ** power + np.abs((y - cy) / ry) ** power) ** (1 / power)
-        return 1 / (1 + np.exp(((distance - 1) * min(rx, ry) / edge).clip(-30, 30)))
+        """1 inside an ellipse (power 2) or a rounder rectangle (above), 0 outside, soft between."""
+        across = np.abs((x - cx) / rx) ** power
+        down = np.abs((y - cy) / ry) ** power
+        distance = (across + down) ** (1 / power)  # 1 on the outline
+        outwards = (distance - 1) * min(rx, ry) / edge
+        return 1 / (1 + np.exp(outwards.clip(-30, 30)))
 
     def ridge(distance: np.ndarray, width: float) -> np.ndarray:
+        """1 on a line, falling off on both sides of it."""
         return np.exp(-((distance / width) ** 2))
 
-    body, cage = inside(0, 0.15, 0.86, 1.25, 4), inside(0, 0.05, 0.78, 0.95, 3) * (np.abs(x) > 0.08)
-    lungs = np.maximum(inside(-0.4, -0.05, 0.3, 0.66, 2.6), inside(0.4, -0.05, 0.28, 0.66, 2.6))
-    for side, top in ((-1, 0.38), (1, 0.44)):  # the diaphragm: two domes, the patient's right one higher
+    body = inside(0, 0.15, 0.86, 1.25, 4)
+    cage = inside(0, 0.05, 0.78, 0.95, 3) * (np.abs(x) > 0.08)  # where ribs are: not on the spine
+    right_lung = inside(-0.4, -0.05, 0.3, 0.66, 2.6)
+    left_lung = inside(0.4, -0.05, 0.28, 0.66, 2.6)
+    lungs = np.maximum(right_lung, left_lung)
+    for side, top in ((-1, 0.38), (1, 0.44)):  # the diaphragm: the patient's right dome is higher
         lungs *= 1 - inside(0.42 * side, top + 0.6, 0.5, 0.6)
     heart = inside(0.15, 0.22, rng.uniform(0.3, 0.42), rng.uniform(0.28, 0.36))
     lungs *= 1 - 0.9 * heart
-    picture = body * (0.62 - 0.42 * lungs + 0.12 * heart)
+    picture = body * (0.62 - 0.42 * lungs + 0.12 * heart)  # air is dark
     picture += 0.16 * body * ridge(x, 0.1) * (1 + 0.25 * np.sin(y * 34))  # spine
     for k in range(9):  # ribs fall from the spine to the sides
-        center = -0.75 + 0.16 * k + 0.55 * np.abs(x) ** 1.6 + rng.normal(0, 0.008)
+        center = -0.75 + 0.16 * k + 0.55 * np.abs(x) ** 1.6
+        center += rng.normal(0, 0.008)
         picture += 0.09 * cage * ridge(y - center, 0.025)
-    picture += 0.14 * body * (np.abs(x) < 0.7) * ridge(y + 0.72 - 0.22 * np.abs(x), 0.03)  # clavicles
+    clavicles = ridge(y + 0.72 - 0.22 * np.abs(x), 0.03)
+    picture += 0.14 * body * (np.abs(x) < 0.7) * clavicles
 
-    found = []
-    for _ in range(boxes):
-        cx, cy = rng.choice([-1, 1]) * rng.uniform(0.28, 0.52), rng.uniform(-0.35, 0.35)
+    boxes = []
+    for _ in range(opacities):
+        cx = rng.choice([-1, 1]) * rng.uniform(0.28, 0.52)  # in one of the lungs
+        cy = rng.uniform(-0.35, 0.35)
         rx, ry = rng.uniform(0.1, 0.25, 2)
-        cloud = 1 + 0.5 * smooth_noise(rng, 9, size)
+        cloud = 1 + 0.5 * smooth_noise(rng, 9)
         blob = np.exp(-((((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2) ** 1.5))
         picture += rng.uniform(0.1, 0.5) * blob * cloud * (0.3 + 0.7 * lungs)
-        points = np.argwhere(blob > 0.3)
-        (top, left), (height, width) = points.min(0), np.ptp(points, axis=0) + 1
-        found.append((int(left), int(top), int(width), int(height)))
-    picture += 0.03 * body * smooth_noise(rng, 24, size) + rng.normal(0, 0.015, picture.shape)
-    return (0.03 + 0.9 * picture.clip(0, 1.1) ** rng.uniform(0.8, 1.25)).clip(0, 1), found
+        boxes.append(enclose(blob > 0.3))
+    tissue = 0.03 * body * smooth_noise(rng, 24)
+    picture += tissue + rng.normal(0, 0.015, picture.shape)
+    gamma = rng.uniform(0.8, 1.25)
+    return (0.03 + 0.9 * picture.clip(0, 1.1) ** gamma).clip(0, 1), boxes
+
+
+def smooth_noise(rng: np.random.Generator, cells: int) -> np.ndarray:
+    """Noise of mean 0 and deviation about 1 on a grid of `cells`, scaled to float (256, 256)."""
+    noise = rng.normal(0, 1, (cells, cells)).astype(np.float32)
+    image = Image.fromarray(noise).resize((PHANTOM, PHANTOM), Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def enclose(mask: np.ndarray) -> tuple[int, ...]:
+    """The box (x, y, width, height) around a bool mask (H, W), in pixels."""
+    points = np.argwhere(mask)  # (n, 2): y, x
+    top, left = points.min(0).tolist()
+    height, width = (np.ptp(points, axis=0) + 1).tolist()
+    return left, top, width, height
 
 
 def write_dicom(path: Path, picture: np.ndarray, jpeg: bool) -> None:
-    """Write 0..1 as JPEG Baseline (8 bit, MONOCHROME2) or uncompressed (12 bit, MONOCHROME1, windowed)."""
+    """Write float (H, W) in 0..1 as one of the two kinds of file that a reader has to tell apart.
+
+    JPEG Baseline (8 bit, MONOCHROME2), or uncompressed (12 bit, MONOCHROME1, windowed).
+    """
     ds = pydicom.Dataset()
     ds.SOPClassUID = uid.ComputedRadiographyImageStorage
     ds.SOPInstanceUID = uid.generate_uid(entropy_srcs=[path.stem])
-    ds.PatientID, ds.Modality, ds.ViewPosition = path.stem, "CR", "PA"
+    ds.PatientID = path.stem
+    ds.Modality = "CR"
+    ds.ViewPosition = "PA"
     if jpeg:
-        pixels, buffer = np.rint(picture * 255).astype(np.uint8), io.BytesIO()
+        pixels = np.rint(picture * 255).astype(np.uint8)
+        buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
         ds.set_pixel_data(pixels, "MONOCHROME2", 8, generate_instance_uid=False)
         ds.file_meta.TransferSyntaxUID = uid.JPEGBaseline8Bit
         ds.PixelData = encapsulate([buffer.getvalue()])
     else:
-        ds.WindowCenter, ds.WindowWidth = 2048, 4096
+        ds.WindowCenter = 2048
+        ds.WindowWidth = 4096
         pixels = np.rint((1 - picture) * 4095).astype(np.uint16)
         ds.set_pixel_data(pixels, "MONOCHROME1", 12, generate_instance_uid=False)
     ds.save_as(path, enforce_file_format=True)
-
-
-def write_demo(raw: Path, patients: int = 600, seed: int = 0) -> None:
-    """Write a synthetic raw set in the layout of the RSNA challenge: DICOM files and one CSV row per box.
-
-    The opacities are blobs of chance, some too faint to see: scores on them say nothing about pneumonia.
-    """
-    folder = raw / "stage_2_train_images"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(raw / "stage_2_train_labels.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("patientId", "x", "y", "width", "height", "Target"))
-        for k in range(patients):
-            rng, name = np.random.default_rng((seed, k)), f"demo{k:04d}"
-            picture, boxes = draw_phantom(rng, rng.choice(4, p=[0.5, 0.2, 0.2, 0.1]))
-            write_dicom(folder / f"{name}.dcm", picture, jpeg=k % 2 == 0)
-            writer.writerows([(name, *box, 1) for box in boxes] or [(name, "", "", "", "", 0)])

@@ -73,7 +73,14 @@ from common.metrics import (
 
 TILE = 256  # pixels of one picture in a gallery
 # What a labelled split leaves in --out; metrics.json is written last.
-RESULTS = ("metrics.json", "predictions.csv", "roc.csv", "roc.png", "confusion_matrix.png", "mistakes.png")
+RESULTS = (
+    "metrics.json",
+    "predictions.csv",
+    "roc.csv",
+    "roc.png",
+    "confusion_matrix.png",
+    "mistakes.png",
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -83,11 +90,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--checkpoint", type=Path, nargs="+", required=True, help="one or more of train.py's")
     add("--data", type=Path, metavar="CACHE", help="what preprocess.py wrote")
     add(
-        "--split", choices=("val", "test"), default="val", help="val (default): the fold left out in training"
+        "--split",
+        choices=("val", "test"),
+        default="val",
+        help="val (default): the fold left out in training",
     )
-    add("--images", type=Path, nargs="+", metavar="PATH", help="new images without labels: files and folders")
-    add("--compare", type=Path, metavar="CSV", help="predictions.csv of another model for the same images")
-    add("--out", type=Path, help="(default: eval_val, eval_test or predictions beside the checkpoint)")
+    add(
+        "--images",
+        type=Path,
+        nargs="+",
+        metavar="PATH",
+        help="new images without labels: files and folders",
+    )
+    add(
+        "--compare",
+        type=Path,
+        metavar="CSV",
+        help="predictions.csv of another model for the same images",
+    )
+    add(
+        "--out",
+        type=Path,
+        help="(default: eval_val, eval_test or predictions beside the checkpoint)",
+    )
     add = parser.add_argument_group("run").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
     add("--amp", choices=AMP, help="mixed precision (default: as in the training)")
@@ -103,7 +128,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_models(paths: list[Path], device: torch.device) -> tuple[list[torch.nn.Module], list[dict]]:
+def load_models(
+    paths: list[Path], device: torch.device
+) -> tuple[list[torch.nn.Module], list[dict]]:
     """Bare models and their checkpoints. Raises CheckpointError if they do not go together."""
     types = {"arch": str}
     checkpoints = [load_run(path, "classification", types, device) for path in paths]
@@ -113,9 +140,13 @@ def load_models(paths: list[Path], device: torch.device) -> tuple[list[torch.nn.
         check_same(checkpoint["meta"], checkpoints[0]["meta"], path, paths[0])
         meta, settings = checkpoint["meta"], checkpoint["settings"]
         if settings["amp"] not in AMP or settings["arch"] not in ARCHITECTURES:
-            raise CheckpointError(f"{path}: settings {settings['amp']} {settings['arch']}, of no training")
+            raise CheckpointError(
+                f"{path}: settings {settings['amp']} {settings['arch']}, of no training"
+            )
         if len(meta["classes"]) == 2 and type(checkpoint.get("threshold")) is not float:
-            raise CheckpointError(f"{path}: threshold {checkpoint.get('threshold')}, expected a number")
+            raise CheckpointError(
+                f"{path}: threshold {checkpoint.get('threshold')}, expected a number"
+            )
         model = build_model(settings["arch"], len(meta["classes"]), meta["size"])
         load_weights(model, checkpoint, path)
         models.append(model.to(device, memory_format=torch.channels_last))
@@ -137,7 +168,9 @@ def choose_rows(cache: Path, split: str, paths: list[Path], checkpoints: list[di
     if split == "val":
         sha256 = file_sha256(cache / "index.csv")
         if any(checkpoint["settings"]["index"] != sha256 for checkpoint in checkpoints):
-            raise DataError(f"{cache}: not the cache of the training, so its folds differ; use --split test")
+            raise DataError(
+                f"{cache}: not the cache of the training, so its folds differ; use --split test"
+            )
         if len(folds) > 1:
             raise DataError(
                 f"checkpoints of folds {sorted(folds)}: they trained on each other's validation images"
@@ -145,7 +178,9 @@ def choose_rows(cache: Path, split: str, paths: list[Path], checkpoints: list[di
     wanted = "test" if split == "test" else str(folds.pop())
     rows = [k for k, row in enumerate(index) if row["fold"] == wanted]
     if not rows:
-        raise DataError(f"{cache}: no {split} rows; preprocess.py makes them by --test-fraction or --like")
+        raise DataError(
+            f"{cache}: no {split} rows; preprocess.py makes them by --test-fraction or --like"
+        )
     check_leakage(cache, rows, paths, checkpoints)
     return rows
 
@@ -159,22 +194,32 @@ def check_leakage(cache: Path, rows: list[int], paths: list[Path], checkpoints: 
     patients, images = fingerprints(cache, rows)
     for path, checkpoint in zip(paths, checkpoints, strict=True):
         if not checkpoint.get("trained_on"):
-            print(f"note: {path} does not say what it was trained on: make sure that it was on other images")
+            print(
+                f"note: {path} does not say what it was trained on: make sure that it was on other images"
+            )
             continue
         settings, official = checkpoint["settings"], set()
         of_this_cache = settings["index"] == file_sha256(cache / "index.csv")
         if of_this_cache and overlaps.get("patients on both sides of an official split"):
-            others = [k for k, row in enumerate(index) if row["fold"] not in ("test", str(settings["fold"]))]
+            others = [
+                k
+                for k, row in enumerate(index)
+                if row["fold"] not in ("test", str(settings["fold"]))
+            ]
             official = set(fingerprints(cache, others)[0])
         seen = count_trained_on(checkpoint["trained_on"], patients, images)
         refused = [k for k in seen if patients[k] not in official]
         if len(seen) > len(refused):
             count = len(seen) - len(refused)
-            print(f"note: {count} of {len(rows)} images are of patients in training, by the official split")
+            print(
+                f"note: {count} of {len(rows)} images are of patients in training, by the official split"
+            )
         if refused:
             name = index[rows[refused[0]]]["id"]
             found = f"{path}: trained on {len(refused)} of these {len(rows)} images or patients ({name})"
-            raise DataError(f"{found}; take others, or, if only names are alike, change them in index.csv")
+            raise DataError(
+                f"{found}; take others, or, if only names are alike, change them in index.csv"
+            )
 
 
 # --- pictures ---
@@ -225,11 +270,28 @@ def draw_roc(curves: dict[str, tuple[Tensor, Tensor]]) -> Image.Image:
         draw.line((at, margin, at, margin + side), "#dddddd")
         draw.line((margin, at, margin + side, at), "#dddddd")
         draw.text((at, margin + side + 14), f"{k / 5:.1f}", "black", font(14), anchor="mm")
-        draw.text((margin - 8, margin + side - side * k / 5), f"{k / 5:.1f}", "black", font(14), anchor="rm")
+        draw.text(
+            (margin - 8, margin + side - side * k / 5),
+            f"{k / 5:.1f}",
+            "black",
+            font(14),
+            anchor="rm",
+        )
     draw.line((margin, margin + side, margin + side, margin), "#aaaaaa")
-    draw.text((margin + side / 2, margin + side + 40), "1 - specificity", "black", font(16), anchor="mm")
+    draw.text(
+        (margin + side / 2, margin + side + 40), "1 - specificity", "black", font(16), anchor="mm"
+    )
     draw.text((margin, margin - 20), "sensitivity", "black", font(16), anchor="lm")
-    colours = ("#1f4e9c", "#c0392b", "#2e8b57", "#8e44ad", "#d68910", "#117a8b", "#7b241c", "#5d6d7e")
+    colours = (
+        "#1f4e9c",
+        "#c0392b",
+        "#2e8b57",
+        "#8e44ad",
+        "#d68910",
+        "#117a8b",
+        "#7b241c",
+        "#5d6d7e",
+    )
     for k, (name, (fpr, tpr)) in enumerate(curves.items()):
         colour = colours[k % len(colours)]
         points = [
@@ -238,17 +300,28 @@ def draw_roc(curves: dict[str, tuple[Tensor, Tensor]]) -> Image.Image:
         ]
         draw.line(points, colour, 3)
         draw.text(
-            (margin + side - 10, margin + side - 20 * (len(curves) - k)), name, colour, font(16), anchor="rm"
+            (margin + side - 10, margin + side - 20 * (len(curves) - k)),
+            name,
+            colour,
+            font(16),
+            anchor="rm",
         )
     return picture
 
 
 def draw_activation(
-    model: torch.nn.Module, meta: dict, image: Tensor, target: int, caption: list[str], device: torch.device
+    model: torch.nn.Module,
+    meta: dict,
+    image: Tensor,
+    target: int,
+    caption: list[str],
+    device: torch.device,
 ) -> Tensor:
     """An image, uint8 (1, S, S), beside itself under its class activation map: uint8 (3, H, 2 * TILE)."""
     with torch.no_grad():
-        _, maps = class_activation_maps(model, to_input(image[None], device, meta["mean"], meta["std"]))
+        _, maps = class_activation_maps(
+            model, to_input(image[None], device, meta["mean"], meta["std"])
+        )
     gray = resize(image.float(), [TILE, TILE]).expand(3, -1, -1)
     heat = resize(maps[:, target].cpu().clamp(min=0), [TILE, TILE], antialias=False)
     heat = 0.6 * heat / heat.max().clamp(min=1e-6)
@@ -306,7 +379,9 @@ def read_predictions(path: Path, cases: list[dict], classes: list[str]) -> Tenso
         table = {row["id"]: [float(row[f"probability_{name}"]) for name in classes] for row in rows}
         labels = {row["id"]: (row["label"], row.get("split")) for row in rows}
     except (KeyError, ValueError, TypeError, csv.Error) as error:
-        raise DataError(f"{path}: expected predictions.csv of eval.py for the classes {classes}") from error
+        raise DataError(
+            f"{path}: expected predictions.csv of eval.py for the classes {classes}"
+        ) from error
     expected = {case["id"]: case for case in cases}
     missing, others = expected.keys() - table.keys(), table.keys() - expected.keys()
     if missing or others:
@@ -317,7 +392,9 @@ def read_predictions(path: Path, cases: list[dict], classes: list[str]) -> Tenso
     for name, (label, split) in labels.items():
         if label != expected[name]["label"] or split not in (expected[name]["split"], None):
             found = f"{path}: {name} is {label} of {split}"
-            raise DataError(f"{found}, expected {expected[name]['label']} of {expected[name]['split']}")
+            raise DataError(
+                f"{found}, expected {expected[name]['label']} of {expected[name]['split']}"
+            )
     probabilities = torch.tensor([table[case["id"]] for case in cases], dtype=torch.float64)
     # older tables have six digits; a NaN is in no range
     if not ((probabilities >= 0).all() and ((probabilities.sum(1) - 1).abs() < 1e-4).all()):
@@ -338,11 +415,15 @@ def choose_threshold(
     of_this_cache = {one["index"] for one in settings} == {file_sha256(args.data / "index.csv")}
     if len(own) > 1 and of_this_cache and len({one["fold"] for one in settings}) == 1:
         rows = choose_rows(args.data, "val", args.checkpoint, checkpoints)
-        loader = make_loader(args.data, in_batches(rows, settings[0]["batch_size"]), args.workers, device)
+        loader = make_loader(
+            args.data, in_batches(rows, settings[0]["batch_size"]), args.workers, device
+        )
         probabilities, labels = predict(models, checkpoints, loader, device, args.amp)
         return youden_threshold(labels, probabilities[:, 1])
     if len(own) > 1:
-        print("note: no validation images in common: the tuned threshold is the mean of their own ones")
+        print(
+            "note: no validation images in common: the tuned threshold is the mean of their own ones"
+        )
     return sum(own) / len(own)
 
 
@@ -374,7 +455,8 @@ def evaluate_split(
 
     def difference(chosen: Tensor) -> dict[str, float]:
         ours, other = (
-            classification_metrics(labels[chosen], p[chosen])["auroc"] for p in (probabilities, theirs)
+            classification_metrics(labels[chosen], p[chosen])["auroc"]
+            for p in (probabilities, theirs)
         )
         return {"auroc_difference": ours - other}
 
@@ -397,11 +479,13 @@ def evaluate_split(
     worst = wrong[probabilities[wrong].amax(1).argsort(descending=True)][:12].tolist()
     tiles, dataset = [], XrayDataset(args.data)
     for k in worst:  # the most confident mistakes, with what the first model looked at
-        (image,), _ = dataset.__getitems__([rows[k]])
+        (image,), _ = dataset[[rows[k]]]
         answer = f"predicted {cases[k]['prediction']} {probabilities[k].max():.3f}"
         caption = [cases[k]["id"], f"{cases[k]['label']}, {answer}"]
         tiles.append(
-            draw_activation(models[0], checkpoints[0]["meta"], image, int(predictions[k]), caption, device)
+            draw_activation(
+                models[0], checkpoints[0]["meta"], image, int(predictions[k]), caption, device
+            )
         )
     counts = confusion_matrix(labels, predictions, len(classes))
     with hold_folder(out):
@@ -410,7 +494,9 @@ def evaluate_split(
         save_picture(out / "confusion_matrix.png", draw_confusion_matrix(counts, classes))
         write_roc(out, labels, probabilities, classes)
         if tiles:
-            save_picture(out / "mistakes.png", to_pil_image(torchvision.utils.make_grid(tiles, nrow=3)))
+            save_picture(
+                out / "mistakes.png", to_pil_image(torchvision.utils.make_grid(tiles, nrow=3))
+            )
         write_json(out / "metrics.json", {"summary": summary, "cases": cases, "run": run})
     print(f"{len(rows)} images, {len(wrong)} wrong; figures and pictures in {out}")
 
@@ -421,7 +507,9 @@ def write_roc(out: Path, labels: Tensor, probabilities: Tensor, classes: list[st
     for k in range(1 if len(classes) == 2 else 0, len(classes)):
         fpr, tpr, thresholds = roc_curve((labels == k).long(), probabilities[:, k])
         for point in zip(thresholds.tolist(), fpr.tolist(), tpr.tolist(), strict=True):
-            points.append(dict(zip(("class", "threshold", "fpr", "tpr"), (classes[k], *point), strict=True)))
+            points.append(
+                dict(zip(("class", "threshold", "fpr", "tpr"), (classes[k], *point), strict=True))
+            )
         if fpr.isfinite().all() and tpr.isfinite().all():  # not with one class only
             role = "positive class " if len(classes) == 2 else ""
             curves[f"{role}{classes[k]}  AUROC {torch.trapezoid(tpr, fpr):.3f}"] = (fpr, tpr)
@@ -440,7 +528,9 @@ def list_images(paths: list[Path]) -> list[Path]:
         others = sorted(set(list_files(path)) - set(images))
         if not images:
             found = count_files(others, path) or "nothing"
-            raise DataError(f"{path}: no image in it, found {found}, expected DICOM, JPEG, PNG or TIFF")
+            raise DataError(
+                f"{path}: no image in it, found {found}, expected DICOM, JPEG, PNG or TIFF"
+            )
         if others:
             print(f"note: {path}: passed over: {count_files(others, path)}")
         files += images
@@ -501,7 +591,11 @@ def predict_images(
                 overlay = draw_activation(models[0], meta, image, best, [str(path), answer], device)
                 save_picture(overlays[path], to_pil_image(overlay))
                 row = {"image": str(path), "prediction": meta["classes"][best]}
-                rows.append(row | named(meta["classes"], probabilities[k]) | {"overlay": overlays[path].name})
+                rows.append(
+                    row
+                    | named(meta["classes"], probabilities[k])
+                    | {"overlay": overlays[path].name}
+                )
                 print(one_line(f"{path}: {answer}"))
             write_table(out / "predictions.csv", rows)
         print(f"{len(good)} images; predictions.csv and overlays in {out}")
@@ -513,7 +607,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = choose_device(args.device)
     models, checkpoints = load_models(args.checkpoint, device)
-    out = args.out or args.checkpoint[0].parent / (f"eval_{args.split}" if args.data else "predictions")
+    out = args.out or args.checkpoint[0].parent / (
+        f"eval_{args.split}" if args.data else "predictions"
+    )
     (evaluate_split if args.data else predict_images)(args, models, checkpoints, device, out)
 
 

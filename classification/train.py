@@ -1,23 +1,24 @@
-"""Train a ResNet to tell classes of X-rays apart: cross entropy, best checkpoint by validation AUROC.
+"""Train a ResNet to tell classes of X-rays apart: cross entropy, best checkpoint by AUROC.
 
-  python classification/train.py                              # no data at hand: a synthetic set
+  python classification/train.py                          # without data: a synthetic set
   python classification/train.py --data data/rsna --class-weights balanced
-  python classification/train.py --data data/rsna --resume     # go on where it was stopped
+  python classification/train.py --data data/rsna --resume
   torchrun --nproc-per-node 4 classification/train.py --data data/rsna
 
---data is a cache of preprocess.py: fold K is validated on, the other folds are trained on. Written to --out:
-last.pt, best.pt, log.csv. The same settings, processes and threads give the same result to the bit on a CPU.
+--data is a cache of preprocess.py: fold K is the validation set, the others are the training set.
+Written to --out: last.pt, best.pt, log.csv. On a CPU, the same settings and numbers of processes
+and threads give bit-identical weights.
 """
 
 import argparse
-import csv
 import json
 import math
 import os
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,46 +26,26 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from classification import preprocess
-from classification.dataset import (
-    EpochBatches,
-    fingerprints,
-    in_batches,
-    make_loader,
-    open_cache,
-    read_index,
-    to_input,
-    write_demo,
-)
-from classification.model import ARCHITECTURES, PRETRAINED_MEAN, PRETRAINED_STD, build_model
+from classification import dataset, preprocess
+from classification import model as network
+from classification.dataset import in_batches, make_loader, to_input
+from classification.model import ARCHITECTURES, build_model
 from classification.preprocess import DataError, positive_class, progress, run_command
-from common.checkpoint import (
-    CheckpointError,
-    array_bytes,
-    count_trained_on,
-    file_sha256,
-    hold_folder,
-    list_trained_on,
-    load_checkpoint,
-    load_fitting_weights,
-    open_run,
-    restore,
-    save_checkpoint,
-    trained_on_index,
-    written,
-)
-from common.metrics import classification_metrics, youden_threshold
+from common import checkpoint
+from common.checkpoint import CheckpointError, Run
+from common.metrics import best_threshold, classification_metrics
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+LOGGED = ("accuracy", "balanced_accuracy", "auroc")  # of the metrics, in log.csv
 DEMO = Path("data/demo/classification")
-# What may differ between a training and its --resume, because it does not change the result.
+# What may differ between a run and its --resume, because it does not change the result
 FREE = ("data", "out", "workers", "init", "device", "compile", "resume", "stop_after", "overwrite")
 
 
@@ -72,45 +53,143 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument_group("data").add_argument
-    add("--data", type=Path, metavar="CACHE", help="what preprocess.py wrote (default: a synthetic set)")
+    add("--data", type=Path, metavar="CACHE", help="written by preprocess.py (default: synthetic)")
     add("--out", type=Path, default=Path("runs/classification"), help="(default: %(default)s)")
-    add("--fold", type=int, default=0, help="the fold to validate on (default: %(default)s)")
-    add("--workers", type=int, default=2, help="loading processes (default: %(default)s)")
+    add("--fold", type=within(int, 0, 4), default=0, help="validation fold (default: %(default)s)")
+    add("--workers", type=within(int, 0), default=2, help="loading processes (default: 2)")
     add = parser.add_argument_group("training").add_argument
     add("--arch", choices=ARCHITECTURES, default="resnet18", help="(default: %(default)s)")
     add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
-    add("--init", type=Path, metavar="CHECKPOINT", help="start from the weights of another training")
-    add("--epochs", type=int, default=15, help="(default: %(default)s; synthetic set: 8)")
-    add("--batch-size", type=int, default=32, help="per process (default: %(default)s)")
-    add("--lr", type=float, default=1e-3, help="peak learning rate (default: %(default)s)")
-    add("--weight-decay", type=float, default=0.05, help="(default: %(default)s)")
-    add("--label-smoothing", type=float, default=0.0, help="(default: %(default)s)")
-    add("--class-weights", choices=("none", "balanced"), default="none", help="(default: %(default)s)")
-    add("--augment", type=float, default=1.0, help="strength, 0 = off (default: %(default)s)")
+    add("--init", type=Path, metavar="CHECKPOINT", help="start from the weights of another run")
+    add("--epochs", type=within(int, 1), help="(default: 15; synthetic set: 8)")
+    add("--batch-size", type=within(int, 2), default=32, help="per process (default: %(default)s)")
+    add("--lr", type=within(float, 1e-15, 1e9), default=1e-3, help="peak (default: %(default)s)")
+    add("--weight-decay", type=within(float, 0, 1e9), default=0.05, help="(default: %(default)s)")
+    add("--label-smoothing", type=within(float, 0, 0.99), default=0.0, help="(default: none)")
+    add("--class-weights", choices=("none", "balanced"), default="none", help="(default: none)")
+    add("--augment", type=within(float, 0, 10), default=1.0, help="strength (default: %(default)s)")
     add("--flip", action="store_true", help="also mirror every other image")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--seed", type=within(int, 0, 2**64 - 1), default=0, help="(default: %(default)s)")
     add = parser.add_argument_group("run").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
     add("--amp", choices=AMP, default="off", help="mixed precision (default: %(default)s)")
     add("--compile", action="store_true", help="torch.compile the model")
-    add("--resume", action="store_true", help="go on from last.pt in --out")
-    add("--stop-after", type=int, metavar="N", help="stop after N epochs, on the schedule of --epochs")
-    add("--overwrite", action="store_true", help="replace the training in --out")
+    add("--resume", action="store_true", help="resume the interrupted run in --out")
+    add("--stop-after", type=within(int, 1), metavar="N", help="stop after epoch N of --epochs")
+    add("--overwrite", action="store_true", help="replace the run in --out")
     args = parser.parse_args(argv)
-    if args.data is None:
-        parser.set_defaults(epochs=8)
-        args = parser.parse_args(argv)
-    least = {"fold": 0, "workers": 0, "epochs": 1, "batch_size": 2, "augment": 0, "seed": 0, "stop_after": 1}
-    for name, low in least.items():
-        if getattr(args, name) is not None and not getattr(args, name) >= low:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}, expected {low} or more")
-    if args.seed >= 2**64 or args.augment > 10:
-        parser.error("expected --seed below 2^64 and --augment of at most 10")
-    if not (0 < args.lr < math.inf and 0 <= args.weight_decay < math.inf and 0 <= args.label_smoothing < 1):
-        parser.error("expected --lr > 0, --weight-decay >= 0 and 0 <= --label-smoothing < 1")
+    args.epochs = args.epochs or (15 if args.data else 8)
     if args.init and args.pretrained:
         parser.error("--init and --pretrained both set the first weights: choose one")
     return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    device, rank, world_size = start_processes(args.device, args.amp)
+    is_main = rank == 0  # the process that prints and saves
+
+    # Data
+    cache = args.data or make_demo(is_main, world_size)
+    meta, train_loader, val_loader, counts = load_data(cache, args, device, rank, world_size)
+    steps_per_epoch = len(train_loader)
+    total_steps = args.epochs * steps_per_epoch  # of the learning rate's schedule
+
+    # Model, loss, optimizer
+    torch.manual_seed(args.seed)  # the first weights
+    model = build_model(args.arch, len(counts), meta["size"], args.pretrained and not args.resume)
+    model = model.to(device, memory_format=torch.channels_last)
+    init = checkpoint.load_init(args, model, device, is_main)
+    weights = network.class_weights(args.class_weights, counts).to(device)
+    criterion = partial(network.weighted_loss, weights=weights, smoothing=args.label_smoothing)
+    mean_std = (meta["mean"], meta["std"])
+    optimizer = make_optimizer(model, args.lr, args.weight_decay)
+    scaler = GradScaler(device.type, enabled=args.amp == "fp16")
+
+    # A new run, or the state of the one to resume
+    settings = collect_settings(args, cache, world_size)
+    run = Run(args.out)
+    if args.resume:
+        run.restore(settings, meta, model, optimizer, scaler)
+    if is_main:
+        run.claim(args, settings)
+        run.trained_on = run.trained_on or record_training(cache, args.fold, init)
+        print_setup(settings, f"{counts.tolist()} images of {meta['classes']}", device)
+        print(f"positive class: {positive_class(meta['classes'])}")
+    saved = {"task": "classification", "meta": meta, "settings": settings}
+    train_model = wrap_model(model, device, world_size, args.compile)
+
+    for epoch in range(run.epoch, min(args.epochs, args.stop_after or args.epochs)):
+        start = time.perf_counter()
+        loss_sum = torch.zeros((), device=device)  # stays there: reading it would wait
+        train_loader.sampler.epoch = epoch  # decides the order
+        model.train()  # evaluate() has set the other mode
+        for step, (images, labels) in enumerate(train_loader, 1):
+            # These four decide all random numbers, so a resumed run draws the same ones.
+            rng = np.random.default_rng((args.seed, epoch, step, rank))
+            labels = labels.to(device, non_blocking=True)
+            images = to_input(images, device, *mean_std, rng, args.augment, args.flip)
+            lr = learning_rate(epoch * steps_per_epoch + step - 1, total_steps, args.lr)
+            set_learning_rate(optimizer, lr)
+            with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
+                logits = train_model(images)  # (B, classes)
+            loss = criterion(logits.float(), labels)  # float32, whatever --amp is
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)  # to clip the true gradients, not the scaled ones
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # a bad batch moves little
+            scaler.step(optimizer)  # left out if fp16 overflowed
+            scaler.update()  # the factor of the fp16 loss
+            optimizer.zero_grad()
+            loss_sum += loss.detach()
+            if step % 20 == 0:  # seldom: .item() waits for the device
+                mean_loss = check_loss(loss_sum.item() / step, epoch)
+                if is_main:
+                    show_progress(args, epoch, step, steps_per_epoch, mean_loss, start)
+
+        # Validation on the whole fold, shared out among the processes
+        train_loss = mean_over_processes(loss_sum, steps_per_epoch, world_size, epoch)
+        logits, labels = evaluate(model, val_loader, device, args.amp, *mean_std)
+        check_finite(logits, f"epoch {epoch + 1}")
+        probabilities = logits.softmax(1)  # (N, classes)
+        metrics = classification_metrics(labels, probabilities)
+        if is_main:
+            row = {"epoch": epoch + 1, "lr": lr, "train_loss": train_loss}
+            row |= {"val_loss": F.cross_entropy(logits, labels).item()}
+            row |= {f"val_{name}": metrics[name] for name in LOGGED}
+            row |= {"seconds": time.perf_counter() - start}
+            saved |= {"figures": metrics, "threshold": best_threshold(labels, probabilities)}
+            run.save(row, metrics["auroc"], saved, model, optimizer, scaler)
+    finish(args.out, cache, is_main, world_size)
+
+
+def within(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a number of `kind` from `low` to `high`."""
+
+    def convert(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text}, expected {low} to {high}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names the type in its message
+    return convert
+
+
+def start_processes(device_name: str, amp: str) -> tuple[torch.device, int, int]:
+    """Device, rank and number of processes; torchrun passes them in environment variables."""
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    device = choose_device(device_name, local_rank)
+    if world_size > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
+    is_slow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    if amp == "bf16" and is_slow and rank == 0:
+        print("note: this processor has no bf16 arithmetic, --amp off is many times faster here")
+    return device, rank, world_size
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -125,253 +204,207 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         raise DataError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
-def start_processes(device_name: str) -> tuple[torch.device, int, int]:
-    """Device, rank and number of processes; torchrun says by environment variables which one this is."""
-    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    world_size, device = int(os.environ.get("WORLD_SIZE", "1")), choose_device(device_name, local_rank)
+def make_demo(is_main: bool, world_size: int) -> Path:
+    """Write the synthetic raw set and send it through preprocess.py; returns the cache."""
+    cache = DEMO / "cache"
+    if is_main:
+        print("no --data: a synthetic set.")
+        print("Its opacities are random blobs: the scores mean nothing medically.")
+        dataset.write_demo(DEMO / "raw")
+        options = ["--data", f"{DEMO}/raw", "--out", str(cache), "--overwrite", "--size", "96"]
+        preprocess.main(options)
     if world_size > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device, rank, world_size
-
-
-def make_demo() -> None:
-    """Write the synthetic raw set and send it through preprocess.py."""
-    print("no --data: a synthetic set. Its opacities are random blobs: the scores mean nothing medically.")
-    write_demo(DEMO / "raw")
-    preprocess.main(["--data", f"{DEMO}/raw", "--out", f"{DEMO}/cache", "--size", "96", "--overwrite"])
-
-
-def write_log(path: Path, log: list[dict]) -> None:
-    """log.csv as a whole, from the checkpoint's copy: after --resume it has no rows of lost epochs."""
-    with written(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, log[0])
-        writer.writeheader()
-        writer.writerows(log)
+        dist.barrier()
+    return cache
 
 
 def load_data(
     cache: Path, args: argparse.Namespace, device: torch.device, rank: int, world_size: int
 ) -> tuple[dict, DataLoader, DataLoader, Tensor]:
-    """What the model needs of meta.json, both loaders of this process, and the training images per class.
+    """What the model needs of meta.json, both loaders of this process, training images per class.
 
-    Raises DataError if the fold leaves a class out on either side, or less than one batch to train on.
+    Raises DataError if the fold leaves a class out on either side, or less than one batch.
     """
-    meta, index = open_cache(cache)
-    meta = {k: v for k, v in meta.items() if k in ("classes", "size", "fit", "mean", "std")}
-    rows, counts = {"training": [], "validation": []}, {}
-    for k, row in enumerate(index):
-        if row["fold"] != "test":
-            rows["validation" if row["fold"] == str(args.fold) else "training"].append(k)
-    for side in rows:
-        labels = torch.tensor([int(index[k]["label"]) for k in rows[side]], dtype=torch.long)
+    meta, index = dataset.open_cache(cache)
+    meta = {name: meta[name] for name in ("classes", "size", "fit", "mean", "std")}
+    if args.pretrained:
+        meta |= {"mean": network.PRETRAINED_MEAN, "std": network.PRETRAINED_STD}
+    train_rows, val_rows = split_rows(index, args.fold)
+    counts = {}
+    for side, row_numbers in (("training", train_rows), ("validation", val_rows)):
+        labels = torch.tensor([int(index[k]["label"]) for k in row_numbers], dtype=torch.long)
         counts[side] = torch.bincount(labels, minlength=len(meta["classes"]))
-        missing = [name for name, count in zip(meta["classes"], counts[side], strict=True) if count == 0]
+        missing = [name for k, name in enumerate(meta["classes"]) if counts[side][k] == 0]
         if missing:
-            raise DataError(f"{cache}: fold {args.fold} leaves no {side} images of {', '.join(missing)}")
-    batches = EpochBatches(rows["training"], args.batch_size, args.seed, rank, world_size)
+            raise DataError(
+                f"{cache}: fold {args.fold} leaves no {side} images of {', '.join(missing)}"
+            )
+    batches = dataset.EpochBatches(train_rows, args.batch_size, args.seed, rank, world_size)
     if len(batches) == 0:
         raise DataError(
-            f"{cache}: {len(rows['training'])} training images, less than one batch of --batch-size"
+            f"{cache}: {len(train_rows)} training images, less than one batch of --batch-size"
         )
     train_loader = make_loader(cache, batches, args.workers, device)
-    val_batches = in_batches(rows["validation"][rank::world_size], args.batch_size)
-    return meta, train_loader, make_loader(cache, val_batches, args.workers, device), counts["training"]
+    val_batches = in_batches(val_rows[rank::world_size], args.batch_size)
+    val_loader = make_loader(cache, val_batches, args.workers, device)
+    return meta, train_loader, val_loader, counts["training"]
 
 
-def finite(loss: float, epoch: int) -> float:
-    """The loss, or DataError if it is not a number to go on with."""
+def split_rows(index: list[dict[str, str]], fold: int) -> tuple[list[int], list[int]]:
+    """Row numbers of the training set and of the validation set."""
+    train_rows = []
+    val_rows = []
+    for row_number, row in enumerate(index):
+        if row["fold"] == str(fold):
+            val_rows.append(row_number)
+        elif row["fold"] != "test":
+            train_rows.append(row_number)
+    return train_rows, val_rows
+
+
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> Optimizer:
+    """AdamW (Loshchilov & Hutter, ICLR 2019), without decay for biases and norms.
+
+    `fused` does not read its step counters back, which would wait for the device.
+    """
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return AdamW(groups, lr=lr, fused=True)
+
+
+def collect_settings(args: argparse.Namespace, cache: Path, world_size: int) -> dict:
+    """All that decides the result: options, number of processes, and which cache it is."""
+    settings = {name: value for name, value in vars(args).items() if name not in FREE}
+    return settings | checkpoint.identify_run(cache, world_size)
+
+
+def record_training(cache: Path, fold: int, init: dict) -> dict:
+    """Hashes of what is trained on, with those of --init: eval.py refuses to be tested on it."""
+    train_rows, val_rows = split_rows(dataset.read_index(cache), fold)
+    if init and not init.get("trained_on"):
+        print("note: --init does not say what it was trained on: keep that out of the test set")
+    elif init:
+        known = init["trained_on"]
+        seen = checkpoint.count_trained_on(known, *dataset.fingerprints(cache, val_rows))
+        if seen:
+            print(
+                f"note: --init was trained on {len(seen)} of {len(val_rows)} validation images: "
+                "the scores below are too high, and eval.py will refuse them"
+            )
+    return checkpoint.list_trained_on(*dataset.fingerprints(cache, train_rows), init)
+
+
+def print_setup(settings: dict, data: str, device: torch.device) -> None:
+    """Versions, settings and data, once at the start of a run."""
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+    print(f"{versions}, {json.dumps(settings)}")
+    print(f"training on {device}, {data}")
+
+
+def wrap_model(
+    model: nn.Module, device: torch.device, world_size: int, compiled: bool
+) -> nn.Module:
+    """The model to call in training; the bare one is what is saved."""
+    if world_size > 1:
+        model = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+    if compiled:
+        model = torch.compile(model)
+    return model
+
+
+def learning_rate(step: int, total_steps: int, peak: float) -> float:
+    """Linear warm-up over 5 % of the steps, cosine to zero (Loshchilov & Hutter, ICLR 2017)."""
+    warm_up = max(1, total_steps // 20)
+    if step < warm_up:
+        return peak * (step + 1) / warm_up
+    angle = math.pi * (step - warm_up) / max(1, total_steps - warm_up)
+    return peak * 0.5 * (1 + math.cos(angle))
+
+
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def check_loss(loss: float, epoch: int) -> float:
+    """The loss, or DataError if it is no number to go on with."""
     if not math.isfinite(loss):
         raise DataError(f"epoch {epoch + 1}: the loss is {loss}; lower --lr, or try another --amp")
     return loss
 
 
 def check_finite(outputs: Tensor, where: object) -> None:
-    """Raise DataError if a network gave NaN or infinite values: no score of them would mean anything."""
+    """Raise DataError if a network gave NaN or infinity: no score of it would mean anything."""
     if not all(value.isfinite() for value in outputs.aminmax()):
-        found = f"{where}: the network gives NaN or infinite values"
-        raise DataError(f"{found}; lower --lr, or try another --amp")
+        raise DataError(
+            f"{where}: the network gives NaN or infinite values; lower --lr, or try another --amp"
+        )
 
 
-def record_training(cache: Path, fold: int, init: dict) -> dict:
-    """Hashes of the patients and images that are trained on, with those of --init: eval.py refuses them."""
-    sides = {"training": [], "validation": []}
-    for k, row in enumerate(read_index(cache)):
-        if row["fold"] != "test":
-            sides["validation" if row["fold"] == str(fold) else "training"].append(k)
-    if init and not init.get("trained_on"):
-        print("note: --init does not say what it was trained on: make sure that it was not on the test set")
-    elif init:
-        seen = count_trained_on(init["trained_on"], *fingerprints(cache, sides["validation"]))
-        if seen:
-            print(f"note: --init was trained on {len(seen)} of {len(sides['validation'])} validation images: "
-                  "the scores below are too high, and eval.py will refuse them")  # fmt: skip
-    return list_trained_on(*fingerprints(cache, sides["training"]), init)
+def show_progress(
+    args: argparse.Namespace, epoch: int, step: int, steps_per_epoch: int, loss: float, start: float
+) -> None:
+    """One line that overwrites itself: mean loss, images a second of all processes, time left."""
+    rate = step / (time.perf_counter() - start)  # steps a second
+    steps_left = (args.epochs - epoch) * steps_per_epoch - step
+    eta = timedelta(seconds=int(steps_left / rate))
+    image_rate = rate * args.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+    where = f"epoch {epoch + 1}/{args.epochs}  {step}/{steps_per_epoch}"
+    progress(f"{where}  loss {loss:.4g}  {image_rate:.0f} img/s  eta {eta}")
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over 5 % of the steps, then a cosine to zero (Loshchilov & Hutter, ICLR 2017)."""
-    warm_up = max(1, steps // 20)
-    if step < warm_up:
-        return peak * (step + 1) / warm_up
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
-
-
-def make_optimizer(model: torch.nn.Module, lr: float, weight_decay: float) -> Optimizer:
-    """AdamW (Loshchilov & Hutter, ICLR 2019) without decay for biases and norms; fused: never reads back."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return AdamW(groups, lr=lr, fused=True)
+def mean_over_processes(
+    loss_sum: Tensor, steps_per_epoch: int, world_size: int, epoch: int
+) -> float:
+    """The mean loss of the steps of all processes, checked by `check_loss`."""
+    if world_size > 1:
+        dist.all_reduce(loss_sum)
+    return check_loss(loss_sum.item() / (steps_per_epoch * world_size), epoch)
 
 
 @torch.no_grad()
 def evaluate(
-    model: torch.nn.Module, loader: DataLoader, device: torch.device, amp: str, mean: float, std: float
+    model: nn.Module, loader: DataLoader, device: torch.device, amp: str, mean: float, std: float
 ) -> tuple[Tensor, Tensor]:
-    """Logits float32 (N, C) and labels int64 (N,) of the images of all processes' loaders, on the CPU.
+    """Logits float32 (N, C) and labels int64 (N,) of the images of all processes, on the CPU.
 
     Takes the bare model: the wrapper would wait for the same number of batches on every process.
     """
     if dist.is_initialized():
-        for buffer in model.buffers():  # otherwise the score is not that of the model rank 0 saves
+        for buffer in model.buffers():  # otherwise the score is not that of the model that is saved
             dist.broadcast(buffer, 0)
     model.eval()
-    logits, labels = [], []
+    logits = []
+    labels = []
     for images, truth in loader:
         images = to_input(images, device, mean, std)
         with torch.autocast(device.type, AMP[amp], enabled=amp != "off"):
             logits.append(model(images).float().cpu())
         labels.append(truth)
     if dist.is_initialized():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, (logits, labels))
-        logits, labels = ([batch for part in parts for batch in part[k]] for k in (0, 1))
+        logits = gather(logits)
+        labels = gather(labels)
     return torch.cat(logits), torch.cat(labels)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+def gather(batches: list[Tensor]) -> list[Tensor]:
+    """The batches of all processes, in the order of their ranks."""
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, batches)
+    return [batch for part in parts for batch in part]
 
-    # device and processes
-    device, rank, world_size = start_processes(args.device)
-    say, show = (print, progress) if rank == 0 else (lambda _: None,) * 2
-    torch.set_float32_matmul_precision("high")  # TF32 where there is any
-    if args.amp == "bf16" and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
-        say("note: this processor has no bf16 arithmetic, --amp off is many times faster here")
 
-    # data
-    cache = args.data or DEMO / "cache"
-    if args.data is None and rank == 0:
-        make_demo()
-    if world_size > 1:
-        dist.barrier()
-    meta, train_loader, val_loader, counts = load_data(cache, args, device, rank, world_size)
-    steps_per_epoch = len(train_loader)
-    steps = args.epochs * steps_per_epoch
-
-    # model, loss weights, optimizer
-    torch.manual_seed(args.seed)
-    model = build_model(args.arch, len(counts), meta["size"], args.pretrained and not args.resume)
-    model = model.to(device, memory_format=torch.channels_last)
-    if args.pretrained:
-        meta |= {"mean": PRETRAINED_MEAN, "std": PRETRAINED_STD}
-    init = load_checkpoint(args.init, device) if args.init and not args.resume else {}
-    if init and (random := load_fitting_weights(model, init, args.init)):
-        say(f"note: {args.init} lacks or has in other shapes: {', '.join(random)}; these start at random")
-    weights = torch.ones(len(counts))
-    if args.class_weights == "balanced":
-        weights = counts.sum() / (len(counts) * counts)  # mean 1 over the images: the loss stays a mean
-    weights = weights.to(device)
-    optimizer = make_optimizer(model, args.lr, args.weight_decay)
-    scaler = GradScaler(device.type, enabled=args.amp == "fp16")
-
-    # resume
-    settings = {k: v for k, v in vars(args).items() if k not in FREE}
-    settings |= {"world_size": world_size, "index": file_sha256(cache / "index.csv")}
-    settings |= {"array_bytes": array_bytes(cache)}
-    start, best, log, trained_on, last = 0, -math.inf, [], None, args.out / "last.pt"
-    if args.resume:
-        start, best, log, trained_on = restore(last, settings, meta, model, optimizer, scaler)
-    if rank == 0 and trained_on is None:
-        trained_on = record_training(cache, args.fold, init)
-    train_model = model
-    if world_size > 1:
-        train_model = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
-    if args.compile:
-        train_model = torch.compile(train_model)
-    say(f"torch {torch.__version__}, torchvision {torchvision.__version__}, {json.dumps(settings)}")
-    say(f"{counts.tolist()} training images of {meta['classes']}, {steps_per_epoch} steps an epoch, {device}")
-    if positive := positive_class(meta["classes"]):
-        say(f"positive class: {positive}")
-
-    # training; rank 0 keeps other runs out of the folder it saves to
-    with hold_folder(args.out) if rank == 0 else nullcontext():
-        if rank == 0 and not args.resume:
-            of_demo = args.data is None and trained_on_index(last, settings["index"])  # which nobody misses
-            open_run(args.out, args.overwrite or of_demo)
-        for epoch in range(start, min(args.epochs, args.stop_after or args.epochs)):
-            train_loader.batch_sampler.epoch = epoch
-            began, total = time.perf_counter(), torch.zeros((), device=device)
-            model.train()
-            for step, (images, labels) in enumerate(train_loader, 1):
-                rng = np.random.default_rng((args.seed, epoch, step, rank))
-                images = to_input(images, device, meta["mean"], meta["std"], rng, args.augment, args.flip)
-                labels = labels.to(device, non_blocking=True)
-                lr = learning_rate(epoch * steps_per_epoch + step - 1, steps, args.lr)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
-                    logits = train_model(images)
-                losses = F.cross_entropy(
-                    logits.float(), labels, reduction="none", label_smoothing=args.label_smoothing
-                )
-                loss = (losses * weights[labels]).mean()
-                scaler.scale(loss).backward()
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
-                total += loss.detach()
-                if step % 20 == 0:  # seldom, because it waits for the device
-                    mean_loss = finite(total.item() / step, epoch)
-                    rate = step / (time.perf_counter() - began)
-                    eta = timedelta(seconds=int((steps - epoch * steps_per_epoch - step) / rate))
-                    at = f"epoch {epoch + 1}/{args.epochs}  {step}/{steps_per_epoch}  loss {mean_loss:.3f}"
-                    show(f"{at}  {rate * args.batch_size * world_size:.0f} img/s  eta {eta}")
-
-            # validation and checkpoints
-            if world_size > 1:
-                dist.all_reduce(total)
-            train_loss = finite(total.item() / (steps_per_epoch * world_size), epoch)
-            logits, labels = evaluate(model, val_loader, device, args.amp, meta["mean"], meta["std"])
-            check_finite(logits, f"epoch {epoch + 1}")
-            probabilities, val_loss = logits.softmax(1), F.cross_entropy(logits, labels).item()
-            figures = classification_metrics(labels, probabilities)
-            log.append({"epoch": epoch + 1, "lr": lr, "train_loss": train_loss, "val_loss": val_loss}
-                       | {f"val_{name}": figures[name] for name in ("accuracy", "balanced_accuracy", "auroc")}
-                       | {"seconds": time.perf_counter() - began})  # fmt: skip
-            if rank == 0:
-                show("")
-                say("  ".join(f"{name} {value:.4g}" for name, value in log[-1].items()))
-                threshold = youden_threshold(labels, probabilities[:, 1]) if len(counts) == 2 else None
-                checkpoint = {"task": "classification", "model": model.state_dict(), "meta": meta,
-                              "settings": settings, "epoch": epoch + 1, "trained_on": trained_on,
-                              "threshold": threshold, "figures": figures}  # fmt: skip
-                score = figures["auroc"]
-                if score >= best:  # of equals the later one, whose learning rate is lower
-                    best = score
-                    save_checkpoint(args.out / "best.pt", checkpoint)
-                if epoch == 0:
-                    last.unlink(missing_ok=True)  # of a training that is replaced: its best.pt is gone now
-                checkpoint |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-                save_checkpoint(last, checkpoint | {"best": best, "log": log})
-                write_log(args.out / "log.csv", log)
+def finish(out: Path, cache: Path, is_main: bool, world_size: int) -> None:
+    """Leave the process group and print the command to type next."""
     if world_size > 1:
         dist.destroy_process_group()
-    say(f"next: python classification/eval.py --data {cache} --checkpoint {args.out}/best.pt --split val")
+    if is_main:
+        best = f"--checkpoint {out}/best.pt"
+        print(f"next: python classification/eval.py --data {cache} {best} --split val")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Checkpoints and the files of a run: written atomically, loaded without running code from the file."""
+"""Checkpoints and other files of a run: written atomically, loaded without running their code."""
 
+import argparse
 import csv
 import hashlib
 import json
@@ -9,9 +10,12 @@ import pickle
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import torch
+from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
@@ -22,17 +26,17 @@ except ImportError:  # Windows
 
 
 class CheckpointError(ValueError):
-    """A checkpoint or a file of a run that is missing or damaged, does not fit, or cannot be written."""
+    """A file of a run that is missing or damaged, does not fit, or cannot be written."""
 
 
 # --- writing ---
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a dict of plain values, lists, dicts and tensors; a crash leaves the old file or the new one.
+    """Write a dict of plain values, lists, dicts, tensors; a crash leaves the old or the new file.
 
-    Keep the bare model's `state_dict()` in it, not that of a compiled or distributed wrapper. Raises
-    CheckpointError naming the file.
+    Keep the bare model's `state_dict()` in it, not that of a compiled or distributed wrapper.
+    Raises CheckpointError naming the file.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -41,7 +45,8 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch hides the OSError of a full disk in a RuntimeError
+    except (OSError, RuntimeError) as error:
+        # torch hides the OSError of a full disk in a RuntimeError
         raise CheckpointError(f"{path}: not written ({error.__context__ or error})") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -53,7 +58,9 @@ def written(path: Path) -> Iterator[Path]:
 
     Raises CheckpointError naming the file if it cannot be written.
     """
-    temporary = path.with_name(f".partial_{path.name[-7:]}")  # formats go by the suffix, .nii.gz at most
+    temporary = path.with_name(
+        f".partial_{path.name[-7:]}"
+    )  # formats go by the suffix, .nii.gz at most
     try:
         yield temporary
         os.replace(temporary, path)
@@ -86,40 +93,55 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def clear_results(out: Path, names: Iterable[str]) -> None:
-    """Remove what an earlier run left in the folder, so that nothing of it is taken for this run's."""
+    """Remove what an earlier run left: nothing of it is to be taken for this run's."""
     for name in names:
         (out / name).unlink(missing_ok=True)
 
 
-@contextmanager
-def hold_folder(folder: Path) -> Iterator[None]:
-    """Make the folder and keep other processes from writing to it; the lock ends with the process.
+def lock_folder(folder: Path) -> TextIO | None:
+    """Make the folder and keep other processes out until the file that is returned is closed.
 
-    Raises CheckpointError if one writes there. Where there are no such locks (Windows), nothing is kept.
+    Raises CheckpointError if one writes there. Windows has no such locks: there nothing is kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
+        return None
+    file = open(folder / ".lock", "w")  # noqa: SIM115, closed by unlock_folder or with the process
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.close()
+        message = f"{folder}: another run writes here; wait for it, or use another --out"
+        raise CheckpointError(message) from error
+    return file
+
+
+def unlock_folder(file: TextIO | None) -> None:
+    """Let others write to the folder again."""
+    if file is not None:
+        Path(file.name).unlink(missing_ok=True)
+        file.close()
+
+
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """`lock_folder` for the lines of a with statement."""
+    lock = lock_folder(folder)
+    try:
         yield
-        return
-    with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            message = f"{folder}: another run writes here; wait for it, or use another --out"
-            raise CheckpointError(message) from error
-        try:
-            yield
-        finally:
-            (folder / ".lock").unlink(missing_ok=True)
+    finally:
+        unlock_folder(lock)
 
 
 # --- reading ---
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
-    """Read what `save_checkpoint` wrote, tensors on `device`. Raises CheckpointError naming the file."""
+    """Read what `save_checkpoint` wrote, tensors on `device`. Raises CheckpointError."""
     if not path.is_file():
-        raise CheckpointError(f"{path}: no checkpoint here; train.py writes best.pt and last.pt to its --out")
+        raise CheckpointError(
+            f"{path}: no checkpoint here; train.py writes best.pt and last.pt to its --out"
+        )
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         damaged = zipfile.ZipFile(path).testzip()  # torch does not look at the checksums
@@ -132,7 +154,9 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
     if damaged:
         raise CheckpointError(f"{path}: not a whole checkpoint, the checksum of {damaged} is wrong")
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
-        raise CheckpointError(f"{path}: not a checkpoint of train.py, expected the weights under 'model'")
+        raise CheckpointError(
+            f"{path}: not a checkpoint of train.py, expected the weights under 'model'"
+        )
     return checkpoint
 
 
@@ -141,18 +165,24 @@ def check_types(values: dict, types: dict[str, type], where: object) -> None:
     for name, expected in types.items():
         if type(values.get(name)) is not expected:  # isinstance would take True for an int
             found = repr(values.get(name))[:60]
-            raise CheckpointError(f"{where}: {name} is {found}, expected a value of type {expected.__name__}")
+            raise CheckpointError(
+                f"{where}: {name} is {found}, expected a value of type {expected.__name__}"
+            )
 
 
-def load_run(path: Path, task: str, settings: dict[str, type], device: torch.device | str = "cpu") -> dict:
-    """Read a checkpoint of this task's train.py, with at least these settings. Raises CheckpointError.
+def load_run(
+    path: Path, task: str, settings: dict[str, type], device: torch.device | str = "cpu"
+) -> dict:
+    """Read a checkpoint of this task's train.py, with at least these settings.
 
-    What is in its `meta` is for the task to check.
+    What is in its `meta` is for the task to check. Raises CheckpointError.
     """
     checkpoint = load_checkpoint(path, device)
     other = checkpoint.get("task", task)  # older checkpoints do not say
     if other != task:
-        raise CheckpointError(f"{path}: a checkpoint of {other}/train.py, expected one of {task}/train.py")
+        raise CheckpointError(
+            f"{path}: a checkpoint of {other}/train.py, expected one of {task}/train.py"
+        )
     check_types(checkpoint, {"meta": dict, "settings": dict, "epoch": int, "figures": dict}, path)
     check_types(checkpoint["settings"], {"fold": int, "index": str, "amp": str} | settings, path)
     batch_size = checkpoint["settings"].get("batch_size")
@@ -168,8 +198,8 @@ def check_weights(state: dict, path: Path) -> None:
             raise CheckpointError(f"{path}: {name} holds NaN or infinite weights, expected numbers")
 
 
-def load_weights(model: torch.nn.Module, checkpoint: dict, path: Path) -> None:
-    """Copy `checkpoint["model"]` into a bare model. Raises CheckpointError listing what does not fit."""
+def load_weights(model: nn.Module, checkpoint: dict, path: Path) -> None:
+    """Copy `checkpoint["model"]` into a bare model. Raises CheckpointError if it does not fit."""
     check_weights(checkpoint["model"], path)
     try:
         model.load_state_dict(checkpoint["model"])
@@ -178,36 +208,121 @@ def load_weights(model: torch.nn.Module, checkpoint: dict, path: Path) -> None:
         raise CheckpointError(f"{path}: does not fit this model: {reason}") from error
 
 
-def load_fitting_weights(model: torch.nn.Module, checkpoint: dict, path: Path) -> list[str]:
+def load_fitting_weights(model: nn.Module, checkpoint: dict, path: Path) -> list[str]:
     """Copy the weights whose name and shape fit into a bare model; the names of those that did not.
 
-    For --init: another number of classes keeps all but the last layer. Raises CheckpointError if nothing
-    fits.
+    For --init: another number of classes keeps all but the last layer. Raises CheckpointError if
+    nothing fits.
     """
     check_weights(checkpoint["model"], path)
-    own, fitting = model.state_dict(), {}
+    own = model.state_dict()
+    fitting = {}
     for name, weight in checkpoint["model"].items():
         if name in own and isinstance(weight, torch.Tensor) and weight.shape == own[name].shape:
             fitting[name] = weight
     if not any(weight.ndim for weight in fitting.values()):  # counters fit anything
-        raise CheckpointError(f"{path}: none of its weights has the name and the shape of one of this model")
+        raise CheckpointError(
+            f"{path}: none of its weights has the name and the shape of one of this model"
+        )
     model.load_state_dict(own | fitting)
     return sorted(own.keys() - fitting.keys())
 
 
-# --- a training's folder ---
+# --- a run: a training's folder and its state ---
+
+
+@dataclass
+class Run:
+    """A training's folder and how far it has come. Rank 0 claims and saves, all ranks restore."""
+
+    out: Path
+    epoch: int = 0  # epochs done
+    best: float = -math.inf  # validation score of best.pt
+    log: list[dict] = field(default_factory=list)  # a row for each epoch
+    trained_on: dict | None = None  # see list_trained_on
+    lock: TextIO | None = None
+
+    def restore(
+        self, settings: dict, meta: dict, model: nn.Module, optimizer: Optimizer, scaler: GradScaler
+    ) -> None:
+        """Go on from last.pt. Raises CheckpointError if it was trained otherwise."""
+        last = self.out / "last.pt"
+        state = restore(last, settings, meta, model, optimizer, scaler)
+        self.epoch, self.best, self.log, self.trained_on = state
+
+    def claim(self, args: argparse.Namespace, settings: dict) -> None:
+        """Keep others out of the folder. Raises CheckpointError if it holds a run that must not go.
+
+        What a run on the synthetic set left there goes without asking, for another such run.
+        """
+        self.lock = lock_folder(self.out)
+        if not args.resume:
+            last = self.out / "last.pt"
+            of_demo = args.data is None and trained_on_index(last, settings["index"])
+            open_run(self.out, args.overwrite or of_demo)
+
+    def save(
+        self,
+        row: dict,
+        score: float,
+        contents: dict,
+        model: nn.Module,
+        optimizer: Optimizer,
+        scaler: GradScaler,
+    ) -> None:
+        """Print and log an epoch; write best.pt if its score is the best so far, then last.pt.
+
+        On a tie keep the later epoch, whose learning rate is lower. In this order a crash leaves a
+        last.pt that is older than best.pt, and never one whose best.pt is missing.
+        """
+        print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+        self.epoch = row["epoch"]
+        self.log.append(row)
+        run = {"epoch": self.epoch, "trained_on": self.trained_on, "model": model.state_dict()}
+        contents = contents | run
+        last = self.out / "last.pt"
+        if score >= self.best:
+            self.best = score
+            save_checkpoint(self.out / "best.pt", contents)
+        if self.epoch == 1:
+            last.unlink(missing_ok=True)  # of a run that is replaced: its best.pt is gone now
+        contents |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        save_checkpoint(last, contents | {"best": self.best, "log": self.log})
+        write_csv(self.out / "log.csv", self.log)
+
+
+def identify_run(cache: Path, world_size: int) -> dict:
+    """What tells a run from others beside its options: the number of processes and the cache."""
+    index = file_sha256(cache / "index.csv")
+    return {"world_size": world_size, "index": index, "array_bytes": array_bytes(cache)}
+
+
+def load_init(
+    args: argparse.Namespace, model: nn.Module, device: torch.device, is_main: bool
+) -> dict:
+    """Copy what fits of --init into the model; returns its checkpoint, {} without one."""
+    if args.init is None or args.resume:
+        return {}
+    init = load_checkpoint(args.init, device)
+    missing = load_fitting_weights(model, init, args.init)
+    if missing and is_main:
+        names = ", ".join(missing)
+        print(f"note: {args.init} lacks or has in other shapes: {names}; these start at random")
+    return init
 
 
 def check_settings(saved: dict, current: dict, path: Path) -> None:
-    """Refuse to resume with settings that change the result. Raises CheckpointError listing both sides."""
+    """Raise CheckpointError listing the settings that would change the result of a resumed run."""
     differing = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
     if differing:
-        lines = ", ".join(f"{name} {saved.get(name)} (now {current.get(name)})" for name in differing)
+        lines = ", ".join(
+            f"{name} {saved.get(name)} (now {current.get(name)})" for name in differing
+        )
         raise CheckpointError(f"{path}: cannot resume, it was trained with {lines}")
 
 
 def array_bytes(cache: Path) -> int:
-    """Bytes of all arrays of a cache: with index.csv and meta.json it tells one cache from another."""
+    """Bytes of all arrays of a cache: with index.csv and meta.json they tell it from others."""
     return sum(path.stat().st_size for path in cache.rglob("*.npy"))
 
 
@@ -228,22 +343,31 @@ def open_run(out: Path, overwrite: bool) -> None:
 
 
 def restore(
-    path: Path, settings: dict, meta: dict, model: torch.nn.Module, optimizer: Optimizer, scaler: GradScaler
+    path: Path,
+    settings: dict,
+    meta: dict,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scaler: GradScaler,
 ) -> tuple[int, float, list[dict], dict | None]:
-    """Put last.pt into model, optimizer and scaler; the epochs done, best score, log and `trained_on`.
+    """Put last.pt into model, optimizer, scaler; returns epochs done, best score, log, trained_on.
 
     Raises CheckpointError if it was trained with other settings or on another cache.
     """
     checkpoint = load_checkpoint(path)
     if "optimizer" not in checkpoint:
-        raise CheckpointError(f"{path}: no state of the optimizer in it; a copy of best.pt cannot be resumed")
+        raise CheckpointError(
+            f"{path}: no state of the optimizer in it; a copy of best.pt cannot be resumed"
+        )
     types = {"settings": dict, "meta": dict, "optimizer": dict, "scaler": dict, "log": list}
     check_types(checkpoint, types | {"epoch": int, "best": float}, path)
     if len(checkpoint["log"]) != checkpoint["epoch"] or checkpoint["epoch"] < 1:
         found = f"{path}: epoch {checkpoint['epoch']} and a log of {len(checkpoint['log'])} epochs"
         raise CheckpointError(f"{found}, expected one row for each epoch")
     # older checkpoints do not say how large the arrays were
-    check_settings({"array_bytes": settings["array_bytes"]} | checkpoint["settings"], settings, path)
+    check_settings(
+        {"array_bytes": settings["array_bytes"]} | checkpoint["settings"], settings, path
+    )
     check_settings(checkpoint["meta"], meta, path)
     load_weights(model, checkpoint, path)
     try:
@@ -270,7 +394,7 @@ def file_sha256(path: Path) -> str:
 
 
 def short_hash(data: object) -> str:
-    """The beginning of the SHA-256 of bytes or a contiguous array: it tells patients and images apart."""
+    """The beginning of the SHA-256 of bytes or of a contiguous array."""
     return hashlib.sha256(data).hexdigest()[:12]
 
 
@@ -285,6 +409,10 @@ def list_trained_on(patients: list[str], images: list[str], init: dict | None = 
 
 def count_trained_on(trained_on: dict, patients: list[str], images: list[str]) -> list[int]:
     """Numbers of the rows (a hash of the patient and of the image each) that were trained on."""
-    known_patients, known_images = set(trained_on["patients"]), set(trained_on["images"])
-    rows = enumerate(zip(patients, images, strict=True))
-    return [k for k, (patient, image) in rows if patient in known_patients or image in known_images]
+    known_patients = set(trained_on["patients"])
+    known_images = set(trained_on["images"])
+    seen = []
+    for row_number, (patient, image) in enumerate(zip(patients, images, strict=True)):
+        if patient in known_patients or image in known_images:
+            seen.append(row_number)
+    return seen

@@ -1,4 +1,8 @@
-"""The cache of preprocess.py as batches of tensors, augmentation on the device, and the synthetic raw set."""
+"""The cache of preprocess.py as batches of tensors, augmentation, and a synthetic raw set.
+
+In the shapes below N is the number of images in a cache, B that in a batch, S their side in pixels.
+Boxes are xmin, ymin, xmax, ymax in fractions of the image, whatever its size.
+"""
 
 import csv
 import math
@@ -16,25 +20,34 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from common.checkpoint import short_hash
-from detection.preprocess import DataError, read_meta
+from detection.preprocess import BOX, DataError, read_meta
 
-BOX = ("xmin", "ymin", "xmax", "ymax")
-COLUMNS = ("id", "patient", "fold", "group", *BOX, "height", "width", "spacing")
+COLUMNS = ("id", "patient", "fold", "site", *BOX, "height", "width", "spacing")
 # The folds that training and evaluation know; a person may edit them in index.csv.
 FOLD_NAMES = ("0", "1", "2", "3", "4", "test")
+PHANTOM = 256  # pixels per side of a synthetic picture
 
 
-def read_index(cache: Path) -> list[dict[str, str]]:
-    """The rows of index.csv (id, patient, fold, group, box, height, width, ...), as images.npy has them."""
-    with open(cache / "index.csv", newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+# --- the cache ---
 
 
-def read_boxes(rows: list[dict[str, str]]) -> tuple[Tensor, Tensor]:
-    """Boxes float32 (N, 4) in fractions of the image, and their scale (N, 4): the image's pixels."""
-    boxes = torch.tensor([[float(row[name]) for name in BOX] for row in rows])
-    scale = torch.tensor([[float(row[name]) for name in ("width", "height")] * 2 for row in rows])
-    return boxes / scale, scale
+def open_cache(cache: Path) -> tuple[dict, list[dict[str, str]]]:
+    """meta.json and the rows of index.csv. Raises DataError unless images.npy goes with them."""
+    meta = read_meta(cache)
+    images = load_array(cache / "images.npy", "uint8", 3)  # (N, S, S)
+    try:
+        rows = read_index(cache)
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{cache / 'index.csv'}: {error}; preprocess again") from error
+    expected = (len(rows), meta["size"], meta["size"])
+    if images.shape != expected:
+        problem = f"images.npy {images.shape}, expected {expected} by index.csv and meta.json"
+        raise DataError(f"{cache}: {problem}; preprocess again")
+    for number, row in enumerate(rows, 1):
+        problem = check_row(row, meta)
+        if problem:
+            raise DataError(f"{cache / 'index.csv'}: row {number}: {problem}")
+    return meta, rows
 
 
 def load_array(path: Path, dtype: str, axes: int) -> np.ndarray:
@@ -53,8 +66,15 @@ def load_array(path: Path, dtype: str, axes: int) -> np.ndarray:
     return array
 
 
+def read_index(cache: Path) -> list[dict[str, str]]:
+    """The rows of index.csv (id, patient, fold, site, box, ...), in the order of images.npy."""
+    with open(cache / "index.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def check_row(row: dict[str, str], meta: dict) -> str:
     """What is wrong with a row of index.csv, or ""."""
+    # csv.DictReader: the key None holds surplus values, the value None is a missing one.
     if None in row or None in row.values() or not set(COLUMNS) <= row.keys():
         return f"found {list(row)}, expected a value for each of {', '.join(COLUMNS)}"
     if not row["id"]:
@@ -62,72 +82,90 @@ def check_row(row: dict[str, str], meta: dict) -> str:
     if row["fold"] not in FOLD_NAMES:
         return f"fold {row['fold']!r}, expected one of {' '.join(FOLD_NAMES)}"
     try:
-        xmin, ymin, xmax, ymax, height, width = (float(row[name]) for name in (*BOX, "height", "width"))
+        xmin, ymin, xmax, ymax = (float(row[name]) for name in BOX)
+        height = float(row["height"])
+        width = float(row["width"])
         spacing = [float(mm) for mm in row["spacing"].split()]
     except ValueError as error:
         return f"{error}, expected numbers"
-    if not (0 <= xmin < xmax <= width < math.inf and 0 <= ymin < ymax <= height < math.inf):
-        return f"box {(xmin, ymin, xmax, ymax)}, expected one inside {width} x {height} pixels"
+    is_inside_x = 0 <= xmin < xmax <= width < math.inf  # false for NaN
+    is_inside_y = 0 <= ymin < ymax <= height < math.inf
+    if not (is_inside_x and is_inside_y):
+        box = (xmin, ymin, xmax, ymax)
+        return f"box {box}, expected one inside {width} x {height} pixels"
     if len(spacing) not in (0, 2) or not all(0 < mm < math.inf for mm in spacing):
         return f"spacing {row['spacing']!r}, expected nothing or mm down and across"
     return ""
 
 
-def open_cache(cache: Path) -> tuple[dict, list[dict[str, str]]]:
-    """meta.json and the rows of index.csv. Raises DataError unless they and images.npy go together."""
-    meta = read_meta(cache)
-    images = load_array(cache / "images.npy", "uint8", 3)
-    try:
-        rows = read_index(cache)
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{cache / 'index.csv'}: {error}; preprocess again") from error
-    expected = (len(rows), meta["size"], meta["size"])
-    if images.shape != expected:
-        found = f"{cache}: images.npy {images.shape}"
-        raise DataError(f"{found}, expected {expected} by index.csv and meta.json; preprocess again")
-    for k, row in enumerate(rows):
-        if problem := check_row(row, meta):
-            raise DataError(f"{cache / 'index.csv'}: row {k + 1}: {problem}")
-    return meta, rows
+def read_boxes(rows: list[dict[str, str]]) -> tuple[Tensor, Tensor]:
+    """Boxes float32 (N, 4) in fractions of the image; their scale (N, 4): pixels of the image."""
+    boxes = []
+    scale = []
+    for row in rows:
+        width = float(row["width"])
+        height = float(row["height"])
+        boxes.append([float(row[name]) for name in BOX])
+        scale.append([width, height, width, height])
+    scale = torch.tensor(scale)
+    return torch.tensor(boxes) / scale, scale
 
 
 def fingerprints(cache: Path, rows: list[int]) -> tuple[list[str], list[str]]:
-    """Hashes of the patient and of the image of every row: by them eval.py knows what was trained on."""
-    index, images = read_index(cache), np.load(cache / "images.npy", mmap_mode="r")
-    patients = [short_hash(index[k]["patient"].encode()) for k in rows]
-    return patients, [short_hash(images[k]) for k in rows]
+    """Hashes of the patient and the image of every row: they tell eval.py what was trained on."""
+    index = read_index(cache)
+    images = np.load(cache / "images.npy", mmap_mode="r")
+    patient_hashes = [short_hash(index[k]["patient"].encode()) for k in rows]
+    image_hashes = [short_hash(images[k]) for k in rows]
+    return patient_hashes, image_hashes
+
+
+# --- batches ---
 
 
 class XrayDataset(Dataset):
-    """Raw images and boxes of a cache, fetched a batch of row numbers at a time.
+    """Raw images and boxes of a cache, a batch at a time: augmentation is on the device.
 
-    `dataset.__getitems__(rows)` gives images uint8 (B, 1, S, S) and boxes float32 (B, 4), xmin ymin xmax ymax
-    in fractions of the image. It pickles as nothing but the path: each worker maps the file itself, because a
+    `dataset[row_numbers]` gives images uint8 (B, 1, S, S) and boxes float32 (B, 4) in fractions of
+    the image. It pickles as nothing but the path: each worker maps the file itself, because a
     pickled memory map is the whole array.
     """
 
     def __init__(self, cache: Path) -> None:
         self.cache = cache
-        self.images = self.boxes = None
+        self.images = None  # opened by the first batch, in the process that loads it
+        self.boxes = None
 
     def __getstate__(self) -> dict:
         return {"cache": self.cache, "images": None, "boxes": None}
 
-    def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, row_numbers: list[int]) -> tuple[Tensor, Tensor]:
         if self.images is None:
-            self.images = np.load(self.cache / "images.npy", mmap_mode="r")
-            self.boxes, _ = read_boxes(read_index(self.cache))
-        return torch.from_numpy(self.images[rows])[:, None], self.boxes[rows]
+            self.boxes, _ = read_boxes(read_index(self.cache))  # (N, 4)
+            self.images = np.load(self.cache / "images.npy", mmap_mode="r")  # (N, S, S)
+        images = torch.from_numpy(self.images[row_numbers])  # (B, S, S), a copy in memory
+        return images[:, None], self.boxes[row_numbers]
 
 
-def keep_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """`collate_fn` for batches that are tensors already; at module level, so that workers can be spawned."""
-    return batch
+def make_loader(
+    cache: Path,
+    batches: Sampler | list[list[int]],
+    workers: int,
+    device: torch.device,
+) -> DataLoader:
+    """A loader of whole batches of row numbers: the dataset is asked for one at once.
 
-
-def in_batches(rows: list[int], batch_size: int) -> list[list[int]]:
-    """Rows in their order, nothing dropped: the batches of an evaluation."""
-    return [rows[k : k + batch_size] for k in range(0, len(rows), batch_size)]
+    Workers stay from epoch to epoch: the dataset knows no epoch, only the sampler does.
+    """
+    return DataLoader(
+        XrayDataset(cache),
+        batch_size=None,
+        sampler=batches,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_interrupt,
+    )
 
 
 def ignore_interrupt(worker: int) -> None:
@@ -135,186 +173,276 @@ def ignore_interrupt(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def make_loader(
-    cache: Path, batches: Sampler | list[list[int]], workers: int, device: torch.device
-) -> DataLoader:
-    """A loader of whole batches. Workers stay from epoch to epoch: the dataset knows no epoch."""
-    return DataLoader(XrayDataset(cache), batch_sampler=batches, collate_fn=keep_batch, num_workers=workers,
-                      persistent_workers=workers > 0, pin_memory=device.type == "cuda",
-                      worker_init_fn=ignore_interrupt)  # fmt: skip
+def in_batches(rows: list[int], batch_size: int) -> list[list[int]]:
+    """Rows in their order, nothing dropped: the batches of an evaluation."""
+    return [rows[k : k + batch_size] for k in range(0, len(rows), batch_size)]
 
 
 class EpochBatches(Sampler):
-    """Batches of row numbers for training, in an order given by (seed, epoch); each rank takes its share.
+    """Batches of row numbers for training, in an order given by (seed, epoch).
 
-    The rows left over by the last full step are dropped: BatchNorm fails on a batch of one, and every rank
-    needs the same number of steps. The loop sets `epoch`.
+    Each rank takes its share. The rows left over by the last full step are dropped: BatchNorm fails
+    on a batch of one, and every rank needs the same number of steps. The loop sets `epoch`.
     """
 
     def __init__(
-        self, rows: list[int], batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        rows: list[int],
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        self.rows, self.batch_size, self.seed = rows, batch_size, seed
-        self.rank, self.world_size, self.epoch = rank, world_size, 0
+        self.rows = rows
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.rows) // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        # To NumPy (seed, epoch) is (seed, epoch, 0, 0); the draws of the loop count their steps from 1.
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.rows)
-        for batch in order[: len(self) * self.batch_size * self.world_size].reshape(len(self), -1):
-            yield batch[self.rank :: self.world_size].tolist()
+        # To NumPy (seed, epoch) is (seed, epoch, 0, 0); the draws of the loop count steps from 1.
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order = rng.permutation(self.rows)
+        step_size = self.batch_size * self.world_size
+        steps = order[: len(self) * step_size].reshape(len(self), step_size)
+        for rows in steps:
+            # Every rank-th row, so that all ranks together see the batch of one process.
+            yield rows[self.rank :: self.world_size].tolist()
 
 
-def blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of (B, 1, H, W) with a sigma (B,) in pixels for each image, cut off at 4 pixels."""
-    x = torch.arange(-4, 5, device=images.device)
-    kernel = torch.exp(-0.5 * (x / sigma[:, None]).square())
-    kernel = (kernel / kernel.sum(1, keepdim=True))[:, None]
-    images = F.pad(images.transpose(0, 1), (4, 4, 4, 4), mode="replicate")  # batch as channels: a kernel each
-    images = F.conv2d(images, kernel[..., None], groups=len(sigma))
-    return F.conv2d(images, kernel[:, None], groups=len(sigma)).transpose(0, 1)
-
-
-def inverse(matrix: Tensor) -> Tensor:
-    """Inverse of (B, 2, 2) by elimination: torch.linalg.inv waits for the GPU, to look for singular ones."""
-    swap = (matrix[:, 1, 0].abs() > matrix[:, 0, 0].abs())[:, None, None]  # the larger one is the pivot
-    rows = torch.where(swap, matrix.flip(1), matrix)
-    a, b, c, d = rows.flatten(1).unbind(1)
-    factor = c / a
-    one_by_a, one_by_d = 1 / a, 1 / (d - factor * b)
-    lower = torch.stack([-factor * one_by_d, one_by_d], 1)
-    upper = torch.stack([(1 - b * lower[:, 0]) * one_by_a, -b * lower[:, 1] * one_by_a], 1)
-    result = torch.stack([upper, lower], 1)
-    return torch.where(swap, result.flip(2), result)
-
-
-def move_boxes(boxes: Tensor, affine: Tensor) -> Tensor:
-    """Boxes (B, 4) in fractions, of images resampled by `affine` (B, 2, 3), which is affine_grid's theta.
-
-    What moves is the ellipse inside the box, and the new box is drawn around it: a box around the moved
-    corners would grow with every rotation, while hearts are round. Cut off at the image's edge.
-    """
-    center, radius = boxes[:, 2:] + boxes[:, :2] - 1, boxes[:, 2:] - boxes[:, :2]  # in -1..1, edge to edge
-    forward = inverse(affine[:, :, :2])  # theta leads from the new image to the old one
-    center = (forward @ (center - affine[:, :, 2])[:, :, None])[:, :, 0]
-    radius = (forward * radius[:, None]).square().sum(2).sqrt()
-    return ((torch.cat([center - radius, center + radius], 1) + 1) / 2).clamp(0, 1)
-
-
-def augment(
-    images: Tensor, boxes: Tensor, rng: np.random.Generator, strength: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """Random affine, gamma, contrast, brightness, blur and noise for float images (B, 1, S, S) in 0..1.
-
-    Boxes (B, 4) in fractions move with them. No mirroring: the heart has a side. Parameters are drawn per
-    image on the CPU from `rng`, so that neither workers nor the device change them; only the noise is drawn
-    on the device, from a generator that `rng` seeds.
-    """
-    if strength == 0:
-        return images, boxes
-    batch, device = len(images), images.device
-    draws = strength * rng.uniform(-1, 1, (11, batch))
-    draws = torch.from_numpy(draws.astype(np.float32)).to(device, non_blocking=True)
-    angle, log_scale, log_aspect, shear, dx, dy, gamma, contrast, brightness, sigma, noise = draws
-
-    # where each output pixel comes from, in the coordinates of grid_sample: -1..1 from edge to edge
-    cos, sin = torch.cos(angle * math.radians(10)), torch.sin(angle * math.radians(10))
-    sx, sy = torch.exp(0.2 * log_scale + 0.1 * log_aspect), torch.exp(0.2 * log_scale - 0.1 * log_aspect)
-    row_x = [cos * sx, (0.1 * shear * cos - sin) * sy, 0.2 * dx]
-    row_y = [sin * sx, (cos + 0.1 * shear * sin) * sy, 0.2 * dy]
-    affine = torch.stack(row_x + row_y, 1).view(batch, 2, 3)
-    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
-    images, boxes = F.grid_sample(images, grid, align_corners=False), move_boxes(boxes, affine)
-
-    gamma, contrast, brightness, noise = (v.view(-1, 1, 1, 1) for v in (gamma, contrast, brightness, noise))
-    images = images.clamp(1e-4, 1) ** torch.exp(0.5 * gamma)
-    mean = images.mean((2, 3), keepdim=True)
-    images = (images - mean) * torch.exp(0.4 * contrast) + mean + 0.2 * brightness
-    images = blur(images, (sigma * 0.012 * images.shape[-1]).clamp(min=0.05))  # half of them stay sharp
-    generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
-    images = images + 0.05 * noise.clamp(min=0) * torch.randn(
-        images.shape, generator=generator, device=device
-    )
-    return images, boxes
+# --- augmentation, on the device: images and boxes together ---
 
 
 def to_input(
-    images: Tensor, boxes: Tensor, device: torch.device, mean: float, std: float, *augmentation: object
+    images: Tensor,
+    boxes: Tensor,
+    device: torch.device,
+    mean: float,
+    std: float,
+    rng: np.random.Generator | None = None,
+    strength: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """uint8 (B, 1, S, S) to float32 on `device`: 0..1, augmented if asked for, normalised, channels last.
+    """uint8 (B, 1, S, S) to float32 on `device`, normalised, channels last: what the network takes.
 
-    The boxes (B, 4) go to the device as well, and move with the augmentation.
+    The boxes (B, 4) go to the device as well. With `rng` both are augmented, the images in 0..1,
+    before they are normalised.
     """
-    images, boxes = images.to(device, non_blocking=True).float() / 255, boxes.to(device, non_blocking=True)
-    if augmentation:
-        images, boxes = augment(images, boxes, *augmentation)
-    return ((images - mean) / std).contiguous(memory_format=torch.channels_last), boxes
+    images = images.to(device, non_blocking=True).float() / 255
+    boxes = boxes.to(device, non_blocking=True)
+    if rng is not None:
+        images, boxes = augment(images, boxes, rng, strength)
+    images = (images - mean) / std
+    return images.contiguous(memory_format=torch.channels_last), boxes
+
+
+def augment(
+    images: Tensor,
+    boxes: Tensor,
+    rng: np.random.Generator,
+    strength: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Random affine, gamma, contrast, brightness, blur and noise for float (B, 1, S, S) in 0..1.
+
+    Boxes (B, 4) in fractions move with them. No mirroring: the heart has a side. Parameters are
+    drawn per image on the CPU from `rng`, so that neither workers nor the device change them; only
+    the noise is drawn on the device, from a generator that `rng` seeds. The images may leave 0..1.
+    """
+    if strength == 0:
+        return images, boxes
+    draws = strength * rng.uniform(-1, 1, (11, len(images)))
+    draws = torch.from_numpy(draws.astype(np.float32))
+    draws = draws.to(images.device, non_blocking=True)  # (11, B)
+    affine = make_affine(draws[:6], degrees=10)  # (B, 2, 3)
+    grid = F.affine_grid(affine, list(images.shape), align_corners=False)  # (B, S, S, 2)
+    images = F.grid_sample(images, grid, align_corners=False)  # (B, 1, S, S), black outside
+    boxes = move_boxes(boxes, affine)
+    return change_gray(images, draws[6:], rng), boxes
+
+
+def make_affine(draws: Tensor, degrees: float) -> Tensor:
+    """Affine maps (B, 2, 3) from draws (6, B) in -1..1, for F.affine_grid.
+
+    They say where each output pixel comes from, in the coordinates of grid_sample: x and y from -1
+    to 1, edge to edge. The ends of the range turn by `degrees`, change size and aspect by 22 %,
+    shear by 0.1 and shift by a tenth of the image.
+    """
+    angle, log_scale, log_aspect, shear, dx, dy = draws
+    cos = torch.cos(angle * math.radians(degrees))
+    sin = torch.sin(angle * math.radians(degrees))
+    scale_x = torch.exp(0.2 * log_scale + 0.1 * log_aspect)
+    scale_y = torch.exp(0.2 * log_scale - 0.1 * log_aspect)
+    # Rotation times shear times scale, the shift beside it.
+    x_from_x = cos * scale_x
+    x_from_y = (0.1 * shear * cos - sin) * scale_y
+    y_from_x = sin * scale_x
+    y_from_y = (cos + 0.1 * shear * sin) * scale_y
+    row_x = [x_from_x, x_from_y, 0.2 * dx]  # a tenth of the image: its width is 2
+    row_y = [y_from_x, y_from_y, 0.2 * dy]
+    return torch.stack(row_x + row_y, 1).view(-1, 2, 3)
+
+
+def move_boxes(boxes: Tensor, affine: Tensor) -> Tensor:
+    """Boxes (B, 4) in fractions, of images resampled by `affine` (B, 2, 3), affine_grid's theta.
+
+    What moves is the ellipse inside the box, and the new box is drawn around it: a box around the
+    moved corners would grow with every rotation, while hearts are round. Cut off at the edge of the
+    image.
+    """
+    # From fractions to the coordinates of affine_grid: -1 to 1, edge to edge, so twice as long.
+    center = boxes[:, 2:] + boxes[:, :2] - 1  # (B, 2): x, y
+    radius = boxes[:, 2:] - boxes[:, :2]  # (B, 2), half an axis
+    # Theta leads from the new image to the old one: old = matrix @ new + shift.
+    matrix = affine[:, :, :2]  # (B, 2, 2)
+    shift = affine[:, :, 2]  # (B, 2)
+    forward = inverse(matrix)  # (B, 2, 2)
+    center = (forward @ (center - shift)[:, :, None])[:, :, 0]  # (B, 2)
+    # A x maps a circle of these radii to an ellipse; along an axis it reaches the norm of the row.
+    radius = (forward * radius[:, None]).square().sum(2).sqrt()  # (B, 2)
+    corners = torch.cat([center - radius, center + radius], 1)  # (B, 4)
+    return ((corners + 1) / 2).clamp(0, 1)
+
+
+def inverse(matrix: Tensor) -> Tensor:
+    """Inverse of (B, 2, 2) by elimination, the larger element of the first column as the pivot.
+
+    torch.linalg.inv waits for the GPU, to look for singular ones.
+    """
+    is_lower_larger = matrix[:, 1, 0].abs() > matrix[:, 0, 0].abs()  # (B,)
+    swap = is_lower_larger[:, None, None]
+    rows = torch.where(swap, matrix.flip(1), matrix)
+    a, b, c, d = rows.flatten(1).unbind(1)  # (B,) each: [[a, b], [c, d]]
+    factor = c / a
+    one_by_a = 1 / a
+    one_by_d = 1 / (d - factor * b)  # of what is left of d below the pivot
+    lower_left = -factor * one_by_d
+    lower_right = one_by_d
+    upper_left = (1 - b * lower_left) * one_by_a
+    upper_right = -b * lower_right * one_by_a
+    elements = [upper_left, upper_right, lower_left, lower_right]
+    inverted = torch.stack(elements, 1).view(-1, 2, 2)
+    return torch.where(swap, inverted.flip(2), inverted)  # swapped rows are swapped columns here
+
+
+def change_gray(images: Tensor, draws: Tensor, rng: np.random.Generator) -> Tensor:
+    """Gamma, contrast, brightness, blur and noise by draws (5, B); float (B, 1, S, S) in 0..1."""
+    gamma, contrast, brightness, sigma, noise = draws[:, :, None, None, None]  # (B, 1, 1, 1) each
+    # Clamped, because the power of a value below 0 would be NaN.
+    images = images.clamp(1e-4, 1) ** torch.exp(0.5 * gamma)
+    mean = images.mean((2, 3), keepdim=True)  # (B, 1, 1, 1)
+    images = (images - mean) * torch.exp(0.4 * contrast) + mean
+    images = images + 0.2 * brightness
+    # Up to 1.2 % of the side; half of the images stay sharp, and half of them without noise.
+    pixels = (sigma * 0.012 * images.shape[-1]).clamp(min=0.05)
+    images = blur(images, pixels.flatten())
+    # Seeded anew each step, so that no state of a generator has to be kept for --resume.
+    seed = int(rng.integers(2**62))
+    generator = torch.Generator(images.device).manual_seed(seed)
+    grain = torch.randn(images.shape, generator=generator, device=images.device)
+    return images + 0.05 * noise.clamp(min=0) * grain
+
+
+def blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur of (B, 1, H, W), with a sigma (B,) in pixels each, cut off at 4 pixels."""
+    x = torch.arange(-4, 5, device=images.device)
+    kernel = torch.exp(-0.5 * (x / sigma[:, None]).square())  # (B, 9)
+    kernel = (kernel / kernel.sum(1, keepdim=True))[:, None]  # (B, 1, 9)
+    # The batch as channels, so that every image has a kernel of its own: (1, B, H + 8, W + 8)
+    images = F.pad(images.transpose(0, 1), (4, 4, 4, 4), mode="replicate")
+    images = F.conv2d(images, kernel[..., None], groups=len(sigma))  # down: (1, B, H, W + 8)
+    images = F.conv2d(images, kernel[:, None], groups=len(sigma))  # across: (1, B, H, W)
+    return images.transpose(0, 1)
 
 
 # --- the synthetic raw set ---
 
 
-def smooth_noise(rng: np.random.Generator, cells: int, size: int) -> np.ndarray:
-    """Noise of mean 0 and deviation about 1 on a coarse grid of `cells`, blown up to float (size, size)."""
-    noise = Image.fromarray(rng.normal(0, 1, (cells, cells)).astype(np.float32))
-    return np.asarray(noise.resize((size, size), Image.Resampling.BICUBIC))
-
-
-def draw_phantom(rng: np.random.Generator, size: int = 256) -> tuple[np.ndarray, tuple[int, ...]]:
-    """A chest-like picture, float (size, size) in 0..1, and the box (xmin, ymin, xmax, ymax) of its heart."""
-    y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
-    x = (x - rng.normal(0, 0.06)) / rng.uniform(0.85, 1.1)
-    y = (y - rng.normal(0, 0.06)) / rng.uniform(0.85, 1.1)
-    edge = rng.uniform(0.02, 0.05)
-
-    def inside(cx: float, cy: float, rx: float, ry: float, power: float = 2.0) -> np.ndarray:
-        distance = (np.abs((x - cx) / rx) ** power + np.abs((y - cy) / ry) ** power) ** (1 / power)
-        return 1 / (1 + np.exp(((distance - 1) * min(rx, ry) / edge).clip(-30, 30)))
-
-    def ridge(distance: np.ndarray, width: float) -> np.ndarray:
-        return np.exp(-((distance / width) ** 2))
-
-    body, cage = inside(0, 0.15, 0.86, 1.25, 4), inside(0, 0.05, 0.78, 0.95, 3) * (np.abs(x) > 0.08)
-    lungs = np.maximum(inside(-0.4, -0.05, 0.3, 0.66, 2.6), inside(0.4, -0.05, 0.28, 0.66, 2.6))
-    for side, top in ((-1, 0.42), (1, 0.48)):  # the diaphragm: two domes, the patient's right one higher
-        lungs *= 1 - inside(0.42 * side, top + 0.6, 0.5, 0.6)
-    middle = (rng.uniform(0.08, 0.2), rng.uniform(0.12, 0.24))
-    heart = inside(*middle, rng.uniform(0.25, 0.42), rng.uniform(0.2, 0.32))
-    lungs *= 1 - 0.9 * heart
-    picture = body * (0.62 - 0.42 * lungs + 0.14 * heart)
-    picture += 0.16 * body * ridge(x, 0.1) * (1 + 0.25 * np.sin(y * 34))  # spine
-    for k in range(9):  # ribs fall from the spine to the sides
-        center = -0.75 + 0.16 * k + 0.55 * np.abs(x) ** 1.6 + rng.normal(0, 0.008)
-        picture += 0.09 * cage * ridge(y - center, 0.025)
-    picture += 0.03 * body * smooth_noise(rng, 24, size) + rng.normal(0, 0.015, picture.shape)
-    ys, xs = np.nonzero(heart > 0.5)
-    box = tuple(int(v) for v in (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1))
-    return (0.03 + 0.9 * picture.clip(0, 1.1) ** rng.uniform(0.6, 1.6)).clip(0, 1), box
-
-
-def write_dicom(path: Path, picture: np.ndarray) -> None:
-    """Write 0..1 as an uncompressed DICOM file: 12 bit, MONOCHROME1, windowed, pixels of 1.6 mm."""
-    ds = pydicom.Dataset()
-    ds.SOPClassUID = uid.ComputedRadiographyImageStorage
-    ds.SOPInstanceUID = uid.generate_uid(entropy_srcs=[path.stem])
-    ds.PatientID, ds.Modality, ds.ViewPosition = path.stem, "CR", "PA"
-    ds.WindowCenter, ds.WindowWidth, ds.PixelSpacing = 2048, 4096, [1.6, 1.6]
-    ds.set_pixel_data(
-        np.rint((1 - picture) * 4095).astype(np.uint16), "MONOCHROME1", 12, generate_instance_uid=False
-    )
-    ds.save_as(path, enforce_file_format=True)
-
-
 def write_demo(raw: Path, patients: int = 300, seed: int = 0) -> None:
-    """Write a synthetic raw set: DICOM files of a chest-like picture and boxes.csv with its heart."""
+    """Write a synthetic raw set: DICOM files of a chest-like picture, its heart in boxes.csv."""
     folder = raw / "images"
     folder.mkdir(parents=True, exist_ok=True)
     with open(raw / "boxes.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("image", *BOX))
         for k in range(patients):
-            picture, box = draw_phantom(np.random.default_rng((seed, k)))
-            write_dicom(folder / f"demo{k:04d}.dcm", picture)
-            writer.writerow((f"demo{k:04d}.dcm", *box))
+            rng = np.random.default_rng((seed, k))  # so that a longer set begins with a shorter one
+            name = f"demo{k:04d}.dcm"
+            picture, box = draw_phantom(rng)
+            write_dicom(folder / name, picture)
+            writer.writerow((name, *box))
+
+
+def draw_phantom(rng: np.random.Generator) -> tuple[np.ndarray, tuple[int, ...]]:
+    """A chest-like picture, float (256, 256) in 0..1, and the box of its heart in pixels.
+
+    The box is xmin, ymin, xmax, ymax, max exclusive.
+    """
+    # Coordinates from -1 to 1, y down, shifted and stretched as patients are.
+    y, x = np.mgrid[-1 : 1 : PHANTOM * 1j, -1 : 1 : PHANTOM * 1j]
+    x = (x - rng.normal(0, 0.06)) / rng.uniform(0.85, 1.1)
+    y = (y - rng.normal(0, 0.06)) / rng.uniform(0.85, 1.1)
+    edge = rng.uniform(0.02, 0.05)  # how soft outlines are
+
+    def inside(cx: float, cy: float, rx: float, ry: float, power: float = 2.0) -> np.ndarray:
+        """1 inside an ellipse (power 2) or a rounder rectangle (above), 0 outside, soft between."""
+        across = np.abs((x - cx) / rx) ** power
+        down = np.abs((y - cy) / ry) ** power
+        distance = (across + down) ** (1 / power)  # 1 on the outline
+        outwards = (distance - 1) * min(rx, ry) / edge
+        return 1 / (1 + np.exp(outwards.clip(-30, 30)))
+
+    def ridge(distance: np.ndarray, width: float) -> np.ndarray:
+        """1 on a line, falling off on both sides of it."""
+        return np.exp(-((distance / width) ** 2))
+
+    body = inside(0, 0.15, 0.86, 1.25, 4)
+    cage = inside(0, 0.05, 0.78, 0.95, 3) * (np.abs(x) > 0.08)  # where ribs are: not on the spine
+    right_lung = inside(-0.4, -0.05, 0.3, 0.66, 2.6)
+    left_lung = inside(0.4, -0.05, 0.28, 0.66, 2.6)
+    lungs = np.maximum(right_lung, left_lung)
+    for side, top in ((-1, 0.42), (1, 0.48)):  # the diaphragm: the patient's right dome is higher
+        lungs *= 1 - inside(0.42 * side, top + 0.6, 0.5, 0.6)
+    cx = rng.uniform(0.08, 0.2)
+    cy = rng.uniform(0.12, 0.24)
+    heart = inside(cx, cy, rng.uniform(0.25, 0.42), rng.uniform(0.2, 0.32))
+    lungs *= 1 - 0.9 * heart
+    picture = body * (0.62 - 0.42 * lungs + 0.14 * heart)  # air is dark
+    picture += 0.16 * body * ridge(x, 0.1) * (1 + 0.25 * np.sin(y * 34))  # spine
+    for k in range(9):  # ribs fall from the spine to the sides
+        center = -0.75 + 0.16 * k + 0.55 * np.abs(x) ** 1.6
+        center += rng.normal(0, 0.008)
+        picture += 0.09 * cage * ridge(y - center, 0.025)
+    tissue = 0.03 * body * smooth_noise(rng, 24)
+    picture += tissue + rng.normal(0, 0.015, picture.shape)
+    gamma = rng.uniform(0.6, 1.6)
+    picture = (0.03 + 0.9 * picture.clip(0, 1.1) ** gamma).clip(0, 1)
+
+    ys, xs = np.nonzero(heart > 0.5)
+    box = (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
+    return picture, tuple(int(value) for value in box)
+
+
+def smooth_noise(rng: np.random.Generator, cells: int) -> np.ndarray:
+    """Noise of mean 0 and deviation about 1 on a grid of `cells`, scaled to float (256, 256)."""
+    noise = rng.normal(0, 1, (cells, cells)).astype(np.float32)
+    image = Image.fromarray(noise).resize((PHANTOM, PHANTOM), Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def write_dicom(path: Path, picture: np.ndarray) -> None:
+    """Write float (H, W) in 0..1 as uncompressed DICOM: 12 bit, MONOCHROME1, windowed, 1.6 mm."""
+    ds = pydicom.Dataset()
+    ds.SOPClassUID = uid.ComputedRadiographyImageStorage
+    ds.SOPInstanceUID = uid.generate_uid(entropy_srcs=[path.stem])
+    ds.PatientID = path.stem
+    ds.Modality = "CR"
+    ds.ViewPosition = "PA"
+    ds.WindowCenter = 2048
+    ds.WindowWidth = 4096
+    ds.PixelSpacing = [1.6, 1.6]
+    pixels = np.rint((1 - picture) * 4095).astype(np.uint16)
+    ds.set_pixel_data(pixels, "MONOCHROME1", 12, generate_instance_uid=False)
+    ds.save_as(path, enforce_file_format=True)

@@ -67,7 +67,11 @@ from detection.preprocess import (
 from detection.train import AMP, check_finite, choose_device, evaluate
 
 TILE = 384  # pixels of one picture in a gallery
-RESULTS = ("metrics.json", "predictions.csv", "gallery.png")  # of a split; metrics.json is written last
+RESULTS = (
+    "metrics.json",
+    "predictions.csv",
+    "gallery.png",
+)  # of a split; metrics.json is written last
 TRUTH, PREDICTION = "#30d158", "#ff9f0a"
 
 
@@ -78,10 +82,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--checkpoint", type=Path, nargs="+", required=True, help="one or more of train.py's")
     add("--data", type=Path, metavar="CACHE", help="what preprocess.py wrote")
     add(
-        "--split", choices=("val", "test"), default="val", help="val (default): the fold left out in training"
+        "--split",
+        choices=("val", "test"),
+        default="val",
+        help="val (default): the fold left out in training",
     )
-    add("--images", type=Path, nargs="+", metavar="PATH", help="new images without boxes: files and folders")
-    add("--out", type=Path, help="(default: eval_val, eval_test or predictions beside the checkpoint)")
+    add(
+        "--images",
+        type=Path,
+        nargs="+",
+        metavar="PATH",
+        help="new images without boxes: files and folders",
+    )
+    add(
+        "--out",
+        type=Path,
+        help="(default: eval_val, eval_test or predictions beside the checkpoint)",
+    )
     add = parser.add_argument_group("run").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
     add("--amp", choices=AMP, help="mixed precision (default: as in the training)")
@@ -95,7 +112,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_models(paths: list[Path], device: torch.device) -> tuple[list[torch.nn.Module], list[dict]]:
+def load_models(
+    paths: list[Path], device: torch.device
+) -> tuple[list[torch.nn.Module], list[dict]]:
     """Bare models and their checkpoints. Raises CheckpointError if they do not go together."""
     types = {"arch": str, "head": str, "channels": int}
     checkpoints = [load_run(path, "detection", types, device) for path in paths]
@@ -104,7 +123,11 @@ def load_models(paths: list[Path], device: torch.device) -> tuple[list[torch.nn.
         check_meta(checkpoint["meta"], path)
         check_same(checkpoint["meta"], checkpoints[0]["meta"], path, paths[0])
         settings = checkpoint["settings"]
-        known = settings["arch"] in ARCHITECTURES and settings["head"] in HEADS and settings["amp"] in AMP
+        known = (
+            settings["arch"] in ARCHITECTURES
+            and settings["head"] in HEADS
+            and settings["amp"] in AMP
+        )
         if not known or not 4 <= settings["channels"] <= 1024:
             raise CheckpointError(f"{path}: settings {settings}, of no training")
         model = build_model(settings["arch"], settings["head"], settings["channels"])
@@ -128,7 +151,9 @@ def choose_rows(cache: Path, split: str, paths: list[Path], checkpoints: list[di
     if split == "val":
         sha256 = file_sha256(cache / "index.csv")
         if any(checkpoint["settings"]["index"] != sha256 for checkpoint in checkpoints):
-            raise DataError(f"{cache}: not the cache of the training, so its folds differ; use --split test")
+            raise DataError(
+                f"{cache}: not the cache of the training, so its folds differ; use --split test"
+            )
         if len(folds) > 1:
             raise DataError(
                 f"checkpoints of folds {sorted(folds)}: they trained on each other's validation images"
@@ -136,7 +161,9 @@ def choose_rows(cache: Path, split: str, paths: list[Path], checkpoints: list[di
     wanted = "test" if split == "test" else str(folds.pop())
     rows = [k for k, row in enumerate(index) if row["fold"] == wanted]
     if not rows:
-        raise DataError(f"{cache}: no {split} rows; preprocess.py makes them by --test-fraction or --like")
+        raise DataError(
+            f"{cache}: no {split} rows; preprocess.py makes them by --test-fraction or --like"
+        )
     check_leakage(cache, rows, paths, checkpoints)
     return rows
 
@@ -150,22 +177,32 @@ def check_leakage(cache: Path, rows: list[int], paths: list[Path], checkpoints: 
     patients, images = fingerprints(cache, rows)
     for path, checkpoint in zip(paths, checkpoints, strict=True):
         if not checkpoint.get("trained_on"):
-            print(f"note: {path} does not say what it was trained on: make sure that it was on other images")
+            print(
+                f"note: {path} does not say what it was trained on: make sure that it was on other images"
+            )
             continue
         settings, official = checkpoint["settings"], set()
         of_this_cache = settings["index"] == file_sha256(cache / "index.csv")
         if of_this_cache and overlaps.get("patients on both sides of an official split"):
-            others = [k for k, row in enumerate(index) if row["fold"] not in ("test", str(settings["fold"]))]
+            others = [
+                k
+                for k, row in enumerate(index)
+                if row["fold"] not in ("test", str(settings["fold"]))
+            ]
             official = set(fingerprints(cache, others)[0])
         seen = count_trained_on(checkpoint["trained_on"], patients, images)
         refused = [k for k in seen if patients[k] not in official]
         if len(seen) > len(refused):
             count = len(seen) - len(refused)
-            print(f"note: {count} of {len(rows)} images are of patients in training, by the official split")
+            print(
+                f"note: {count} of {len(rows)} images are of patients in training, by the official split"
+            )
         if refused:
             name = index[rows[refused[0]]]["id"]
             found = f"{path}: trained on {len(refused)} of these {len(rows)} images or patients ({name})"
-            raise DataError(f"{found}; take others, or, if only names are alike, change them in index.csv")
+            raise DataError(
+                f"{found}; take others, or, if only names are alike, change them in index.csv"
+            )
 
 
 # --- pictures ---
@@ -181,7 +218,9 @@ def font(size: int) -> ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
 
 
-def draw_boxes(image: np.ndarray | Tensor, boxes: dict[str, Tensor], caption: list[str]) -> Image.Image:
+def draw_boxes(
+    image: np.ndarray | Tensor, boxes: dict[str, Tensor], caption: list[str]
+) -> Image.Image:
     """A gray image uint8 (H, W), scaled to TILE pixels, with boxes by their colour, under its caption."""
     picture = Image.fromarray(np.asarray(image)).convert("RGB")
     scale = TILE / max(picture.size)
@@ -243,16 +282,23 @@ def evaluate_split(
     index = [table[row] for row in rows]
     _, scale = read_boxes(index)
     iou, error = box_iou(pred, boxes), ((pred - boxes) * scale).abs()
-    spacing = [[float(mm) for mm in row["spacing"].split()[::-1]] or [math.nan] * 2 for row in index]
+    spacing = [
+        [float(mm) for mm in row["spacing"].split()[::-1]] or [math.nan] * 2 for row in index
+    ]
     error_mm = error * torch.tensor(spacing).repeat(1, 2)
     cases = [
-        {"id": row["id"], "patient": row["patient"], "group": row["group"], "iou": round(iou[k].item(), 4)}
+        {
+            "id": row["id"],
+            "patient": row["patient"],
+            "site": row["site"],
+            "iou": round(iou[k].item(), 4),
+        }
         | named(pred[k] * scale[k])
         | {f"true_{name}": value for name, value in named(boxes[k] * scale[k]).items()}
         for k, row in enumerate(index)
     ]
-    groups = sorted({row["group"] for row in index} - {""})
-    members = {f"_{name}": torch.tensor([row["group"] == name for row in index]) for name in groups}
+    groups = sorted({row["site"] for row in index} - {""})
+    members = {f"_{name}": torch.tensor([row["site"] == name for row in index]) for name in groups}
     members = {"": torch.ones(len(rows), dtype=torch.bool)} | (members if len(groups) > 1 else {})
 
     def figures(chosen: Tensor) -> dict[str, float]:
@@ -276,7 +322,7 @@ def evaluate_split(
 
     tiles, dataset = [], XrayDataset(args.data)
     for k in iou.argsort()[:24].tolist():  # the worst first
-        (image,), _ = dataset.__getitems__([rows[k]])
+        (image,), _ = dataset[[rows[k]]]
         caption = [cases[k]["id"], f"IoU {iou[k]:.3f}   green: truth, orange: prediction"]
         tile = draw_boxes(image[0], {TRUTH: boxes[k], PREDICTION: pred[k]}, caption)
         tiles.append(pil_to_tensor(tile))
@@ -299,7 +345,9 @@ def list_images(paths: list[Path]) -> list[Path]:
         others = sorted(set(list_files(path)) - set(images))
         if not images:
             found = count_files(others, path) or "nothing"
-            raise DataError(f"{path}: no image in it, found {found}, expected DICOM, JPEG, PNG or TIFF")
+            raise DataError(
+                f"{path}: no image in it, found {found}, expected DICOM, JPEG, PNG or TIFF"
+            )
         if others:
             print(f"note: {path}: passed over: {count_files(others, path)}")
         files += images
@@ -356,7 +404,9 @@ def predict_images(
         with hold_folder(out):
             clear_results(out, list_predictions(out))
             for k, (path, (image, (height, width))) in enumerate(good.items()):
-                rows.append({"image": str(path)} | named(pred[k] * torch.tensor([width, height] * 2)))
+                rows.append(
+                    {"image": str(path)} | named(pred[k] * torch.tensor([width, height] * 2))
+                )
                 rows[-1]["overlay"] = overlays[path].name
                 answer = " ".join(f"{name} {rows[-1][name]:.0f}" for name in BOX)
                 picture = Image.fromarray(image[0].numpy()).resize((width, height))
@@ -373,7 +423,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = choose_device(args.device)
     models, checkpoints = load_models(args.checkpoint, device)
-    out = args.out or args.checkpoint[0].parent / (f"eval_{args.split}" if args.data else "predictions")
+    out = args.out or args.checkpoint[0].parent / (
+        f"eval_{args.split}" if args.data else "predictions"
+    )
     (evaluate_split if args.data else predict_images)(args, models, checkpoints, device, out)
 
 

@@ -109,7 +109,8 @@ def fingerprints(cache: Path, rows: list[int]) -> tuple[list[str], list[str]]:
 def open_case(cache: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Image float16 (C, X, Y, Z) and mask uint8 (X, Y, Z) of a case, mapped: only what is used is read."""
     image, mask = (
-        np.load(cache / "volumes" / f"{name}.{kind}.npy", mmap_mode="r") for kind in ("image", "mask")
+        np.load(cache / "volumes" / f"{name}.{kind}.npy", mmap_mode="r")
+        for kind in ("image", "mask")
     )
     return image, mask
 
@@ -123,7 +124,9 @@ def read_points(cache: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
         raise DataError(f"{path}: {type(error).__name__}: {error}; preprocess again") from error
     good = isinstance(points, np.ndarray) and points.dtype.kind == "i" and points.shape[1:] == (4,)
     if not good or (points[:, 1:] < 0).any() or (points[:, 1:] >= shape).any():
-        raise DataError(f"{path}: expected integers (N, 4), class and voxel inside {shape}; preprocess again")
+        raise DataError(
+            f"{path}: expected integers (N, 4), class and voxel inside {shape}; preprocess again"
+        )
     return points
 
 
@@ -137,10 +140,16 @@ def window_size(patch: list[int], slice_axis: int) -> list[int]:
     return list(patch) if len(patch) == 3 else [*patch[:slice_axis], 1, *patch[slice_axis:]]
 
 
-def box_slices(corner: list[int], size: list[int], shape: tuple[int, ...]) -> tuple[list[slice], list[slice]]:
+def box_slices(
+    corner: list[int], size: list[int], shape: tuple[int, ...]
+) -> tuple[list[slice], list[slice]]:
     """The part of the box that lies in a volume of `shape`: its slices of the volume, and of the box."""
-    inside = [slice(max(0, a), max(0, min(n, a + s))) for a, s, n in zip(corner, size, shape, strict=True)]
-    return inside, [slice(part.start - a, part.stop - a) for part, a in zip(inside, corner, strict=True)]
+    inside = [
+        slice(max(0, a), max(0, min(n, a + s))) for a, s, n in zip(corner, size, shape, strict=True)
+    ]
+    return inside, [
+        slice(part.start - a, part.stop - a) for part, a in zip(inside, corner, strict=True)
+    ]
 
 
 def cut(volume: np.ndarray, corner: list[int], size: list[int]) -> np.ndarray:
@@ -154,7 +163,7 @@ def cut(volume: np.ndarray, corner: list[int], size: list[int]) -> np.ndarray:
 class PatchDataset(Dataset):
     """Patches of a cache's volumes, fetched a batch of (row number, corner x, y, z) at a time.
 
-    `dataset.__getitems__(places)` gives images float16 (B, C, *patch) and masks uint8 (B, *patch); `patch`
+    `dataset[places]` gives images float16 (B, C, *patch) and masks uint8 (B, *patch); `patch`
     has two or three axes. It holds paths and sizes only, so it can go to workers.
     """
 
@@ -167,7 +176,7 @@ class PatchDataset(Dataset):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "names": None}
 
-    def __getitems__(self, places: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, places: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
         if self.names is None:
             self.names = [row["id"] for row in read_index(self.cache)]
         images, masks = [], []
@@ -176,12 +185,11 @@ class PatchDataset(Dataset):
             images.append(cut(image, corner, self.size))
             masks.append(cut(mask, corner, self.size))
         images, masks = torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(masks))
-        return (images, masks) if self.flat is None else (images.squeeze(self.flat), masks.squeeze(self.flat))
-
-
-def keep_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """`collate_fn` for batches that are tensors already; at module level, so that workers can be spawned."""
-    return batch
+        return (
+            (images, masks)
+            if self.flat is None
+            else (images.squeeze(self.flat), masks.squeeze(self.flat))
+        )
 
 
 def in_batches(rows: list[int], batch_size: int) -> list[list[int]]:
@@ -199,7 +207,7 @@ def make_loader(
 ) -> DataLoader:
     """A loader of whole batches. Workers stay from epoch to epoch: the dataset knows no epoch."""
     dataset = PatchDataset(cache, patch)
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=keep_batch, num_workers=workers,
+    return DataLoader(dataset, batch_size=None, sampler=batches, num_workers=workers,
                       persistent_workers=workers > 0, pin_memory=device.type == "cuda",
                       worker_init_fn=ignore_interrupt)  # fmt: skip
 
@@ -245,13 +253,17 @@ class EpochBatches(Sampler):
         corner = rng.integers(0, np.maximum(free, 0) + 1)
         if rng.random() < FOREGROUND and points:
             of_class = points[rng.integers(len(points))]
-            corner = np.clip(of_class[rng.integers(len(of_class))] - self.size // 2, 0, np.maximum(free, 0))
+            corner = np.clip(
+                of_class[rng.integers(len(of_class))] - self.size // 2, 0, np.maximum(free, 0)
+            )
         return np.where(free < 0, free // 2, corner).tolist()
 
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         # To NumPy (seed, epoch) is (seed, epoch, 0, 0); the draws of the loop count their steps from 1.
         rng = np.random.default_rng((self.seed, self.epoch))
-        order = rng.permutation(self.draws)[: len(self) * self.batch_size * self.world_size].tolist()
+        order = rng.permutation(self.draws)[
+            : len(self) * self.batch_size * self.world_size
+        ].tolist()
         for batch in in_batches(order, self.batch_size * self.world_size):
             yield [(row, *self.corner(row, rng)) for row in batch][self.rank :: self.world_size]
 
@@ -270,7 +282,9 @@ def random_affine(draws: np.ndarray, extent: np.ndarray) -> Tensor:
         draws[1 + 2 * dims :],
     )
     matrix = np.broadcast_to(np.eye(dims), (batch, dims, dims))
-    for (a, b), angle in zip(itertools.combinations(range(dims), 2), angles * math.radians(20), strict=True):
+    for (a, b), angle in zip(
+        itertools.combinations(range(dims), 2), angles * math.radians(20), strict=True
+    ):
         turn = np.broadcast_to(np.eye(dims), (batch, dims, dims)).copy()
         turn[:, a, a] = turn[:, b, b] = np.cos(angle)
         turn[:, a, b], turn[:, b, a] = -np.sin(angle), np.sin(angle)
@@ -309,9 +323,9 @@ def augment(
     theta = random_affine(draws[:moves], extent).to(device, non_blocking=True)
     grid = F.affine_grid(theta, [batch, 1, *images.shape[2:]], align_corners=False)
     images = F.grid_sample(images, grid, align_corners=False)
-    masks = F.grid_sample(masks[:, None].float(), grid, mode="nearest", align_corners=False)[:, 0].to(
-        masks.dtype
-    )
+    masks = F.grid_sample(masks[:, None].float(), grid, mode="nearest", align_corners=False)[
+        :, 0
+    ].to(masks.dtype)
 
     values = torch.from_numpy(draws[moves:].astype(np.float32)).to(device, non_blocking=True)
     gamma, contrast, brightness, noise = (v.view(-1, *[1] * (dims + 1)) for v in values)
@@ -329,7 +343,10 @@ def to_input(
     images: Tensor, masks: Tensor, device: torch.device, *augmentation: object
 ) -> tuple[Tensor, Tensor]:
     """Images to float32 and masks to int64 on `device`, augmented if asked for."""
-    images, masks = images.to(device, non_blocking=True).float(), masks.to(device, non_blocking=True)
+    images, masks = (
+        images.to(device, non_blocking=True).float(),
+        masks.to(device, non_blocking=True),
+    )
     if augmentation:
         images, masks = augment(images, masks, *augmentation)
     return images, masks.long()
@@ -362,11 +379,15 @@ def draw_phantom(
     core = ellipsoid(center + rng.normal(0, 1, 3), 0.55 * radii, 0.12) & organ
     picture[ellipsoid(np.array([-15, 3, 0]) + rng.normal(0, 2.5, 3), 0.85 * radii, 0.12)] = 0.66
     for _ in range(5):
-        picture[ellipsoid(rng.uniform(-1, 1, 3) * [24, 18, 24], np.full(3, rng.uniform(2.5, 4.5)))] = 0.8
+        picture[
+            ellipsoid(rng.uniform(-1, 1, 3) * [24, 18, 24], np.full(3, rng.uniform(2.5, 4.5)))
+        ] = 0.8
     picture[organ], picture[core] = 0.8, 0.58
     bias, texture = (resample(rng.normal(0, 1, [n] * 3).astype(np.float32), shape) for n in (3, 12))
     picture = picture * (1 + 0.08 * bias + 0.06 * texture) + rng.normal(0, 0.04, shape)
-    return np.rint(picture.clip(0) * rng.uniform(500, 2000)).astype(np.int16), organ.astype(np.uint8) + core
+    return np.rint(picture.clip(0) * rng.uniform(500, 2000)).astype(np.int16), organ.astype(
+        np.uint8
+    ) + core
 
 
 def write_demo(raw: Path, cases: int = 30, size: float = 72, seed: int = 0) -> None:
@@ -378,7 +399,9 @@ def write_demo(raw: Path, cases: int = 30, size: float = 72, seed: int = 0) -> N
         (raw / folder).mkdir(parents=True, exist_ok=True)
     for k in range(cases):
         rng, name = np.random.default_rng((seed, k)), f"demo_{k:03d}"
-        spacing = np.array([[1.8, 1.8, 1.8], [1.6, 1.6, 2.4], [2.2, 1.6, 1.8], [1.5, 1.8, 2]][k % 4])
+        spacing = np.array(
+            [[1.8, 1.8, 1.8], [1.6, 1.6, 2.4], [2.2, 1.6, 1.8], [1.5, 1.8, 2]][k % 4]
+        )
         turn, _ = np.linalg.qr(np.eye(3) + rng.normal(0, 0.1, (3, 3)))  # oblique: some 10 degrees
         turn = np.abs(np.diag(turn)) / np.diag(turn) * turn
         axes, signs = rng.permutation(3), rng.choice([-1, 1], 3)

@@ -76,7 +76,9 @@ from segmentation.preprocess import (
 )
 from segmentation.train import AMP, check_finite, choose_device
 
-PREDICTION = b"prediction of segmentation/eval.py"  # stands in the header of masks: they may be replaced
+PREDICTION = (
+    b"prediction of segmentation/eval.py"  # stands in the header of masks: they may be replaced
+)
 TILE = 256  # pixels of one picture in a gallery
 COLOURS = ("#ff4040", "#40c0ff", "#ffd040", "#60e060", "#d070ff", "#ff9040", "#40e0d0", "#ff80c0")
 
@@ -88,11 +90,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--checkpoint", type=Path, nargs="+", required=True, help="one or more of train.py's")
     add("--data", type=Path, metavar="CACHE", help="what preprocess.py wrote")
     add(
-        "--split", choices=("val", "test"), default="val", help="val (default): the fold left out in training"
+        "--split",
+        choices=("val", "test"),
+        default="val",
+        help="val (default): the fold left out in training",
     )
-    add("--images", type=Path, nargs="+", metavar="PATH", help="new images without masks: files and folders")
-    add("--tta", action="store_true", help="average over mirrored copies; for trainings with --mirror")
-    add("--out", type=Path, help="(default: eval_val, eval_test or predictions beside the checkpoint)")
+    add(
+        "--images",
+        type=Path,
+        nargs="+",
+        metavar="PATH",
+        help="new images without masks: files and folders",
+    )
+    add(
+        "--tta",
+        action="store_true",
+        help="average over mirrored copies; for trainings with --mirror",
+    )
+    add(
+        "--out",
+        type=Path,
+        help="(default: eval_val, eval_test or predictions beside the checkpoint)",
+    )
     add = parser.add_argument_group("run").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
     add("--amp", choices=AMP, help="mixed precision (default: as in the training)")
@@ -105,7 +124,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_models(paths: list[Path], device: torch.device) -> tuple[list[torch.nn.Module], list[dict]]:
+def load_models(
+    paths: list[Path], device: torch.device
+) -> tuple[list[torch.nn.Module], list[dict]]:
     """Bare models and their checkpoints. Raises CheckpointError if they do not go together."""
     types = {"channels": int, "patch": list, "mirror": bool}
     checkpoints = [load_run(path, "segmentation", types, device) for path in paths]
@@ -117,7 +138,9 @@ def load_models(paths: list[Path], device: torch.device) -> tuple[list[torch.nn.
         if settings["amp"] not in AMP or not 2 <= settings["channels"] <= 1024:
             raise CheckpointError(f"{path}: settings {settings}, of no training")
         patch = settings["patch"]
-        if len(patch) not in (2, 3) or not all(type(side) is int and 1 <= side <= 4096 for side in patch):
+        if len(patch) not in (2, 3) or not all(
+            type(side) is int and 1 <= side <= 4096 for side in patch
+        ):
             raise CheckpointError(f"{path}: patch {patch}, expected two or three numbers of voxels")
         model = build_model(checkpoint["meta"], settings["channels"], patch)
         load_weights(model, checkpoint, path)
@@ -127,7 +150,15 @@ def load_models(paths: list[Path], device: torch.device) -> tuple[list[torch.nn.
 
 def check_same(meta: dict, expected: dict, path: Path, other: Path) -> None:
     """Raise CheckpointError if images were not prepared in the same way."""
-    for name in ("classes", "values", "channels", "resample", "spacing", "slice_axis", "normalisation"):
+    for name in (
+        "classes",
+        "values",
+        "channels",
+        "resample",
+        "spacing",
+        "slice_axis",
+        "normalisation",
+    ):
         if meta[name] != expected[name]:
             raise CheckpointError(f"{path}: {name} {meta[name]}, but {other} has {expected[name]}")
 
@@ -140,7 +171,9 @@ def choose_rows(cache: Path, split: str, paths: list[Path], checkpoints: list[di
     if split == "val":
         sha256 = file_sha256(cache / "index.csv")
         if any(checkpoint["settings"]["index"] != sha256 for checkpoint in checkpoints):
-            raise DataError(f"{cache}: not the cache of the training, so its folds differ; use --split test")
+            raise DataError(
+                f"{cache}: not the cache of the training, so its folds differ; use --split test"
+            )
         if len(folds) > 1:
             raise DataError(
                 f"checkpoints of folds {sorted(folds)}: they trained on each other's validation images"
@@ -148,7 +181,9 @@ def choose_rows(cache: Path, split: str, paths: list[Path], checkpoints: list[di
     wanted = "test" if split == "test" else str(folds.pop())
     rows = [k for k, row in enumerate(index) if row["fold"] == wanted]
     if not rows:
-        raise DataError(f"{cache}: no {split} rows; preprocess.py makes them by --test-fraction or --like")
+        raise DataError(
+            f"{cache}: no {split} rows; preprocess.py makes them by --test-fraction or --like"
+        )
     check_leakage(cache, rows, paths, checkpoints)
     return rows
 
@@ -162,22 +197,32 @@ def check_leakage(cache: Path, rows: list[int], paths: list[Path], checkpoints: 
     patients, images = fingerprints(cache, rows)
     for path, checkpoint in zip(paths, checkpoints, strict=True):
         if not checkpoint.get("trained_on"):
-            print(f"note: {path} does not say what it was trained on: make sure that it was on other images")
+            print(
+                f"note: {path} does not say what it was trained on: make sure that it was on other images"
+            )
             continue
         settings, official = checkpoint["settings"], set()
         of_this_cache = settings["index"] == file_sha256(cache / "index.csv")
         if of_this_cache and overlaps.get("patients on both sides of an official split"):
-            others = [k for k, row in enumerate(index) if row["fold"] not in ("test", str(settings["fold"]))]
+            others = [
+                k
+                for k, row in enumerate(index)
+                if row["fold"] not in ("test", str(settings["fold"]))
+            ]
             official = set(fingerprints(cache, others)[0])
         seen = count_trained_on(checkpoint["trained_on"], patients, images)
         refused = [k for k in seen if patients[k] not in official]
         if len(seen) > len(refused):
             count = len(seen) - len(refused)
-            print(f"note: {count} of {len(rows)} images are of patients in training, by the official split")
+            print(
+                f"note: {count} of {len(rows)} images are of patients in training, by the official split"
+            )
         if refused:
             name = index[rows[refused[0]]]["id"]
             found = f"{path}: trained on {len(refused)} of these {len(rows)} images or patients ({name})"
-            raise DataError(f"{found}; take others, or, if only names are alike, change them in index.csv")
+            raise DataError(
+                f"{found}; take others, or, if only names are alike, change them in index.csv"
+            )
 
 
 # --- pictures ---
@@ -194,7 +239,11 @@ def font(size: int) -> ImageFont.ImageFont:
 
 
 def draw_panels(
-    image: np.ndarray, maps: dict[str, np.ndarray | None], meta: dict, position: int, caption: list[str]
+    image: np.ndarray,
+    maps: dict[str, np.ndarray | None],
+    meta: dict,
+    position: int,
+    caption: list[str],
 ) -> Tensor:
     """A slice of an image (C, X, Y, Z) once for each map of classes (X, Y, Z), side by side: uint8 (3, H, W).
 
@@ -203,7 +252,11 @@ def draw_panels(
     axis = meta["slice_axis"]
     plane = np.take(image[0], position, axis).astype(np.float32).T[::-1]
     low, high = np.percentile(plane, (0.5, 99.5))
-    gray = torch.from_numpy(255 * ((plane - low) / (high - low or 1)).clip(0, 1)).byte().expand(3, -1, -1)
+    gray = (
+        torch.from_numpy(255 * ((plane - low) / (high - low or 1)).clip(0, 1))
+        .byte()
+        .expand(3, -1, -1)
+    )
     across, up = (s for k, s in enumerate(meta["spacing"]) if k != axis)
     mm = (gray.shape[1] * up, gray.shape[2] * across)
     size = [max(1, round(TILE * length / max(mm))) for length in mm]
@@ -220,9 +273,13 @@ def draw_panels(
     pair = torch.cat(panels[:-1], 2)
     head = Image.new("RGB", (pair.shape[2], 20 * (len(caption) + 1)), "black")
     for k, line in enumerate(caption):
-        ImageDraw.Draw(head).text((4, 20 * k + 2), shorten(line, pair.shape[2] // 8), "white", font(14))
+        ImageDraw.Draw(head).text(
+            (4, 20 * k + 2), shorten(line, pair.shape[2] // 8), "white", font(14)
+        )
     for k, name in enumerate(maps):
-        ImageDraw.Draw(head).text((k * (size[1] + 2) + 4, head.height - 18), name, "white", font(14))
+        ImageDraw.Draw(head).text(
+            (k * (size[1] + 2) + 4, head.height - 18), name, "white", font(14)
+        )
     return torch.cat([pil_to_tensor(head), pair], 1)
 
 
@@ -245,7 +302,9 @@ def write_gif(path: Path, image: np.ndarray, maps: dict, meta: dict, caption: st
 def write_gallery(path: Path, tiles: list[Tensor]) -> None:
     """Tiles of different sizes below each other in three columns."""
     height, width = max(tile.shape[1] for tile in tiles), max(tile.shape[2] for tile in tiles)
-    tiles = [torch.nn.functional.pad(t, [0, width - t.shape[2], 0, height - t.shape[1]]) for t in tiles]
+    tiles = [
+        torch.nn.functional.pad(t, [0, width - t.shape[2], 0, height - t.shape[1]]) for t in tiles
+    ]
     save_picture(path, to_pil_image(torchvision.utils.make_grid(tiles, nrow=3)))
 
 
@@ -253,14 +312,21 @@ def write_gallery(path: Path, tiles: list[Tensor]) -> None:
 
 
 def predict(
-    models: list, checkpoints: list[dict], image: np.ndarray, device: torch.device, amp: str | None, tta: bool
+    models: list,
+    checkpoints: list[dict],
+    image: np.ndarray,
+    device: torch.device,
+    amp: str | None,
+    tta: bool,
 ) -> Tensor:
     """Class probabilities float16 (K, X, Y, Z) of an image (C, X, Y, Z), averaged over the models.
 
     Raises DataError if it shall be mirrored (`tta`) and a training was not.
     """
     if tta and not all(checkpoint["settings"]["mirror"] for checkpoint in checkpoints):
-        raise DataError("--tta: a checkpoint has not seen mirrored images, expected trainings with --mirror")
+        raise DataError(
+            "--tta: a checkpoint has not seen mirrored images, expected trainings with --mirror"
+        )
     total = None
     for model, checkpoint in zip(models, checkpoints, strict=True):
         settings, axis = checkpoint["settings"], checkpoint["meta"]["slice_axis"]
@@ -285,7 +351,9 @@ def named_memory(path: Path) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
-        if isinstance(error, RuntimeError) and "memory" not in reason:  # on a CPU torch has no type for it
+        if (
+            isinstance(error, RuntimeError) and "memory" not in reason
+        ):  # on a CPU torch has no type for it
             raise
         raise explain(path, MemoryError(reason)) from error
 
@@ -308,7 +376,9 @@ def judge(
         found[name] = segmentation_metrics(*masks, spacing)
     names, means = list(found[classes[1]]), {}
     for n in names:
-        means[n] = torch.tensor([one[n] for one in found.values()], dtype=torch.float64).nanmean().item()
+        means[n] = (
+            torch.tensor([one[n] for one in found.values()], dtype=torch.float64).nanmean().item()
+        )
     return means | {f"{n}_{name}": one[n] for n in names for name, one in found.items()}
 
 
@@ -321,7 +391,9 @@ def list_results(out: Path) -> list[str]:
     return names
 
 
-def read_truth(cache: Path, name: str, values: list[int]) -> tuple[np.ndarray, np.ndarray, nib.Nifti1Header]:
+def read_truth(
+    cache: Path, name: str, values: list[int]
+) -> tuple[np.ndarray, np.ndarray, nib.Nifti1Header]:
     """Class numbers uint8 (X, Y, Z) of a case's mask as it was, and the affine and header of its file."""
     path = cache / "volumes" / f"{name}.truth.nii.gz"
     try:
@@ -341,7 +413,10 @@ def evaluate_split(
     """Figures, tables, masks and pictures of a split."""
     meta = checkpoints[0]["meta"]
     classes = meta["classes"]
-    rows, index = choose_rows(args.data, args.split, args.checkpoint, checkpoints), read_index(args.data)
+    rows, index = (
+        choose_rows(args.data, args.split, args.checkpoint, checkpoints),
+        read_index(args.data),
+    )
     names = [index[row]["id"] for row in rows]
     results = [out / "predictions" / f"{name}.nii.gz" for name in names]
     inputs = [args.data / "volumes" / f"{name}.truth.nii.gz" for name in names]
@@ -367,8 +442,14 @@ def evaluate_split(
                 empty[int((truth == c).any()) + int((labels == c).any())] += 1
 
             on_grid = probabilities.argmax(0).byte()
-            cached = dice_scores(torch.from_numpy(np.array(mask)), on_grid, len(classes)).nanmean().item()
-            cases.append({"id": name, "group": index[row]["group"]} | figures | {"dice_cache": cached})
+            cached = (
+                dice_scores(torch.from_numpy(np.array(mask)), on_grid, len(classes))
+                .nanmean()
+                .item()
+            )
+            cases.append(
+                {"id": name, "group": index[row]["group"]} | figures | {"dice_cache": cached}
+            )
             on_grid = on_grid.numpy()
             position = fullest(mask != on_grid, meta["slice_axis"])
             caption = [name, f"dice {figures['dice']:.3f}  hd95 {figures['hd95_mm']:.1f} mm"]
@@ -378,12 +459,16 @@ def evaluate_split(
                 worst = figures["dice"], image, maps, name
             progress(f"{k}/{len(rows)}  {name}  dice {figures['dice']:.3f}")
         progress("")
-        order = torch.tensor([case["dice"] for case in cases]).nan_to_num(2.0).argsort()[:12].tolist()
+        order = (
+            torch.tensor([case["dice"] for case in cases]).nan_to_num(2.0).argsort()[:12].tolist()
+        )
         write_gallery(out / "worst.png", [tiles[k] for k in order])
         _, image, maps, name = worst
         write_gif(out / "worst.gif", image, maps, meta, name)
         write_report(args, cases, classes, empty, out)
-    print(f"{len(rows)} cases; {empty[0]} structures absent in both, {empty[1]} in one; all of it in {out}")
+    print(
+        f"{len(rows)} cases; {empty[0]} structures absent in both, {empty[1]} in one; all of it in {out}"
+    )
 
 
 def write_report(
@@ -425,7 +510,9 @@ def list_files(paths: list[Path]) -> list[Path]:
         volumes, others = list_volumes(path) if path.is_dir() else ([], [])
         if volumes and others:
             found = count_kinds(dict.fromkeys(others))
-            print(f"note: {path}: left out, because no .nii or .nii.gz: {found}, such as {others[0].name}")
+            print(
+                f"note: {path}: left out, because no .nii or .nii.gz: {found}, such as {others[0].name}"
+            )
         files += volumes or [path]
     return list({os.path.abspath(path): path for path in files}.values())  # each once
 
@@ -513,7 +600,9 @@ def check_results(out: Path, images: list[NewImage]) -> None:
     if table.exists() and not table.read_bytes().startswith(b"image,mask,"):
         foreign.append(table)
     if foreign:
-        raise DataError(f"{foreign[0]}: exists and is no earlier result of this script; give another --out")
+        raise DataError(
+            f"{foreign[0]}: exists and is no earlier result of this script; give another --out"
+        )
 
 
 def is_prediction(path: Path) -> bool:
@@ -524,7 +613,9 @@ def is_prediction(path: Path) -> bool:
         return False
 
 
-def read_image(image: NewImage, meta: dict) -> tuple[np.ndarray, np.ndarray, nib.Nifti1Header | None, tuple]:
+def read_image(
+    image: NewImage, meta: dict
+) -> tuple[np.ndarray, np.ndarray, nib.Nifti1Header | None, tuple]:
     """An image on the common grid, float16 (C, X, Y, Z); affine, header and shape of its file.
 
     Prints what is odd. Raises DataError if the model cannot take it.
@@ -533,7 +624,9 @@ def read_image(image: NewImage, meta: dict) -> tuple[np.ndarray, np.ndarray, nib
     path = image.paths[0]
     if image.numbers and sorted(image.numbers) != list(range(len(meta["channels"]))):
         found = ", ".join(f"{number:04d}" for number in sorted(image.numbers))
-        raise DataError(f"{path}: channel files {found}, expected one for each of {meta['channels']}")
+        raise DataError(
+            f"{path}: channel files {found}, expected one for each of {meta['channels']}"
+        )
     volume, affine, header = read_channels(image.paths, notes)
     for what, detail in notes:
         print(f"note: {path}: {what}" + (f" ({detail})" if detail else ""))
@@ -566,7 +659,9 @@ def predict_images(
                 bad += 1
                 print(error, file=sys.stderr)
                 continue
-            append_row(out / "volumes.csv", row, is_first=done == 0)  # what a stopped run has done stays
+            append_row(
+                out / "volumes.csv", row, is_first=done == 0
+            )  # what a stopped run has done stays
             done += 1
             maps = {"image": None, "prediction": labels}
             if done <= 30:
@@ -625,7 +720,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = choose_device(args.device)
     models, checkpoints = load_models(args.checkpoint, device)
-    out = args.out or args.checkpoint[0].parent / (f"eval_{args.split}" if args.data else "predictions")
+    out = args.out or args.checkpoint[0].parent / (
+        f"eval_{args.split}" if args.data else "predictions"
+    )
     (evaluate_split if args.data else predict_images)(args, models, checkpoints, device, out)
 
 

@@ -17,7 +17,9 @@ from segmentation.dataset import box_slices, cut, in_batches, patch_axes, window
 
 def default_patch(dims: int, meta: dict) -> list[int]:
     """A whole slice or volume of median size, as far as 2^18 voxels go; the longest side in mm gives way."""
-    patch, spacing = (patch_axes(meta[name], dims, meta["slice_axis"]) for name in ("shape", "spacing"))
+    patch, spacing = (
+        patch_axes(meta[name], dims, meta["slice_axis"]) for name in ("shape", "spacing")
+    )
     while math.prod(patch) > 2**18:
         patch[max(range(dims), key=lambda axis: patch[axis] * spacing[axis])] -= 1
     return patch
@@ -36,7 +38,9 @@ def plan_stages(patch: list[int], spacing: list[float]) -> list[tuple[list[int],
         fine = [s for s, n in zip(spacing, size, strict=True) if n >= 8]
         if not fine:
             break
-        stride = [2 if n >= 8 and s < 2 * min(fine) else 1 for s, n in zip(spacing, size, strict=True)]
+        stride = [
+            2 if n >= 8 and s < 2 * min(fine) else 1 for s, n in zip(spacing, size, strict=True)
+        ]
         size = [n // k for n, k in zip(size, stride, strict=True)]
         spacing = [s * k for s, k in zip(spacing, stride, strict=True)]
     return stages
@@ -46,7 +50,9 @@ def conv_unit(
     inputs: int, outputs: int, kernel: list[int], stride: list[int], norm: bool = True
 ) -> nn.Sequential:
     """Convolution, instance norm unless told otherwise, leaky ReLU."""
-    conv, norms = (nn.Conv2d, nn.InstanceNorm2d) if len(kernel) == 2 else (nn.Conv3d, nn.InstanceNorm3d)
+    conv, norms = (
+        (nn.Conv2d, nn.InstanceNorm2d) if len(kernel) == 2 else (nn.Conv3d, nn.InstanceNorm3d)
+    )
     first = conv(inputs, outputs, kernel, stride, [k // 2 for k in kernel], bias=not norm)
     middle = [norms(outputs, affine=True)] if norm else []
     return nn.Sequential(first, *middle, nn.LeakyReLU(0.01, inplace=True))
@@ -86,16 +92,28 @@ class UNet(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, num_classes: int, channels: int, patch: list[int], spacing: list[float]
+        self,
+        in_channels: int,
+        num_classes: int,
+        channels: int,
+        patch: list[int],
+        spacing: list[float],
     ) -> None:
         super().__init__()
         stages = plan_stages(patch, spacing)
-        widths = [max(1, channels // 2), *(min(channels * 2**k, 256) for k in range(len(stages) - 1))]
+        widths = [
+            max(1, channels // 2),
+            *(min(channels * 2**k, 256) for k in range(len(stages) - 1)),
+        ]
         flat = len(patch) == 2
-        transposed, conv = (nn.ConvTranspose2d, nn.Conv2d) if flat else (nn.ConvTranspose3d, nn.Conv3d)
+        transposed, conv = (
+            (nn.ConvTranspose2d, nn.Conv2d) if flat else (nn.ConvTranspose3d, nn.Conv3d)
+        )
         self.down, self.up, self.merge = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for k, (kernel, stride) in enumerate(stages):
-            down, merge = (ResidualUnit, ResidualUnit) if k else (conv_unit, partial(conv_unit, norm=False))
+            down, merge = (
+                (ResidualUnit, ResidualUnit) if k else (conv_unit, partial(conv_unit, norm=False))
+            )
             self.down.append(down(widths[k - 1] if k else in_channels, widths[k], kernel, stride))
             if k + 1 < len(stages):
                 stride = stages[k + 1][1]
@@ -109,7 +127,9 @@ class UNet(nn.Module):
             x = unit(x)
             skips.append(x)
         skips.pop()
-        for up, merge, skip in zip(reversed(self.up), reversed(self.merge), reversed(skips), strict=True):
+        for up, merge, skip in zip(
+            reversed(self.up), reversed(self.merge), reversed(skips), strict=True
+        ):
             # an odd size was rounded up on the way down
             x = up(x)[(..., *(slice(n) for n in skip.shape[2:]))]
             x = merge(torch.cat([x, skip], 1))
@@ -120,7 +140,9 @@ def build_model(meta: dict, channels: int, patch: list[int]) -> UNet:
     """The U-Net for the channels, classes and spacing of a cache, slices or volumes as the patch has axes."""
     spacing = patch_axes(meta["spacing"], len(patch), meta["slice_axis"])
     model = UNet(len(meta["channels"]), len(meta["classes"]), channels, patch, spacing)
-    return model.to(memory_format=torch.channels_last if len(patch) == 2 else torch.channels_last_3d)
+    return model.to(
+        memory_format=torch.channels_last if len(patch) == 2 else torch.channels_last_3d
+    )
 
 
 def segmentation_loss(logits: Tensor, masks: Tensor, kind: str) -> Tensor:
@@ -170,9 +192,13 @@ def predict_volume(
     if flat is not None:
         size = [1 if k == slice_axis else max(s, image.shape[k + 1]) for k, s in enumerate(size)]
     windows = list(
-        itertools.product(*(window_weights(n, s) for n, s in zip(image.shape[1:], size, strict=True)))
+        itertools.product(
+            *(window_weights(n, s) for n, s in zip(image.shape[1:], size, strict=True))
+        )
     )
-    flips = [axes for n in range(dims + 1) for axes in itertools.combinations(range(2, dims + 2), n)]
+    flips = [
+        axes for n in range(dims + 1) for axes in itertools.combinations(range(2, dims + 2), n)
+    ]
     result = None
     for batch in in_batches(windows, batch_size):
         cuts = np.stack([cut(image, [start for start, _ in window], size) for window in batch])

@@ -56,13 +56,24 @@ except ImportError:  # Windows
     fcntl = None
 
 # What of meta.json goes into --like caches and checkpoints: all that a new image needs.
-META = ("classes", "values", "channels", "resample", "spacing", "slice_axis", "shape", "normalisation")
+META = (
+    "classes",
+    "values",
+    "channels",
+    "resample",
+    "spacing",
+    "slice_axis",
+    "shape",
+    "normalisation",
+)
 RAS = [[0, 1], [1, 1], [2, 1]]  # nibabel's way to say: every axis stays, none is flipped
 FOLDS = 5
 MAX_GRID = 2**30  # voxels of the common grid, 2 GiB a channel: what is more has a wrong unit
 SHIFT = 0.1  # voxels: how far a slice or a corner may lie from where the affine puts it
 UNIT_MM = {1: 1000.0, 3: 0.001}  # NIfTI's xyzt_units that are not mm: metre and micron
-QUIET = logging.Logger("repairs", logging.CRITICAL + 1)  # nibabel's repairs of a header are not news
+QUIET = logging.Logger(
+    "repairs", logging.CRITICAL + 1
+)  # nibabel's repairs of a header are not news
 # What tells images at one position apart, for the message.
 VARYING = ("EchoTime", "EffectiveEchoTime", "TemporalPositionIdentifier", "TemporalPositionIndex",
            "DiffusionBValue", "TriggerTime", "AcquisitionNumber", "AcquisitionTime", "ImageType")  # fmt: skip
@@ -131,7 +142,9 @@ def read_header(path: Path) -> nib.Nifti1Header:
     with open_bytes(path) as file:
         header = kind.from_fileobj(file, check=False)
     if 3000 <= int(header["intent_code"]) < 3100:
-        raise DataError(f"{path}: CIFTI (values on a brain surface), expected voxels: export it as a volume")
+        raise DataError(
+            f"{path}: CIFTI (values on a brain surface), expected voxels: export it as a volume"
+        )
     return header
 
 
@@ -140,7 +153,9 @@ def repair_header(header: nib.Nifti1Header) -> nib.Nifti1Header:
     fixed = header.copy()
     fixed.check_fix(QUIET, 40)
     for name in ("sform_code", "qform_code"):
-        if header[name] != 0 and fixed[name] == 0:  # a code that nibabel does not know is one all the same
+        if (
+            header[name] != 0 and fixed[name] == 0
+        ):  # a code that nibabel does not know is one all the same
             fixed[name] = 1
     return fixed
 
@@ -175,14 +190,20 @@ def choose_affine(
     qform, qform_reason = read_form(header, "qform") if has_sizes else (None, "")
     reason = "; ".join(filter(None, (sform_reason, qform_reason)))
     if sform is None and not has_sizes:
-        raise DataError(f"{path}: pixdim {pixdim.tolist()} and no sform, expected the size of a voxel")
+        raise DataError(
+            f"{path}: pixdim {pixdim.tolist()} and no sform, expected the size of a voxel"
+        )
     if sform is None and qform is None and reason:
-        raise DataError(f"{path}: {reason}, expected an affine: set one, for example by nibabel's set_sform")
+        raise DataError(
+            f"{path}: {reason}, expected an affine: set one, for example by nibabel's set_sform"
+        )
     if reason:
         taken = "qform" if sform is None else "sform"
         notes.append((f"the {taken} is taken, the other form is unusable", reason))
     if sform is None and qform is None:
-        notes.append(("no sform and no qform: the axes are taken to point to the left, front and top", ""))
+        notes.append(
+            ("no sform and no qform: the axes are taken to point to the left, front and top", "")
+        )
         return header.get_base_affine()
     if sform is None:
         return qform
@@ -200,7 +221,11 @@ def choose_affine(
 
 
 def settle_sizes(
-    path: Path, sform: np.ndarray, qform: np.ndarray | None, pixdim: np.ndarray, notes: list[tuple[str, str]]
+    path: Path,
+    sform: np.ndarray,
+    qform: np.ndarray | None,
+    pixdim: np.ndarray,
+    notes: list[tuple[str, str]],
 ) -> np.ndarray:
     """Of two forms that differ in the size of a voxel the one that was filled in, with a note.
 
@@ -215,7 +240,9 @@ def settle_sizes(
     if np.allclose(pixdim, 1, atol=1e-3):
         notes.append(("voxel sizes contradict each other: the sform is taken", detail))
         return sform
-    raise DataError(f"{path}: voxels by {detail}, expected one size: set the wrong one right, by nibabel")
+    raise DataError(
+        f"{path}: voxels by {detail}, expected one size: set the wrong one right, by nibabel"
+    )
 
 
 def show_size(sizes: np.ndarray) -> str:
@@ -234,7 +261,9 @@ def check_shear(affine: np.ndarray, notes: list[tuple[str, str]]) -> None:
     cosines = np.abs(directions.T @ directions - np.eye(3))
     if cosines.max() > 0.01:
         angle = np.degrees(np.arccos(min(1.0, cosines.max())))
-        notes.append(("sheared axes: the voxels are taken for boxes", f"{angle:.1f} instead of 90 degrees"))
+        notes.append(
+            ("sheared axes: the voxels are taken for boxes", f"{angle:.1f} instead of 90 degrees")
+        )
 
 
 def read_nifti(
@@ -285,7 +314,9 @@ class Slice:
     frame: int = 0
 
 
-def read_series(path: Path, notes: list[tuple[str, str]] | None = None) -> tuple[np.ndarray, np.ndarray]:
+def read_series(
+    path: Path, notes: list[tuple[str, str]] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Read a folder with one DICOM series, or one multi-frame file: float32 (X, Y, Z, 1), affine to RAS mm.
 
     Slices are put in order by their positions along the normal (PS3.3 C.7.6.2.1.1), not by name or number.
@@ -378,7 +409,9 @@ def count_kinds(datasets: dict[Path, pydicom.Dataset | None]) -> str:
     for file, ds in datasets.items():
         suffix = file.suffix.lower() or "without suffix"
         kinds.append(suffix if ds is None else name_storage(ds) or suffix)
-    return ", ".join(f"{count} {kind}" for kind, count in Counter(kinds).most_common()) or "no files"
+    return (
+        ", ".join(f"{count} {kind}" for kind, count in Counter(kinds).most_common()) or "no files"
+    )
 
 
 def name_storage(ds: pydicom.Dataset) -> str:
@@ -392,7 +425,9 @@ def list_planes(file: Path, ds: pydicom.Dataset) -> list[Slice]:
     if not groups:
         return [Slice(file.name, ds, ds)]
     if len(groups) != int(ds.get("NumberOfFrames") or 1):
-        raise DataError(f"{file}: {ds.get('NumberOfFrames')} frames, but {len(groups)} functional groups")
+        raise DataError(
+            f"{file}: {ds.get('NumberOfFrames')} frames, but {len(groups)} functional groups"
+        )
     shared = ds.get("SharedFunctionalGroupsSequence") or [pydicom.Dataset()]
     slices = []
     for k, group in enumerate(groups):
@@ -420,7 +455,11 @@ def name_kind(one: Slice) -> str:
     if "MOSAIC" in image_type or (is_siemens and (0x0019, 0x100A) in ds):
         return "a Siemens mosaic, all slices in one picture: convert it by dcm2niix"
     photometric = str(ds.get("PhotometricInterpretation") or "").strip().upper()
-    if int(ds.get("SamplesPerPixel") or 1) != 1 or photometric not in ("", "MONOCHROME1", "MONOCHROME2"):
+    if int(ds.get("SamplesPerPixel") or 1) != 1 or photometric not in (
+        "",
+        "MONOCHROME1",
+        "MONOCHROME2",
+    ):
         return f"a colour image ({photometric})"
     if one.plane is ds and int(ds.get("NumberOfFrames") or 1) > 1:
         return f"a multi-frame file ({storage}, {ds.NumberOfFrames} frames) without the frames' positions"
@@ -441,13 +480,17 @@ def check_series(path: Path, slices: list[Slice]) -> None:
             lines.append(f"{name} ({found})")
         if len(lines) > 5:
             lines[5:] = ["..."]
-        raise DataError(f"{path}: {len(series)} DICOM series: {', '.join(lines)}; give each its own folder")
+        raise DataError(
+            f"{path}: {len(series)} DICOM series: {', '.join(lines)}; give each its own folder"
+        )
     for one in slices:
         kind = name_kind(one)
         if kind:
             raise DataError(f"{path}: {one.name} is {kind}; expected CT or MR slices")
     if path.is_file() and len(slices) == 1:
-        raise DataError(f"{path}: one DICOM slice, expected a volume: give the folder of its series")
+        raise DataError(
+            f"{path}: one DICOM slice, expected a volume: give the folder of its series"
+        )
 
 
 def read_numbers(path: Path, slices: list[Slice], keyword: str, count: int) -> np.ndarray:
@@ -479,7 +522,9 @@ def check_planes(path: Path, slices: list[Slice]) -> tuple[np.ndarray, np.ndarra
     lengths = np.linalg.norm([right, down], axis=1)
     if np.abs(lengths - 1).max() > 0.01 or abs(right @ down) > 0.01:
         found = orientation.tolist()
-        raise DataError(f"{path}: ImageOrientationPatient {found}, expected two perpendicular unit vectors")
+        raise DataError(
+            f"{path}: ImageOrientationPatient {found}, expected two perpendicular unit vectors"
+        )
     spacing = read_numbers(path, slices, "PixelSpacing", 2)
     if spacing.min() <= 0:
         raise DataError(f"{path}: PixelSpacing {spacing.min()}, expected more than 0")
@@ -517,17 +562,24 @@ def check_doubles(path: Path, slices: list[Slice], along: np.ndarray) -> None:
     differing = [
         keyword
         for keyword in VARYING
-        if len({str(one.plane.get(keyword)) for one, k in zip(slices, number, strict=True) if k == 0}) > 1
+        if len(
+            {str(one.plane.get(keyword)) for one, k in zip(slices, number, strict=True) if k == 0}
+        )
+        > 1
     ]
     what = f" that differ in {', '.join(differing)}" if differing else ""
     if counts.min() == counts.max():
         found = f"{len(counts)} positions with {counts[0]} images each{what}, such as {first.name}"
-        raise DataError(f"{path}: {found}: a time series, echoes or copies; expected one image a position")
+        raise DataError(
+            f"{path}: {found}: a time series, echoes or copies; expected one image a position"
+        )
     pair = int(np.argmax(np.diff(number) == 0))
     names = f"{slices[pair].name} and {slices[pair + 1].name}"
     where = f"{along[pair] - along[0]:.4g} mm from the first slice"
     doubled = f"{int((counts > 1).sum())} of {len(counts)} positions are doubled"
-    raise DataError(f"{path}: {doubled}: {names} lie in one place, {where}; expected one image a position")
+    raise DataError(
+        f"{path}: {doubled}: {names} lie in one place, {where}; expected one image a position"
+    )
 
 
 def fit_distances(path: Path, slices: list[Slice], along: np.ndarray) -> tuple[float, float]:
@@ -538,7 +590,9 @@ def fit_distances(path: Path, slices: list[Slice], along: np.ndarray) -> tuple[f
     if len(along) == 1:
         thickness = read_numbers(path, slices, "SliceThickness", 1)[0, 0]
         if thickness <= 0:
-            raise DataError(f"{path}: one slice with SliceThickness {thickness}, expected more than 0")
+            raise DataError(
+                f"{path}: one slice with SliceThickness {thickness}, expected more than 0"
+            )
         return float(along[0]), float(thickness)
     number = np.arange(len(along))
     middle = (len(along) - 1) / 2
@@ -551,8 +605,12 @@ def fit_distances(path: Path, slices: list[Slice], along: np.ndarray) -> tuple[f
         between = f"{slices[k].name} and {slices[k + 1].name} are {gaps[k]:.4g} mm apart"
         if gaps[k] > 1.5 * usual:
             count = sum(max(0, round(gap / usual) - 1) for gap in gaps.tolist())
-            raise DataError(f"{path}: missing slices: {count}; {between}, the others {usual:.4g} mm")
-        raise DataError(f"{path}: slices at distances from {gaps.min():.4g} to {gaps[k]:.4g} mm: {between}")
+            raise DataError(
+                f"{path}: missing slices: {count}; {between}, the others {usual:.4g} mm"
+            )
+        raise DataError(
+            f"{path}: slices at distances from {gaps.min():.4g} to {gaps[k]:.4g} mm: {between}"
+        )
     return float(start), float(step)
 
 
@@ -593,7 +651,9 @@ def note_slices(slices: list[Slice], notes: list[tuple[str, str]]) -> None:
     tilts = [abs(float(tilt)) for tilt in tilts if isinstance(tilt, (int, float))]
     if max(tilts, default=0) > 0.1:
         detail = f"{max(tilts):.4g} degrees"
-        notes.append(("GantryDetectorTilt, but the positions are a box: the positions are believed", detail))
+        notes.append(
+            ("GantryDetectorTilt, but the positions are a box: the positions are believed", detail)
+        )
 
 
 def is_inverted(ds: pydicom.Dataset) -> bool:
@@ -603,7 +663,9 @@ def is_inverted(ds: pydicom.Dataset) -> bool:
 def read_plane(path: Path, one: Slice) -> np.ndarray:
     """Modality values float32 (X, Y) of a plane; MONOCHROME1 is inverted within the bits stored."""
     if one.ds.Rows * one.ds.Columns > 2**27:  # a few bytes can claim any size
-        raise DataError(f"{path / one.name}: {one.ds.Rows} x {one.ds.Columns} pixels, expected at most 2^27")
+        raise DataError(
+            f"{path / one.name}: {one.ds.Rows} x {one.ds.Columns} pixels, expected at most 2^27"
+        )
     try:
         pixels = pixel_array(one.ds, index=one.frame)
         if is_inverted(one.ds):
@@ -704,7 +766,11 @@ def read_channels(
 
 
 def check_same_grid(
-    path: Path, shape: tuple[int, ...], own: np.ndarray, image_shape: tuple[int, ...], affine: np.ndarray
+    path: Path,
+    shape: tuple[int, ...],
+    own: np.ndarray,
+    image_shape: tuple[int, ...],
+    affine: np.ndarray,
 ) -> None:
     """Raise DataError unless a file has the shape of its image, and all corners within 0.1 voxel."""
     if shape != image_shape:
@@ -712,7 +778,9 @@ def check_same_grid(
     apart = corner_distance(own, affine, shape)
     if not apart <= SHIFT * nib.affines.voxel_sizes(affine).min():
         found, expected = own[:3].round(3).tolist(), affine[:3].round(3).tolist()
-        raise DataError(f"{path}: affine {found}, expected {expected} as its image ({apart:.3g} mm apart)")
+        raise DataError(
+            f"{path}: affine {found}, expected {expected} as its image ({apart:.3g} mm apart)"
+        )
 
 
 def read_mask(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
@@ -736,7 +804,9 @@ def read_mask(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> np.ndar
             f"{path}: mask of {mask.dtype} with values between the integers, expected 0, 1, 2, ..."
         )
     if whole.min() < 0 or whole.max() > 255:
-        raise DataError(f"{path}: mask values {whole.min():g} to {whole.max():g}, expected 0 to 255")
+        raise DataError(
+            f"{path}: mask values {whole.min():g} to {whole.max():g}, expected 0 to 255"
+        )
     return whole.astype(np.uint8)
 
 
@@ -798,7 +868,9 @@ def check_grid(path: Path, shape: tuple[int, ...], spacing: np.ndarray, meta: di
     if meta["resample"] and (math.prod(grid) > MAX_GRID or max(grid) < 2):
         found = f"{show_size(np.array(shape))} voxels of {show_size(spacing)} mm"
         made = f"{show_size(np.array(grid))} voxels of {show_size(np.array(meta['spacing']))} mm"
-        raise DataError(f"{path}: {found} would become {made}: check its pixdim and unit, or --spacing")
+        raise DataError(
+            f"{path}: {found} would become {made}: check its pixdim and unit, or --spacing"
+        )
 
 
 def resampling_matrix(old: int, new: int) -> np.ndarray:
@@ -827,7 +899,9 @@ def normalise(channel: np.ndarray, constants: dict | None) -> np.ndarray:
     If more than half of the voxels have the smallest value (air set to zero), they do not count.
     """
     if constants:
-        return (channel.clip(constants["low"], constants["high"]) - constants["mean"]) / constants["std"]
+        return (channel.clip(constants["low"], constants["high"]) - constants["mean"]) / constants[
+            "std"
+        ]
     inside = channel > channel.min()
     values = channel if inside.mean() >= 0.5 else channel[inside]
     mean, std = float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64))
@@ -943,7 +1017,9 @@ def list_by_name(folder: Path, bad: list[tuple[Path, str]]) -> dict[str, Path]:
     others = [path for path in others if volume_name(path) == path.name]
     if others:
         found = count_kinds(dict.fromkeys(others))
-        print(f"note: {folder}: left out, because no .nii or .nii.gz: {found}, such as {others[0].name}")
+        print(
+            f"note: {folder}: left out, because no .nii or .nii.gz: {found}, such as {others[0].name}"
+        )
     return {name: paths[0] for name, paths in names.items() if len(paths) == 1}
 
 
@@ -1001,9 +1077,13 @@ def find_cases(raw: Path) -> tuple[list[Case], list[tuple[str, str]]]:
         for _, reason in bad:
             print(reason, file=sys.stderr)
         inside = sorted(p.name for p in raw.iterdir())[:5] if raw.is_dir() else "no folder"
-        raise DataError(f"{raw}: found {inside}, expected imagesTr/NAME.nii.gz and labelsTr/NAME.nii.gz")
+        raise DataError(
+            f"{raw}: found {inside}, expected imagesTr/NAME.nii.gz and labelsTr/NAME.nii.gz"
+        )
     if double := [name for name, count in Counter(case.id for case in cases).items() if count > 1]:
-        raise DataError(f"{raw}: {double[0]} is in imagesTr and in imagesTs, expected different names")
+        raise DataError(
+            f"{raw}: {double[0]} is in imagesTr and in imagesTs, expected different names"
+        )
     return cases, [(path.relative_to(raw).as_posix(), reason) for path, reason in bad]
 
 
@@ -1024,7 +1104,9 @@ def read_description(raw: Path) -> tuple[dict[int, str] | None, list[str] | str 
     if not path.is_file():
         return None, None
     try:
-        description = json.loads(path.read_bytes(), object_pairs_hook=refuse_doubles)  # by its BOM, if any
+        description = json.loads(
+            path.read_bytes(), object_pairs_hook=refuse_doubles
+        )  # by its BOM, if any
         labels = description.get("labels")
         channels = description.get("channel_names", description.get("modality"))
         if labels:
@@ -1034,7 +1116,9 @@ def read_description(raw: Path) -> tuple[dict[int, str] | None, list[str] | str 
     except DataError:
         raise
     except (ValueError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: {error}, expected labels and modality as in the Decathlon") from error
+        raise DataError(
+            f"{path}: {error}, expected labels and modality as in the Decathlon"
+        ) from error
     if labels and (min(labels) != 0 or max(labels) > 255 or len(labels) < 2):
         raise DataError(f"{path}: labels {labels}, expected 0 = background and others up to 255")
     return labels or None, channels or None
@@ -1051,13 +1135,17 @@ def read_labels(path: Path, labels: dict) -> dict[int, str]:
         name = str(name).strip()
         if isinstance(number, list) or isinstance(value, list):
             found = f"label {name!r} is {number}: overlapping regions are not supported"
-            raise DataError(f"{path}: {found}; give each voxel one class, and each class one number")
+            raise DataError(
+                f"{path}: {found}; give each voxel one class, and each class one number"
+            )
         if name.lower() == "ignore":
             found = "label 'ignore': voxels that do not count (nnU-Net) are not supported"
             raise DataError(f"{path}: {found}; give them the number of a class")
         number = int(number)
         if number in names or name in names.values():
-            found = f"label {name!r} with number {number}: another label has this name or this number"
+            found = (
+                f"label {name!r} with number {number}: another label has this name or this number"
+            )
             raise DataError(f"{path}: {found}; expected each once")
         names[number] = name
     return dict(sorted(names.items()))
@@ -1100,7 +1188,9 @@ def find_patients(names: list[str], regex: str) -> list[str]:
     patients = [match_patient(regex, name) for name in names]
     unmatched = [name for name, patient in zip(names, patients, strict=True) if not patient]
     if unmatched:
-        raise DataError(f"--patient-regex {regex!r} finds nothing in {len(unmatched)} names: {unmatched[0]}")
+        raise DataError(
+            f"--patient-regex {regex!r} finds nothing in {len(unmatched)} names: {unmatched[0]}"
+        )
     return patients
 
 
@@ -1141,7 +1231,9 @@ def assign_fold(group: str, split: str, has_val: bool, test_fraction: float) -> 
         return "test"
     if split == "val":
         return "0"
-    return str(1 + int(digest[8:16], 16) % (FOLDS - 1) if has_val else int(digest[8:16], 16) % FOLDS)
+    return str(
+        1 + int(digest[8:16], 16) % (FOLDS - 1) if has_val else int(digest[8:16], 16) % FOLDS
+    )
 
 
 def report_copies(cases: list[Case], folds: list[str], found: list[dict]) -> list[dict]:
@@ -1155,7 +1247,9 @@ def report_copies(cases: list[Case], folds: list[str], found: list[dict]) -> lis
             names, where = [cases[k].id for k in rows], sorted({folds[k] for k in rows})
             masks = "different" if len({found[k]["mask"] for k in rows}) > 1 else "the same"
             report.append({"cases": names, "masks": masks, "folds": where})
-            print(f"note: {' and '.join(names)} are one image with {masks} masks, in fold {', '.join(where)}")
+            print(
+                f"note: {' and '.join(names)} are one image with {masks} masks, in fold {', '.join(where)}"
+            )
     return report
 
 
@@ -1165,7 +1259,10 @@ def report_copies(cases: list[Case], folds: list[str], found: list[dict]) -> lis
 def check_outputs(outputs: list[Path], inputs: list[Path]) -> None:
     """Raise DataError if an output is an input by whatever name (links too), or a folder that holds one."""
     targets = {path.resolve() for path in outputs}
-    files = {(status.st_dev, status.st_ino) for status in (path.stat() for path in targets if path.is_file())}
+    files = {
+        (status.st_dev, status.st_ino)
+        for status in (path.stat() for path in targets if path.is_file())
+    }
     for path in inputs:
         real = path.resolve()
         status = real.stat() if real.exists() else None
@@ -1195,14 +1292,18 @@ def open_output(out: Path, overwrite: bool) -> Iterator[Path]:
     Raises DataError if OUT holds anything but a cache (--overwrite never deletes what is not ours), if
     another run writes to it (the lock ends with the process), or if something cannot be written.
     """
-    partial, old, lock = (out.with_name(f".{out.name}.{kind}") for kind in ("partial", "old", "lock"))
+    partial, old, lock = (
+        out.with_name(f".{out.name}.{kind}") for kind in ("partial", "old", "lock")
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, "w") as file:
         try:
             if fcntl:  # not on Windows
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            raise DataError(f"{out}: another run writes here; wait for it, or use another --out") from error
+            raise DataError(
+                f"{out}: another run writes here; wait for it, or use another --out"
+            ) from error
         try:
             if old.exists() and not out.exists():  # stopped between the two renames below
                 old.rename(out)
@@ -1225,10 +1326,14 @@ def open_output(out: Path, overwrite: bool) -> Iterator[Path]:
 
 def check_output(out: Path, overwrite: bool) -> None:
     """Raise DataError if OUT holds anything but a cache, or a cache that nobody said may go."""
-    found = {p.name for p in out.iterdir()} if out.is_dir() else {"a file"} if out.exists() else set()
+    found = (
+        {p.name for p in out.iterdir()} if out.is_dir() else {"a file"} if out.exists() else set()
+    )
     ours = {"images.npy", "volumes", "index.csv", "meta.json", "skipped.csv"}
     if found and not {"meta.json"} <= found <= ours:
-        raise DataError(f"{out}: holds {min(found - ours or found)}, expected a new folder or a cache")
+        raise DataError(
+            f"{out}: holds {min(found - ours or found)}, expected a new folder or a cache"
+        )
     if found and not overwrite:
         raise DataError(f"{out}: exists already; use --overwrite, or another --out")
 
@@ -1252,18 +1357,28 @@ def is_number(value: object, low: float = -math.inf) -> bool:
 def check_meta(meta: object, where: Path) -> None:
     """Raise DataError if what a network needs of a meta.json (or a checkpoint's meta) is not there."""
     if not isinstance(meta, dict):
-        raise DataError(f"{where}: {type(meta).__name__}, expected names and values; preprocess again")
-    classes, values, channels, shape = (meta.get(k) for k in ("classes", "values", "channels", "shape"))
+        raise DataError(
+            f"{where}: {type(meta).__name__}, expected names and values; preprocess again"
+        )
+    classes, values, channels, shape = (
+        meta.get(k) for k in ("classes", "values", "channels", "shape")
+    )
     spacing, normalisation = meta.get("spacing"), meta.get("normalisation")
     good = {
         "classes": isinstance(classes, list) and len(set(map(str, classes))) == len(classes) >= 2,
-        "values": isinstance(values, list) and all(type(v) is int and 0 <= v <= 255 for v in values),
+        "values": isinstance(values, list)
+        and all(type(v) is int and 0 <= v <= 255 for v in values),
         "channels": isinstance(channels, list) and len(channels) >= 1,
         "resample": type(meta.get("resample")) is bool,
-        "spacing": isinstance(spacing, list) and len(spacing) == 3 and all(is_number(s, 0) for s in spacing),
+        "spacing": isinstance(spacing, list)
+        and len(spacing) == 3
+        and all(is_number(s, 0) for s in spacing),
         "slice_axis": meta.get("slice_axis") in (0, 1, 2),
-        "shape": isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape),
-        "normalisation": isinstance(normalisation, list) and all(map(is_normalisation, normalisation)),
+        "shape": isinstance(shape, list)
+        and len(shape) == 3
+        and all(type(n) is int and n > 0 for n in shape),
+        "normalisation": isinstance(normalisation, list)
+        and all(map(is_normalisation, normalisation)),
     }
     good["values"] = good["values"] and values == sorted(set(values)) and values[0] == 0
     for one, other in (("values", "classes"), ("normalisation", "channels")):
@@ -1301,13 +1416,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "training cases), or keep (each volume keeps its own)")  # fmt: skip
     add("--patient-regex", help="finds the patient in a file name, as its first group if any: cases of one "
         "patient share a fold (default: each case is a patient)")  # fmt: skip
-    add("--test-fraction", type=float, default=0.0, help="part of the cases kept as test (default: 0)")
+    add(
+        "--test-fraction",
+        type=float,
+        default=0.0,
+        help="part of the cases kept as test (default: 0)",
+    )
     add("--like", type=Path, metavar="CACHE", help="a test set for the models of this cache: its classes, "
         "spacing and normalisation, every row test")  # fmt: skip
     add = parser.add_argument_group("run").add_argument
     add("--workers", type=int, default=default_workers(), help="threads, each with a volume in memory "
         "(default: %(default)s)")  # fmt: skip
-    add("--skip-bad", action="store_true", help="leave unusable cases out and list them in skipped.csv")
+    add(
+        "--skip-bad",
+        action="store_true",
+        help="leave unusable cases out and list them in skipped.csv",
+    )
     add("--overwrite", action="store_true", help="replace a finished cache in OUT")
     args = parser.parse_args(argv)
     if args.like and (args.spacing or args.test_fraction):
@@ -1319,7 +1443,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         try:
             args.spacing = [float(value) for value in args.spacing]
         except ValueError:
-            parser.error(f"--spacing {' '.join(args.spacing)}, expected three numbers, median or keep")
+            parser.error(
+                f"--spacing {' '.join(args.spacing)}, expected three numbers, median or keep"
+            )
         if len(args.spacing) != 3 or not all(0.01 <= value <= 100 for value in args.spacing):
             parser.error(f"--spacing {args.spacing}, expected three numbers from 0.01 to 100")
     if not 0 <= args.test_fraction < 1:
@@ -1345,7 +1471,9 @@ def check_together(
     for k, info in enumerate(found):
         if isinstance(info, dict) and not set(info["values"]) <= set(labels):
             expected = f"{sorted(labels)} without gaps, or a dataset.json that names the others"
-            found[k] = DataError(f"{cases[k].mask}: mask values {info['values']}, expected {expected}")
+            found[k] = DataError(
+                f"{cases[k].mask}: mask values {info['values']}, expected {expected}"
+            )
         elif isinstance(info, dict) and info["channels"] != len(channels):
             names = " and ".join(str(path) for path in cases[k].images)
             reason = f"{info['channels']} channels, expected {channels}"
@@ -1405,7 +1533,9 @@ def split_cases(
     groups = group_patients(patients, [info["digest"] for info in found])
     folds = []
     for group, case in zip(groups, cases, strict=True):
-        folds.append("test" if args.like else assign_fold(group, case.split, False, args.test_fraction))
+        folds.append(
+            "test" if args.like else assign_fold(group, case.split, False, args.test_fraction)
+        )
     sides = defaultdict(set)
     for group, fold in zip(groups, folds, strict=True):
         sides[group].add(fold == "test")
@@ -1413,7 +1543,9 @@ def split_cases(
     if both:
         print(f"note: patients on both sides of the official split: {len(both)}, such as {both[0]}")
     if not args.like and set(folds) == {"test"}:
-        raise DataError(f"{args.data}: only test cases; for an external test set use --like TRAIN_CACHE")
+        raise DataError(
+            f"{args.data}: only test cases; for an external test set use --like TRAIN_CACHE"
+        )
     return groups, folds
 
 
@@ -1443,8 +1575,23 @@ def grid_error(case: Case, info: dict, meta: dict) -> DataError | dict:
 def is_ct(channel: str) -> bool:
     """Whether a modality or channel name is one of the names of CT: CT, "CT scan", CTA, CBCT, ..."""
     words = set(re.split(r"[^A-Z0-9]+", channel.upper()))
-    names = {"CT", "CTA", "CTPA", "CCTA", "CBCT", "CECT", "NCCT", "HRCT", "LDCT", "MDCT", "MSCT", "DECT"}
-    return bool(words & names and not words & {"PET", "SPECT"}) or {"COMPUTED", "TOMOGRAPHY"} <= words
+    names = {
+        "CT",
+        "CTA",
+        "CTPA",
+        "CCTA",
+        "CBCT",
+        "CECT",
+        "NCCT",
+        "HRCT",
+        "LDCT",
+        "MDCT",
+        "MSCT",
+        "DECT",
+    }
+    return (
+        bool(words & names and not words & {"PET", "SPECT"}) or {"COMPUTED", "TOMOGRAPHY"} <= words
+    )
 
 
 def show_normalisation(constants: dict | None) -> str:
@@ -1453,7 +1600,9 @@ def show_normalisation(constants: dict | None) -> str:
     return f"as CT: clipped to {constants['low']:.4g} .. {constants['high']:.4g}"
 
 
-def describe(training: list[dict], spacing: list, labels: dict[int, str], channels: list[str]) -> dict:
+def describe(
+    training: list[dict], spacing: list, labels: dict[int, str], channels: list[str]
+) -> dict:
     """What meta.json says of the grid, the classes and the normalisation, from the training cases."""
     median = np.median([info["spacing"] for info in training], 0).round(4).tolist()
     meta = {"classes": list(labels.values()), "values": list(labels), "channels": channels,
@@ -1497,7 +1646,9 @@ def convert(case: Case, folder: Path, meta: dict) -> DataError | None:
     return None
 
 
-def write_index(path: Path, raw: Path, cases: list[Case], groups: list[str], folds: list[str]) -> None:
+def write_index(
+    path: Path, raw: Path, cases: list[Case], groups: list[str], folds: list[str]
+) -> None:
     """index.csv, a row a case; the files of channels are joined by semicolons."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -1525,7 +1676,9 @@ def main(argv: list[str] | None = None) -> None:
     with open_output(out, args.overwrite) as folder:
         for _, reason in bad:
             print(reason, file=sys.stderr)
-        found = list(in_threads(partial(inspect, values=labels and list(labels)), cases, args.workers))
+        found = list(
+            in_threads(partial(inspect, values=labels and list(labels)), cases, args.workers)
+        )
         labels, channels = check_together(cases, found, labels, channels)
         cases, found = drop_bad(cases, found, bad, args.skip_bad)
 
@@ -1573,8 +1726,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def run_command(main: Callable, *errors: type) -> None:
     """Run a script's main: what the user can mend, or stopped, is one line; a bug keeps its traceback."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a screen may lack the letters of a file's name
-    warnings.filterwarnings("ignore", module=r"pydicom|PIL|nibabel")  # header slips, some for every file
+    sys.stdout.reconfigure(
+        errors="backslashreplace"
+    )  # a screen may lack the letters of a file's name
+    warnings.filterwarnings(
+        "ignore", module=r"pydicom|PIL|nibabel"
+    )  # header slips, some for every file
     try:
         main()
     except (DataError, OSError, *errors) as error:

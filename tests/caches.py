@@ -107,7 +107,18 @@ def train(task: str, cache: Path, out: Path, *options: str) -> None:
         "detection": ["--batch-size", "6", "--channels", "8"],
         "segmentation": ["--batch-size", "8", "--channels", "2"],
     }[task]
-    command = ["--data", str(cache), "--out", str(out), "--epochs", "1", "--workers", "0", "--device", "cpu"]
+    command = [
+        "--data",
+        str(cache),
+        "--out",
+        str(out),
+        "--epochs",
+        "1",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
     module(task, "train").main([*command, *small, *options])
 
 
@@ -126,7 +137,9 @@ def copy(source: Path, target: Path) -> Path:
 def small_network() -> Iterator[None]:
     """In place of the ResNets for X-rays, networks of a thousandth of their weights."""
 
-    def build_classifier(arch: str, num_classes: int, size: int, pretrained: bool = False) -> nn.Module:
+    def build_classifier(
+        arch: str, num_classes: int, size: int, pretrained: bool = False
+    ) -> nn.Module:
         layers = {"conv1": nn.Conv2d(1, 8, 7, 4, 3), "bn1": nn.BatchNorm2d(8), "relu": nn.ReLU()}
         layers |= {"avgpool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
         return nn.Sequential(OrderedDict(layers | {"fc": nn.Linear(8, num_classes)}))

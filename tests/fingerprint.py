@@ -37,7 +37,9 @@ def run(*command: object) -> None:
     """Run a script with one thread; its output is shown if it fails."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     words = [sys.executable, *map(str, command)]
-    done = subprocess.run(words, cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        words, cwd=ROOT, env=environment, check=False, capture_output=True, text=True
+    )
     if done.returncode:
         sys.exit(f"{' '.join(words)}\n{done.stdout}{done.stderr}")
 
@@ -54,20 +56,26 @@ def hash_cache(cache: Path) -> str:
 
 def hash_weights(path: Path) -> str:
     model = torch.load(path, map_location="cpu", weights_only=True)["model"]
-    return digest(*(name.encode() + tensor.numpy().tobytes() for name, tensor in sorted(model.items())))
+    return digest(
+        *(name.encode() + tensor.numpy().tobytes() for name, tensor in sorted(model.items()))
+    )
 
 
 def hash_log(path: Path) -> str:
     """log.csv without the columns that measure time."""
     with open(path, newline="") as file:
-        rows = [{k: v for k, v in row.items() if "seconds" not in k} for row in csv.DictReader(file)]
+        rows = [
+            {k: v for k, v in row.items() if "seconds" not in k} for row in csv.DictReader(file)
+        ]
     return digest(json.dumps(rows).encode())
 
 
 def hash_metrics(path: Path) -> str:
     """The values of metrics.json; their intervals depend on the bootstrap alone."""
     summary = json.loads(path.read_text())["summary"]
-    return digest(json.dumps({name: metric["value"] for name, metric in sorted(summary.items())}).encode())
+    return digest(
+        json.dumps({name: metric["value"] for name, metric in sorted(summary.items())}).encode()
+    )
 
 
 def main() -> None:
@@ -94,8 +102,27 @@ def main() -> None:
             print(f"{name:16} metrics  {hash_metrics(out / 'eval_val/metrics.json')}", flush=True)
         cache = work / "detection/cache"
         out = work / "two_processes"
-        train = ["detection/train.py", "--data", cache, "--out", out, "--epochs", 2, "--batch-size", 4]
-        run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *train, "--workers", 0)
+        train = [
+            "detection/train.py",
+            "--data",
+            cache,
+            "--out",
+            out,
+            "--epochs",
+            2,
+            "--batch-size",
+            4,
+        ]
+        run(
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            2,
+            *train,
+            "--workers",
+            0,
+        )
         print(f"{'two processes':16} weights  {hash_weights(out / 'last.pt')}")
 
 

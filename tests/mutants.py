@@ -54,10 +54,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("modules", nargs="*", metavar="MODULE", help="(default: all)")
-    parser.add_argument("--sample", type=int, default=10, help="places a module (default: %(default)s)")
+    parser.add_argument(
+        "--sample", type=int, default=10, help="places a module (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
     parser.add_argument("--line", type=int, help="all places of this line instead of a sample")
-    parser.add_argument("--timeout", type=int, default=600, help="seconds a place (default: %(default)s)")
+    parser.add_argument(
+        "--timeout", type=int, default=600, help="seconds a place (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     unknown = [module for module in args.modules if module not in TESTS]
     if unknown:
@@ -156,13 +160,26 @@ def is_noticed(module: str, mutated: str, timeout: int) -> bool:
     """Whether the tests of a module fail in a copy of the repository with this text in its place."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder) / "work"
-        shutil.copytree(ROOT, work, ignore=shutil.ignore_patterns(".*", "runs", "data", "__pycache__"))
+        shutil.copytree(
+            ROOT, work, ignore=shutil.ignore_patterns(".*", "runs", "data", "__pycache__")
+        )
         (work / module).write_text(mutated, encoding="utf-8")
-        tests = [f"tests/{name}.py" for name in TESTS[module] if (work / "tests" / f"{name}.py").exists()]
-        options = ["-x", "-q", "-p", "no:cacheprovider", "-k", "not two_processes and not compile_has"]
+        tests = [
+            f"tests/{name}.py" for name in TESTS[module] if (work / "tests" / f"{name}.py").exists()
+        ]
+        options = [
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            "not two_processes and not compile_has",
+        ]
         command = [sys.executable, "-m", "pytest", *options, *tests]
         try:
-            done = subprocess.run(command, cwd=work, capture_output=True, timeout=timeout, check=False)
+            done = subprocess.run(
+                command, cwd=work, capture_output=True, timeout=timeout, check=False
+            )
         except subprocess.TimeoutExpired:
             return True
         return done.returncode != 0

@@ -60,14 +60,17 @@ def test_round_trip(path):
         "classes": ["a", "b"],
         "x": True,
     }
-    save_checkpoint(path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **plain})
+    save_checkpoint(
+        path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **plain}
+    )
     loaded = load_checkpoint(path)
     assert {k: loaded[k] for k in plain} == plain
     assert loaded["model"].keys() == model.state_dict().keys()
     assert all(torch.equal(loaded["model"][k], v) for k, v in model.state_dict().items())
     moments = optimizer.state_dict()["state"]
     assert all(
-        torch.equal(loaded["optimizer"]["state"][k]["exp_avg"], moments[k]["exp_avg"]) for k in moments
+        torch.equal(loaded["optimizer"]["state"][k]["exp_avg"], moments[k]["exp_avg"])
+        for k in moments
     )
     assert [p.name for p in path.parent.iterdir()] == ["last.pt"]  # nothing left over
 
@@ -110,7 +113,9 @@ def test_disk_full(path):
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     lines = result.stdout.splitlines()
     assert len(lines) == 2
-    assert all(line.startswith(f"{path}: not written (") and "File too large" in line for line in lines)
+    assert all(
+        line.startswith(f"{path}: not written (") and "File too large" in line for line in lines
+    )
     assert load_checkpoint(path)["epoch"] == 1
 
 
@@ -178,7 +183,10 @@ def test_load_weights():
     load_weights(model, {"model": source.state_dict()}, path)
     assert torch.equal(model.weight, source.weight) and torch.equal(model.bias, source.bias)
     wider = message(load_weights, torch.nn.Linear(2, 4), {"model": source.state_dict()}, path)
-    assert wider.startswith("some/best.pt: does not fit this model") and "size mismatch for weight" in wider
+    assert (
+        wider.startswith("some/best.pt: does not fit this model")
+        and "size mismatch for weight" in wider
+    )
     assert '"bias"' in message(load_weights, model, {"model": {"weight": source.weight}}, path)
     more = {"model": {**source.state_dict(), "extra": torch.ones(1)}}
     assert '"extra"' in message(load_weights, model, more, path)
@@ -195,4 +203,6 @@ def test_check_settings_lists_both_sides():
 
 def test_file_sha256(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
-    assert file_sha256(tmp_path / "abc").startswith("ba7816bf8f01cfea414140de5dae2223")  # FIPS 180-2, B.1
+    assert file_sha256(tmp_path / "abc").startswith(
+        "ba7816bf8f01cfea414140de5dae2223"
+    )  # FIPS 180-2, B.1

@@ -47,7 +47,9 @@ def raw(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def cache(raw, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("cache") / "demo"
-    preprocess.main(["--data", str(raw), "--out", str(out), "--size", "72", "--test-fraction", "0.2"])
+    preprocess.main(
+        ["--data", str(raw), "--out", str(out), "--size", "72", "--test-fraction", "0.2"]
+    )
     return out
 
 
@@ -65,7 +67,11 @@ def same(a: object, b: object) -> bool:
     if isinstance(a, list):
         return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+        return (
+            a.dtype == b.dtype
+            and a.shape == b.shape
+            and torch.equal(a.nan_to_num(), b.nan_to_num())
+        )
     return a == b or (a != a and b != b)
 
 
@@ -95,7 +101,8 @@ def test_workers_do_not_change_the_weights(cache, trained, tmp_path):
 def test_another_seed_changes_the_weights(cache, trained, tmp_path):
     train.main(["--data", str(cache), "--out", str(tmp_path), *TINY, "--seed", "1"])
     assert not same(
-        load_checkpoint(trained / "last.pt")["model"], load_checkpoint(tmp_path / "last.pt")["model"]
+        load_checkpoint(trained / "last.pt")["model"],
+        load_checkpoint(tmp_path / "last.pt")["model"],
     )
 
 
@@ -119,7 +126,9 @@ def test_two_processes(cache, tmp_path):
     assert run(*command, "--out", "b", "--resume", cwd=tmp_path).returncode == 0
     assert_same_training(tmp_path / "a", tmp_path / "b")
     printed = load_checkpoint(tmp_path / "a" / "last.pt")["figures"]["auroc"]
-    evaluation.main(["--data", str(cache), "--checkpoint", str(tmp_path / "a" / "last.pt"), "--samples", "2"])
+    evaluation.main(
+        ["--data", str(cache), "--checkpoint", str(tmp_path / "a" / "last.pt"), "--samples", "2"]
+    )
     summary = json.loads((tmp_path / "a" / "eval_val" / "metrics.json").read_text())["summary"]
     assert summary["auroc"]["value"] == pytest.approx(printed, abs=1e-9)
     with pytest.raises(CheckpointError, match=r"world_size 2 \(now 1\)"):
@@ -141,13 +150,17 @@ def test_eval_gives_the_score_that_train_printed(cache, tmp_path, amp, capsys):
     ]
     train.main(["--data", str(cache), "--out", str(tmp_path), *TINY, *options])
     printed = load_checkpoint(tmp_path / "best.pt")["figures"]
-    evaluation.main(["--data", str(cache), "--checkpoint", str(tmp_path / "best.pt"), "--samples", "20"])
+    evaluation.main(
+        ["--data", str(cache), "--checkpoint", str(tmp_path / "best.pt"), "--samples", "20"]
+    )
     result = json.loads((tmp_path / "eval_val" / "metrics.json").read_text())
     for name, value in printed.items():
         assert result["summary"][name]["value"] == (None if np.isnan(value) else value), name
     assert result["run"]["n"] == len(result["cases"])
     assert result["run"]["positive_class"] == "pneumonia"
-    assert capsys.readouterr().out.count("positive class: pneumonia\n") == 2  # by train.py and by eval.py
+    assert (
+        capsys.readouterr().out.count("positive class: pneumonia") == 2
+    )  # by train.py and by eval.py
     assert "f1_tuned" in result["summary"]
     for name in ("confusion_matrix.png", "roc.png", "mistakes.png"):
         assert Image.open(tmp_path / "eval_val" / name).size[0] > 200
@@ -166,7 +179,16 @@ def test_compile_has_no_graph_breaks(cache, trained, tmp_path, monkeypatch):
 
 
 def test_init_takes_the_weights_only(cache, trained, tmp_path):
-    options = ["--init", str(trained / "last.pt"), "--lr", "1e-12", "--weight-decay", "0", "--epochs", "1"]
+    options = [
+        "--init",
+        str(trained / "last.pt"),
+        "--lr",
+        "1e-12",
+        "--weight-decay",
+        "0",
+        "--epochs",
+        "1",
+    ]
     train.main(["--data", str(cache), "--out", str(tmp_path), *TINY, *options])
     old, new = (load_checkpoint(path / "last.pt") for path in (trained, tmp_path))
     assert torch.allclose(old["model"]["fc.weight"], new["model"]["fc.weight"], atol=1e-6)
@@ -176,26 +198,42 @@ def test_init_takes_the_weights_only(cache, trained, tmp_path):
 def test_overfits_sixteen_images(cache, tmp_path):
     rows = read_table(cache / "index.csv")
     images = np.load(cache / "images.npy")
-    few = [k for label in "01" for k in [k for k, row in enumerate(rows) if row["label"] == label][:8]]
+    few = [
+        k for label in "01" for k in [k for k, row in enumerate(rows) if row["label"] == label][:8]
+    ]
     np.save(
         tmp_path / "images.npy", np.concatenate([images[few], images[few]])
     )  # validated on what it has seen
     with open(tmp_path / "index.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(rows[0])
-        writer.writerows((f"{fold}{k}", k, fold, rows[k]["label"], "") for fold in (1, 0) for k in few)
+        writer.writerows(
+            (f"{fold}{k}", k, fold, rows[k]["label"], "") for fold in (1, 0) for k in few
+        )
     (tmp_path / "meta.json").write_text((cache / "meta.json").read_text())
     options = ["--epochs", "12", "--augment", "0", "--batch-size", "4", "--workers", "0"]
     train.main(["--data", str(tmp_path), "--out", str(tmp_path / "run"), *options])
     log = load_checkpoint(tmp_path / "run" / "last.pt")["log"]
-    assert log[-1]["train_loss"] < 0.1 and log[-1]["val_accuracy"] == 1 and log[-1]["val_auroc"] == 1
+    assert (
+        log[-1]["train_loss"] < 0.1 and log[-1]["val_accuracy"] == 1 and log[-1]["val_auroc"] == 1
+    )
     assert log[0]["train_loss"] > 0.3
 
 
 def test_a_loss_that_is_not_finite_stops(cache, tmp_path):
     with pytest.raises(DataError, match=r"epoch 1: the loss is .*lower --lr"):
         train.main(
-            ["--data", str(cache), "--out", str(tmp_path), *TINY, "--lr", "1e38", "--weight-decay", "1e38"]
+            [
+                "--data",
+                str(cache),
+                "--out",
+                str(tmp_path),
+                *TINY,
+                "--lr",
+                "1e38",
+                "--weight-decay",
+                "1e38",
+            ]
         )
     assert not (tmp_path / "last.pt").exists()
 
@@ -233,7 +271,12 @@ def test_new_images(raw, trained, tmp_path, capsys):
     (tmp_path / "new" / "demo0002.dcm").write_bytes((folder / "demo0002.dcm").read_bytes())
     command = ["--checkpoint", str(trained / "best.pt"), "--out", str(tmp_path / "out"), "--images"]
     evaluation.main(
-        [*command, str(folder / "demo0000.dcm"), str(folder / "demo0001.dcm"), str(tmp_path / "a.png")]
+        [
+            *command,
+            str(folder / "demo0000.dcm"),
+            str(folder / "demo0001.dcm"),
+            str(tmp_path / "a.png"),
+        ]
     )
     rows = read_table(tmp_path / "out" / "predictions.csv")
     assert [Path(row["image"]).name for row in rows] == ["demo0000.dcm", "demo0001.dcm", "a.png"]
@@ -245,11 +288,22 @@ def test_new_images(raw, trained, tmp_path, capsys):
 
 def test_new_images_get_the_probabilities_of_the_labelled_run(cache, raw, trained, tmp_path):
     evaluation.main(
-        ["--data", str(cache), "--checkpoint", str(trained / "best.pt"), "--samples", "2", "--split", "test"]
+        [
+            "--data",
+            str(cache),
+            "--checkpoint",
+            str(trained / "best.pt"),
+            "--samples",
+            "2",
+            "--split",
+            "test",
+        ]
     )
     known = {r["id"]: r for r in read_table(trained / "eval_test" / "predictions.csv")}
     files = [str(raw / "stage_2_train_images" / f"{name}.dcm") for name in known]
-    evaluation.main(["--checkpoint", str(trained / "best.pt"), "--out", str(tmp_path), "--images", *files])
+    evaluation.main(
+        ["--checkpoint", str(trained / "best.pt"), "--out", str(tmp_path), "--images", *files]
+    )
     for row in read_table(tmp_path / "predictions.csv"):
         expected = float(known[Path(row["image"]).stem]["probability_pneumonia"])
         assert float(row["probability_pneumonia"]) == pytest.approx(expected, abs=1e-5)
@@ -268,11 +322,20 @@ def test_several_checkpoints_are_averaged_and_compared(cache, trained, tmp_path)
     assert found["ab"] == pytest.approx((found["a"] + found["b"]) / 2, abs=2e-6)
     a, b = (json.loads((tmp_path / name / "metrics.json").read_text())["summary"] for name in "ab")
     expected = b["auroc"]["value"] - a["auroc"]["value"]
-    assert b["auroc_difference"]["value"] == pytest.approx(expected, abs=1e-3)  # predictions.csv is rounded
+    assert b["auroc_difference"]["value"] == pytest.approx(
+        expected, abs=1e-3
+    )  # predictions.csv is rounded
     (tmp_path / "short.csv").write_text("id,probability_no_pneumonia,probability_pneumonia\n")
     with pytest.raises(DataError, match="are missing"):
         evaluation.main(
-            ["--data", str(cache), "--checkpoint", paths[0], "--compare", str(tmp_path / "short.csv")]
+            [
+                "--data",
+                str(cache),
+                "--checkpoint",
+                paths[0],
+                "--compare",
+                str(tmp_path / "short.csv"),
+            ]
         )
 
 

@@ -39,7 +39,19 @@ from classification.train import make_optimizer
 CPU = torch.device("cpu")
 N, SIZE = 50, 16
 # The rows of augment's draws, in their order.
-DRAWS = ("angle", "scale", "aspect", "shear", "dx", "dy", "gamma", "contrast", "brightness", "sigma", "noise")
+DRAWS = (
+    "angle",
+    "scale",
+    "aspect",
+    "shear",
+    "dx",
+    "dy",
+    "gamma",
+    "contrast",
+    "brightness",
+    "sigma",
+    "noise",
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +62,9 @@ def cache(tmp_path_factory) -> Path:
     with open(folder / "index.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("id", "patient", "fold", "label", "source"))
-        writer.writerows((f"i{k}", f"p{k // 2}", k // 2 % 5, k % 3 % 2, f"raw/i{k}.png") for k in range(N))
+        writer.writerows(
+            (f"i{k}", f"p{k // 2}", k // 2 % 5, k % 3 % 2, f"raw/i{k}.png") for k in range(N)
+        )
     meta = {"classes": ["no", "yes"], "size": SIZE, "fit": "pad", "mean": 0.5, "std": 0.25}
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
@@ -68,7 +82,7 @@ def demo(tmp_path_factory) -> Path:
 
 def test_batches_equal_the_array_and_the_index(cache):
     array, rows = np.load(cache / "images.npy"), [7, 3, 3, 49]
-    images, labels = XrayDataset(cache).__getitems__(rows)
+    images, labels = XrayDataset(cache)[rows]
     assert images.shape == (4, 1, SIZE, SIZE) and images.dtype == torch.uint8
     assert np.array_equal(images[:, 0].numpy(), array[rows])
     assert labels.tolist() == [1, 0, 0, 1] and labels.dtype == torch.int64
@@ -87,9 +101,9 @@ def test_the_dataset_pickles_as_its_path(cache):
     assert (cache / "images.npy").stat().st_size > 10_000
     data = XrayDataset(cache)
     assert len(pickle.dumps(data)) < 10_000
-    expected = data.__getitems__([5, 6])[0]
+    expected = data[[5, 6]][0]
     assert len(pickle.dumps(data)) < 10_000
-    assert torch.equal(pickle.loads(pickle.dumps(data)).__getitems__([5, 6])[0], expected)
+    assert torch.equal(pickle.loads(pickle.dumps(data))[[5, 6]][0], expected)
 
 
 def test_evaluation_batches_keep_every_row_in_order():
@@ -143,7 +157,9 @@ def test_workers_give_the_same_batches(cache, workers, context):
     expected, got = two_epochs(cache, 0), two_epochs(cache, workers, context)
     assert len(expected) == len(got) == 2 * (N // 8)
     assert all(
-        torch.equal(a, b) for x, y in zip(expected, got, strict=True) for a, b in zip(x, y, strict=True)
+        torch.equal(a, b)
+        for x, y in zip(expected, got, strict=True)
+        for a, b in zip(x, y, strict=True)
     )
     assert not torch.equal(got[0][0], got[N // 8][0])  # workers that stay see the new epoch
 
@@ -154,7 +170,9 @@ def test_workers_give_the_same_batches(cache, workers, context):
 class Given:
     """In place of the random generator: the named draws are as given, all others are zero."""
 
-    def __init__(self, batch: int = 1, noise_seed: int = 0, moves: bool = True, **draws: float) -> None:
+    def __init__(
+        self, batch: int = 1, noise_seed: int = 0, moves: bool = True, **draws: float
+    ) -> None:
         self.noise_seed, self.moves, self.draws = noise_seed, moves, np.zeros((len(DRAWS), batch))
         for name, value in draws.items():
             self.draws[DRAWS.index(name)] = value
@@ -241,7 +259,9 @@ def test_images_of_a_batch_are_moved_differently_and_as_far_as_meant():
 
 def test_images_that_keep_their_place_keep_their_pixels():
     images = torch.rand(1, 1, 16, 16)
-    assert torch.allclose(augment(images, Given(moves=False, dx=1, angle=1, scale=1)), images, atol=1e-4)
+    assert torch.allclose(
+        augment(images, Given(moves=False, dx=1, angle=1, scale=1)), images, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -300,7 +320,9 @@ def test_blur_is_a_gaussian():
         line = torch.tensor(weights) / sum(weights)
         assert torch.allclose(out[k, 0, 3:12, 4:13], line[:, None] * line, atol=1e-6)
         assert out[k].sum().item() == pytest.approx(1, abs=1e-5)
-    assert torch.allclose(blur(torch.full((3, 1, 8, 8), 0.7), sigma), torch.tensor(0.7))  # no dark rim
+    assert torch.allclose(
+        blur(torch.full((3, 1, 8, 8), 0.7), sigma), torch.tensor(0.7)
+    )  # no dark rim
 
 
 def test_to_input_normalises():
@@ -308,7 +330,9 @@ def test_to_input_normalises():
     out = to_input(images, CPU, 0.45, 0.25)
     assert out.dtype == torch.float32 and out.shape == (3, 1, 4, 4)
     # 51 / 255 = 0.2
-    assert out[:, 0, 0, 0].tolist() == pytest.approx([-0.45 / 0.25, (0.2 - 0.45) / 0.25, 0.55 / 0.25])
+    assert out[:, 0, 0, 0].tolist() == pytest.approx(
+        [-0.45 / 0.25, (0.2 - 0.45) / 0.25, 0.55 / 0.25]
+    )
     augmented = (augment(images / 255, rng(1), 0.5, True) - 0.45) / 0.25
     assert torch.equal(to_input(images, CPU, 0.45, 0.25, rng(1), 0.5, True), augmented)
 
@@ -328,12 +352,19 @@ def test_demo_files_decode(demo):
         "JPEG Baseline (Process 1)",
         "Explicit VR Little Endian",
     }
-    assert len({ds.SOPInstanceUID for ds in files}) == 16 == len({ds.pixel_array.tobytes() for ds in files})
+    assert (
+        len({ds.SOPInstanceUID for ds in files})
+        == 16
+        == len({ds.pixel_array.tobytes() for ds in files})
+    )
     for ds, path in zip(files, paths, strict=True):
         pixels = ds.pixel_array
         assert pixels.shape == (256, 256) and pixels.max() < 2**ds.BitsStored
         assert pixels.std() > 0.05 * 2**ds.BitsStored
-        assert ds.PatientID == path.stem and ds.file_meta.MediaStorageSOPInstanceUID == ds.SOPInstanceUID
+        assert (
+            ds.PatientID == path.stem
+            and ds.file_meta.MediaStorageSOPInstanceUID == ds.SOPInstanceUID
+        )
 
 
 def test_both_kinds_of_file_show_the_same_picture(tmp_path):
@@ -342,7 +373,8 @@ def test_both_kinds_of_file_show_the_same_picture(tmp_path):
     write_dicom(tmp_path / "b.dcm", picture, jpeg=False)
     jpeg, plain = (pydicom.dcmread(tmp_path / name) for name in ("a.dcm", "b.dcm"))
     assert (
-        jpeg.PhotometricInterpretation == "MONOCHROME2" and plain.PhotometricInterpretation == "MONOCHROME1"
+        jpeg.PhotometricInterpretation == "MONOCHROME2"
+        and plain.PhotometricInterpretation == "MONOCHROME1"
     )
     assert np.abs(plain.pixel_array / 4095 + picture - 1).max() < 1e-3  # MONOCHROME1: 0 is white
     assert np.abs(jpeg.pixel_array / 255 - picture).mean() < 0.02
@@ -366,7 +398,9 @@ def test_demo_table_has_a_row_per_box(demo):
 def test_boxes_lie_on_the_opacities():
     rise = []
     for seed in range(12):
-        (with_box, [(x, y, width, height)]), (without, none) = (draw_phantom(rng(seed), n) for n in (1, 0))
+        (with_box, [(x, y, width, height)]), (without, none) = (
+            draw_phantom(rng(seed), n) for n in (1, 0)
+        )
         assert none == [] and with_box.min() >= 0 and with_box.max() <= 1
         difference = with_box - without
         inside = np.zeros_like(difference, bool)
@@ -380,7 +414,9 @@ def test_demo_is_a_function_of_its_seed(demo, tmp_path):
     write_demo(tmp_path / "other", patients=3, seed=1)
     for path in sorted((tmp_path / "same/stage_2_train_images").iterdir()):
         assert path.read_bytes() == (demo / "stage_2_train_images" / path.name).read_bytes()
-        assert path.read_bytes() != (tmp_path / "other/stage_2_train_images" / path.name).read_bytes()
+        assert (
+            path.read_bytes() != (tmp_path / "other/stage_2_train_images" / path.name).read_bytes()
+        )
     same = read_table(tmp_path / "same")
     assert same == read_table(demo)[: len(same)]
 
@@ -434,7 +470,9 @@ def test_the_summed_stem_equals_the_rgb_network(imagenet):
     assert (PRETRAINED_MEAN, PRETRAINED_STD) == (0.449, 0.226)
     with torch.no_grad():
         expected = imagenet(images.expand(-1, 3, -1, -1))
-        assert (expected[0] - expected[1]).abs().max() > 1e-2  # the images matter, not only the biases
+        assert (
+            expected[0] - expected[1]
+        ).abs().max() > 1e-2  # the images matter, not only the biases
         assert torch.allclose(model(images), expected, atol=1e-4)
         untrained = build_model("resnet18", 2, 96).eval()
         untrained.fc = model.fc
@@ -472,7 +510,10 @@ def training_step(
 ) -> torch.Tensor:
     model = build_model("resnet18", 2, size).to(device)
     optimizer = make(model, 1e-3, 0.05)
-    images, labels = torch.zeros(4, 1, size, size, dtype=torch.uint8), torch.zeros(4, dtype=torch.long)
+    images, labels = (
+        torch.zeros(4, 1, size, size, dtype=torch.uint8),
+        torch.zeros(4, dtype=torch.long),
+    )
     logits = model(to_input(images, device, 0.5, 0.25, rng(0), strength, True))
     loss = F.cross_entropy(logits.float(), labels.to(device))
     loss.backward()
@@ -496,7 +537,9 @@ def test_a_training_step_reads_no_scalar():
     with NoReads():
         training_step(CPU, 32, 1.0)
     with NoReads(), pytest.raises(RuntimeError, match="a read"):  # what `fused` is for
-        training_step(CPU, 32, 1.0, lambda model, lr, decay: torch.optim.AdamW(model.parameters(), lr))
+        training_step(
+            CPU, 32, 1.0, lambda model, lr, decay: torch.optim.AdamW(model.parameters(), lr)
+        )
 
 
 def test_augmentation_runs_without_values(monkeypatch):

@@ -45,7 +45,7 @@ def raw(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def cache(raw, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("cache") / "demo"
-    options = ["--size", "64", "--group-regex", "[0-9]{2}(?=..[.])", "--test-fraction", "0.2"]
+    options = ["--size", "64", "--site-regex", "[0-9]{2}(?=..[.])", "--test-fraction", "0.2"]
     preprocess.main(["--data", str(raw), "--out", str(out), *options])
     return out
 
@@ -60,7 +60,9 @@ def trained(cache, tmp_path_factory) -> Path:
 # --- preprocess.py ---
 
 
-def boxes_csv(raw: Path, rows: str, files: str = "a.png b.png", header="image,xmin,ymin,xmax,ymax") -> Path:
+def boxes_csv(
+    raw: Path, rows: str, files: str = "a.png b.png", header="image,xmin,ymin,xmax,ymax"
+) -> Path:
     """Noise of 40 x 20 pixels (width x height) and a boxes.csv beside it."""
     raw.mkdir(parents=True)
     for k, name in enumerate(files.split()):
@@ -132,9 +134,14 @@ def test_rsna_heart_boxes_are_in_224(tmp_path, capsys):
     for name in ("p1", "p2", "unused"):
         write_dicom(folder / f"{name}.dcm", np.random.default_rng(len(name)).random((56, 112)))
     table = "label,x0,y0,w,h,name,img_shape_x,img_shape_y\nheart,56,112,112,56,p1,224,224\n"
-    (tmp_path / "raw" / "rsna_heart_detection.csv").write_text(f"{table}heart,1,1,9,9,gone,224,224\n")
+    (tmp_path / "raw" / "rsna_heart_detection.csv").write_text(
+        f"{table}heart,1,1,9,9,gone,224,224\n"
+    )
     _, rows, meta = run(tmp_path / "raw")
-    assert "1 of 2 images named in rsna_heart_detection.csv are not here: gone" in capsys.readouterr().out
+    assert (
+        "1 of 2 images named in rsna_heart_detection.csv are not here: gone"
+        in capsys.readouterr().out
+    )
     (row,) = rows
     assert [float(row[k]) for k in ("xmin", "ymin", "xmax", "ymax")] == [28, 28, 84, 42]
     assert (row["patient"], row["spacing"], meta["layout"]) == ("p1", "1.6 1.6", "RSNA heart boxes")
@@ -159,10 +166,18 @@ def test_an_unusable_pixel_spacing_never_stops_a_run(tmp_path, cache, trained, c
         dicom(raw / f"{k}.dcm", pixels, PixelSpacing=[0.15, 0.14], PatientID=f"p{k}")
         data = (raw / f"{k}.dcm").read_bytes()
         (raw / f"{k}.dcm").write_bytes(data.replace(b"0.15\\0.14", written.encode()))
-    assert [row["spacing"] for row in run(raw, "--like", str(cache))[1]] == ["0.15 0.14", "", "", "", ""]
+    assert [row["spacing"] for row in run(raw, "--like", str(cache))[1]] == [
+        "0.15 0.14",
+        "",
+        "",
+        "",
+        "",
+    ]
     capsys.readouterr()
     checkpoint = str(trained / "best.pt")
-    evaluation.main(["--data", str(tmp_path / "out"), "--checkpoint", checkpoint, "--split", "test"])
+    evaluation.main(
+        ["--data", str(tmp_path / "out"), "--checkpoint", checkpoint, "--split", "test"]
+    )
     printed = capsys.readouterr().out
     assert "note: the intervals rest on 5 patients and are too narrow" in printed
     figures = json.loads((trained / "eval_test" / "metrics.json").read_text())["summary"]
@@ -172,7 +187,11 @@ def test_an_unusable_pixel_spacing_never_stops_a_run(tmp_path, cache, trained, c
 def test_patients_by_file_name(tmp_path):
     rows = "p1_a.png,1,1,9,9 p1_b.png,1,1,9,9 p2_a.png,1,1,9,9"
     raw = boxes_csv(tmp_path / "raw", rows, "p1_a.png p1_b.png p2_a.png")
-    assert [row["patient"] for row in run(raw, "--patient-regex", "(p[0-9])_")[1]] == ["p1", "p1", "p2"]
+    assert [row["patient"] for row in run(raw, "--patient-regex", "(p[0-9])_")[1]] == [
+        "p1",
+        "p1",
+        "p2",
+    ]
     with pytest.raises(DataError, match=r"--patient-regex 'p1' finds nothing in p2_a\.png"):
         run(raw, "--patient-regex", "p1", "--overwrite")
 
@@ -204,17 +223,17 @@ def test_two_files_of_one_name_are_told(tmp_path, capsys):
 
 
 def test_groups_and_like(raw, cache, tmp_path):
-    assert {row["group"] for row in read_table(cache / "index.csv")} == {"00"}
+    assert {row["site"] for row in read_table(cache / "index.csv")} == {"00"}
     raw = boxes_csv(tmp_path / "raw", "a.png,1,1,9,9 b.png,1,1,9,9")
-    _, rows, _ = run(raw, "--group-regex", "^[a-z]", "--test-group", "b")
-    assert [(row["group"], row["fold"] == "test") for row in rows] == [("a", False), ("b", True)]
+    _, rows, _ = run(raw, "--site-regex", "^[a-z]", "--test-site", "b")
+    assert [(row["site"], row["fold"] == "test") for row in rows] == [("a", False), ("b", True)]
     images, rows, meta = run(raw, "--like", str(cache), out="like")
     assert images.shape[1:] == (64, 64) and {row["fold"] for row in rows} == {"test"}
     assert meta["mean"] == json.loads((cache / "meta.json").read_text())["mean"]
-    with pytest.raises(DataError, match=r"found the groups \['a', 'b'\]"):
-        run(raw, "--group-regex", "^[a-z]", "--test-group", "c")
+    with pytest.raises(DataError, match=r"found the sites \['a', 'b'\]"):
+        run(raw, "--site-regex", "^[a-z]", "--test-site", "c")
     with pytest.raises(DataError, match="finds nothing in a"):
-        run(raw, "--group-regex", "[0-9]")
+        run(raw, "--site-regex", "[0-9]")
 
 
 # --- dataset.py and model.py ---
@@ -239,30 +258,45 @@ def test_box_and_pixels_stay_together():
 
 def test_a_box_turns_like_its_ellipse():
     box, angle = torch.tensor([[0.2, 0.4, 0.8, 0.6]]), math.radians(30)
-    turn = torch.tensor([[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]])
+    turn = torch.tensor(
+        [[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]]
+    )
     half = torch.tensor([math.hypot(0.3 * math.cos(angle), 0.1 * math.sin(angle)),
                          math.hypot(0.3 * math.sin(angle), 0.1 * math.cos(angle))])  # fmt: skip
-    assert torch.allclose(move_boxes(box, turn[None])[0], torch.cat([0.5 - half, 0.5 + half]), atol=1e-6)
-    shift = torch.tensor([[[1.0, 0, 0.4], [0, 1, -0.2]]])  # theta moves the picture the other way, by half
+    assert torch.allclose(
+        move_boxes(box, turn[None])[0], torch.cat([0.5 - half, 0.5 + half]), atol=1e-6
+    )
+    shift = torch.tensor(
+        [[[1.0, 0, 0.4], [0, 1, -0.2]]]
+    )  # theta moves the picture the other way, by half
     assert torch.allclose(move_boxes(box, shift), torch.tensor([[0.0, 0.5, 0.6, 0.7]]), atol=1e-6)
 
 
 def test_augmentation_is_a_function_of_its_rng():
     images, boxes = torch.rand(4, 1, 32, 32), torch.tensor([[0.3, 0.3, 0.7, 0.7]] * 4)
-    first, second, other = (augment(images, boxes, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    first, second, other = (
+        augment(images, boxes, np.random.default_rng(seed)) for seed in (1, 1, 2)
+    )
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
     assert not torch.equal(first[1], other[1]) and len({box[0].item() for box in first[1]}) == 4
-    assert all(map(torch.equal, augment(images, boxes, np.random.default_rng(1), 0.0), (images, boxes)))
+    assert all(
+        map(torch.equal, augment(images, boxes, np.random.default_rng(1), 0.0), (images, boxes))
+    )
 
 
 def test_edge_positions_are_means_under_the_softmax():
     maps = torch.full((1, 4, 8, 16), -50.0)
-    maps[0, 0, 3, 2] = maps[0, 1, 5, 9] = maps[0, 2, 3, 12] = maps[0, 3, 6, 1] = maps[0, 3, 7, 1] = 50
-    assert torch.allclose(edge_positions(maps), torch.tensor([[2.5 / 16, 5.5 / 8, 12.5 / 16, 7 / 8]]))
+    maps[0, 0, 3, 2] = maps[0, 1, 5, 9] = maps[0, 2, 3, 12] = maps[0, 3, 6, 1] = maps[
+        0, 3, 7, 1
+    ] = 50
+    assert torch.allclose(
+        edge_positions(maps), torch.tensor([[2.5 / 16, 5.5 / 8, 12.5 / 16, 7 / 8]])
+    )
 
 
 @pytest.mark.parametrize(
-    "arch, head, channels", [("resnet18", "edges", 32), ("resnet50", "edges", 64), ("resnet34", "linear", 20)]
+    "arch, head, channels",
+    [("resnet18", "edges", 32), ("resnet50", "edges", 64), ("resnet34", "linear", 20)],
 )
 def test_the_first_box_lies_inside_the_image(arch, head, channels):
     torch.manual_seed(0)
@@ -319,7 +353,11 @@ def same(a: object, b: object) -> bool:
     if isinstance(a, list):
         return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+        return (
+            a.dtype == b.dtype
+            and a.shape == b.shape
+            and torch.equal(a.nan_to_num(), b.nan_to_num())
+        )
     return a == b or (a != a and b != b)
 
 
@@ -342,7 +380,15 @@ def test_stop_and_resume_equal_the_straight_run_with_any_workers(cache, trained,
 
 def test_two_processes(cache, tmp_path):
     script = str(ROOT / "detection" / "train.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        script,
+    ]
     command += ["--data", str(cache), *TINY, "--batch-size", "4"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, "--out", "a"], check=False, cwd=tmp_path, env=env,
@@ -350,16 +396,22 @@ def test_two_processes(cache, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 2 ") == 1  # only rank 0 speaks
     printed = load_checkpoint(tmp_path / "a" / "last.pt")["figures"]
-    evaluation.main(["--data", str(cache), "--checkpoint", str(tmp_path / "a" / "last.pt"), "--samples", "2"])
+    evaluation.main(
+        ["--data", str(cache), "--checkpoint", str(tmp_path / "a" / "last.pt"), "--samples", "2"]
+    )
     summary = json.loads((tmp_path / "a" / "eval_val" / "metrics.json").read_text())["summary"]
     assert summary["mean_iou"]["value"] == pytest.approx(printed["mean_iou"], abs=1e-6)
 
 
-@pytest.mark.parametrize("options", [[], ["--amp", "bf16", "--head", "linear", "--loss", "smooth_l1"]])
+@pytest.mark.parametrize(
+    "options", [[], ["--amp", "bf16", "--head", "linear", "--loss", "smooth_l1"]]
+)
 def test_eval_gives_the_score_that_train_printed(cache, tmp_path, options):
     train.main(["--data", str(cache), "--out", str(tmp_path), *TINY, "--epochs", "1", *options])
     printed = load_checkpoint(tmp_path / "best.pt")["figures"]
-    evaluation.main(["--data", str(cache), "--checkpoint", str(tmp_path / "best.pt"), "--samples", "20"])
+    evaluation.main(
+        ["--data", str(cache), "--checkpoint", str(tmp_path / "best.pt"), "--samples", "20"]
+    )
     result = json.loads((tmp_path / "eval_val" / "metrics.json").read_text())
     for name, value in printed.items():
         assert result["summary"][name]["value"] == value, name
@@ -376,12 +428,16 @@ def test_compile_has_no_graph_breaks(cache, tmp_path, monkeypatch):
     compiler = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
     monkeypatch.setattr(torch, "compile", compiler)
     train.main(["--data", str(cache), "--out", str(tmp_path), *TINY, "--epochs", "1", "--compile"])
-    assert all(not name.startswith("_orig_mod") for name in load_checkpoint(tmp_path / "last.pt")["model"])
+    assert all(
+        not name.startswith("_orig_mod") for name in load_checkpoint(tmp_path / "last.pt")["model"]
+    )
 
 
 def test_overfits_eight_images(cache, tmp_path):
     rows, images = read_table(cache / "index.csv"), np.load(cache / "images.npy")
-    np.save(tmp_path / "images.npy", np.concatenate([images[:8]] * 6))  # validated on what it has seen
+    np.save(
+        tmp_path / "images.npy", np.concatenate([images[:8]] * 6)
+    )  # validated on what it has seen
     with open(tmp_path / "index.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -400,15 +456,21 @@ def test_new_images_get_the_boxes_of_the_labelled_run(cache, raw, trained, tmp_p
     (tmp_path / "new").mkdir()
     for name in known:
         (tmp_path / "new" / name).write_bytes((raw / "images" / name).read_bytes())
-    evaluation.main([*checkpoint, "--out", str(tmp_path / "out"), "--images", str(tmp_path / "new")])
+    evaluation.main(
+        [*checkpoint, "--out", str(tmp_path / "out"), "--images", str(tmp_path / "new")]
+    )
     rows = read_table(tmp_path / "out" / "predictions.csv")
     assert len(rows) == len(known) == len(list((tmp_path / "out").glob("*.png")))
     for row in rows:
         for name in ("xmin", "ymin", "xmax", "ymax"):
-            assert float(row[name]) == pytest.approx(float(known[Path(row["image"]).name][name]), abs=0.02)
+            assert float(row[name]) == pytest.approx(
+                float(known[Path(row["image"]).name][name]), abs=0.02
+            )
     (tmp_path / "new" / "bad.png").write_text("no picture")
     with pytest.raises(DataError, match=f"1 of {len(known) + 1} files"):
-        evaluation.main([*checkpoint, "--out", str(tmp_path / "out"), "--images", str(tmp_path / "new")])
+        evaluation.main(
+            [*checkpoint, "--out", str(tmp_path / "out"), "--images", str(tmp_path / "new")]
+        )
     assert "bad.png" in capsys.readouterr().err
 
 
@@ -423,7 +485,9 @@ def test_eval_refuses_what_was_trained_on(cache, raw, trained, tmp_path):
     with pytest.raises(DataError, match="not the cache of the training"):
         evaluation.main(["--data", str(tmp_path / "like"), "--checkpoint", paths[0]])
     with pytest.raises(DataError, match=r"trained on \d+ of these 40 images or patients"):
-        evaluation.main(["--data", str(tmp_path / "like"), "--checkpoint", *paths, "--split", "test"])
+        evaluation.main(
+            ["--data", str(tmp_path / "like"), "--checkpoint", *paths, "--split", "test"]
+        )
     preprocess.main(["--data", str(raw), "--out", str(tmp_path / "small"), "--size", "40"])
     with pytest.raises(CheckpointError, match="size 40"):
         evaluation.main(["--data", str(tmp_path / "small"), "--checkpoint", paths[0]])
@@ -444,7 +508,9 @@ def test_help_and_errors_of_the_command_line(script, tmp_path, capsys):
         "train": ["--data", "nowhere"],
         "eval": ["--data", "nowhere", "--checkpoint", "nowhere.pt"],
     }[script]
-    command = functools.partial(subprocess.run, check=False, cwd=tmp_path, capture_output=True, text=True)
+    command = functools.partial(
+        subprocess.run, check=False, cwd=tmp_path, capture_output=True, text=True
+    )
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(f"detection.{script}").main(["--help"])
     assert stop.value.code == 0 and f"python detection/{script}.py" in capsys.readouterr().out

@@ -17,7 +17,7 @@ from common.metrics import (
     classification_metrics,
     confusion_matrix,
     detection_metrics,
-    dice_figures,
+    dice_metrics,
     dice_scores,
     overlap,
     print_summary,
@@ -150,13 +150,18 @@ def test_one_class_only_is_nan(label, undefined):
 
 def test_no_cases_at_all_is_nan():
     assert math.isnan(auroc(*EMPTY)) and math.isnan(average_precision(*EMPTY))
-    assert math.isnan(youden_threshold(*EMPTY)) and math.isnan(sensitivity_at_specificity(*EMPTY, 0.95))
+    assert math.isnan(youden_threshold(*EMPTY)) and math.isnan(
+        sensitivity_at_specificity(*EMPTY, 0.95)
+    )
     assert math.isnan(brier(EMPTY[0], torch.zeros(0, 2)))
     assert all(map(math.isnan, binary_metrics(*EMPTY).values()))
 
 
 def test_youden_threshold_lies_halfway_to_the_next_lower_score():
-    labels, scores = torch.tensor([0, 0, 0, 1, 1, 1, 1]), torch.tensor([0.1, 0.2, 0.4, 0.3, 0.6, 0.7, 0.8])
+    labels, scores = (
+        torch.tensor([0, 0, 0, 1, 1, 1, 1]),
+        torch.tensor([0.1, 0.2, 0.4, 0.3, 0.6, 0.7, 0.8]),
+    )
     # at 0.6: 3/4 - 0; at 0.3: 1 - 1/3, which is less
     assert youden_threshold(labels, scores) == approx((0.6 + 0.4) / 2)
 
@@ -166,7 +171,12 @@ def test_youden_threshold_at_the_edges():
     assert youden_threshold(torch.tensor([0, 1, 1]), tied) == tied[0].item()  # all or none: all
     lowest = youden_threshold(torch.tensor([1, 0, 1]), torch.tensor([0.5, 0.9, 0.25]))
     assert lowest == 0.25  # the best is to call everything positive
-    assert binary_metrics(torch.tensor([1, 0, 1]), torch.tensor([0.5, 0.9, 0.25]), lowest)["sensitivity"] == 1
+    assert (
+        binary_metrics(torch.tensor([1, 0, 1]), torch.tensor([0.5, 0.9, 0.25]), lowest)[
+            "sensitivity"
+        ]
+        == 1
+    )
 
 
 @pytest.mark.parametrize("k", range(8))
@@ -216,8 +226,12 @@ def test_binary_figures_and_the_tuned_threshold():
     assert tuned == plain | {f"{name}_tuned": value for name, value in expected.items()}
     assert plain.items() >= binary_metrics(labels, scores).items()
     assert (plain["auroc"], plain["brier"]) == (auroc(labels, scores), brier(labels, probabilities))
-    assert plain["sensitivity_at_95_specificity"] == sensitivity_at_specificity(labels, scores, 0.95)
-    assert plain["specificity_at_95_sensitivity"] == specificity_at_sensitivity(labels, scores, 0.95)
+    assert plain["sensitivity_at_95_specificity"] == sensitivity_at_specificity(
+        labels, scores, 0.95
+    )
+    assert plain["specificity_at_95_sensitivity"] == specificity_at_sensitivity(
+        labels, scores, 0.95
+    )
 
 
 def test_macro_figures_of_three_classes():
@@ -240,7 +254,9 @@ def test_macro_figures_of_three_classes():
 
 
 def test_an_absent_class_leaves_its_macro_figures_undefined():
-    figures = classification_metrics(LABELS[:5], PROBABILITIES[:5])  # no case of class 2, none predicted
+    figures = classification_metrics(
+        LABELS[:5], PROBABILITIES[:5]
+    )  # no case of class 2, none predicted
     assert {name for name, value in figures.items() if not math.isnan(value)} == {
         "accuracy",
         "specificity",
@@ -251,7 +267,10 @@ def test_an_absent_class_leaves_its_macro_figures_undefined():
 
 def test_float32_and_float64_give_the_same():
     labels, scores = random_task(1)
-    for truth, probabilities in ((labels, torch.stack([1 - scores, scores], 1)), (LABELS, PROBABILITIES)):
+    for truth, probabilities in (
+        (labels, torch.stack([1 - scores, scores], 1)),
+        (LABELS, PROBABILITIES),
+    ):
         single = classification_metrics(truth, probabilities, 0.3)
         assert single == classification_metrics(truth, probabilities.double(), 0.3)
 
@@ -268,7 +287,9 @@ def test_a_score_that_is_nan_leaves_no_metric():
     for truth, probabilities in ((labels, torch.stack([1 - scores, scores], 1)), (LABELS, broken)):
         assert all(map(math.isnan, classification_metrics(truth, probabilities).values()))
     boxes = torch.tensor([[0.1, 0.1, 0.5, 0.5], [0.2, 0.2, 0.6, math.nan]])
-    assert all(map(math.isnan, detection_metrics(boxes, torch.tensor([[0.1, 0.1, 0.5, 0.5]] * 2)).values()))
+    assert all(
+        map(math.isnan, detection_metrics(boxes, torch.tensor([[0.1, 0.1, 0.5, 0.5]] * 2)).values())
+    )
 
 
 def coverage(count: int, trials: int) -> float:
@@ -277,7 +298,9 @@ def coverage(count: int, trials: int) -> float:
     for _ in range(trials):
         values = torch.from_numpy(generator.beta(9, 1, count))
         groups = [str(k) for k in range(count)]
-        mean = bootstrap(lambda rows, v=values: {"mean": v[rows].mean().item()}, groups, 300)["mean"]
+        mean = bootstrap(lambda rows, v=values: {"mean": v[rows].mean().item()}, groups, 300)[
+            "mean"
+        ]
         held += mean["low"] <= 0.9 <= mean["high"]
     return held / trials
 
@@ -291,24 +314,35 @@ def test_intervals_over_few_patients_are_wider():
         return bootstrap(lambda rows: {"mean": values[rows].mean().item()}, groups)["mean"]
 
     drawn = []
-    bootstrap(lambda rows: drawn.append(values[rows].mean().item()) or {}, [str(k) for k in range(20)])
+    bootstrap(
+        lambda rows: drawn.append(values[rows].mean().item()) or {}, [str(k) for k in range(20)]
+    )
     plain = torch.tensor(drawn[1:], dtype=torch.float64)
     assert interval(20)["low"] == plain.quantile(0.025).item()
     assert interval(20)["high"] == plain.quantile(0.975).item()
     drawn.clear()
-    bootstrap(lambda rows: drawn.append(values[rows].mean().item()) or {}, [str(k) for k in range(5)])
+    bootstrap(
+        lambda rows: drawn.append(values[rows].mean().item()) or {}, [str(k) for k in range(5)]
+    )
     few = torch.tensor(drawn[1:], dtype=torch.float64)
     tail = 0.5 * math.erfc(2.776 * math.sqrt(5 / 4) / math.sqrt(2))  # Student's t of four degrees
     assert interval(5)["low"] == few.quantile(tail).item() < few.quantile(0.025).item()
 
 
 def test_no_interval_has_a_width_of_zero(capsys):
-    result = bootstrap(lambda rows: {"same": 0.9, "some": rows.double().mean().item()}, list("abcdefghijkl"))
+    result = bootstrap(
+        lambda rows: {"same": 0.9, "some": rows.double().mean().item()}, list("abcdefghijkl")
+    )
     assert math.isnan(result["same"]["low"]) and math.isnan(result["same"]["high"])
     assert result["some"]["low"] < result["some"]["high"]
-    print_summary(result | {"auroc": {"value": 0.99, "low": 0.98, "high": 1.0}}, list("abcdefghijkl"))
+    print_summary(
+        result | {"auroc": {"value": 0.99, "low": 0.98, "high": 1.0}}, list("abcdefghijkl")
+    )
     printed = capsys.readouterr().out
-    assert f"{'same':30} 0.9000\n" in printed and "near 1 the interval of AUROC lies too high" in printed
+    assert (
+        f"{'same':30} 0.9000\n" in printed
+        and "near 1 the interval of AUROC lies too high" in printed
+    )
 
 
 def test_bootstrap_interval_of_a_mean_has_the_normal_width():
@@ -326,9 +360,13 @@ def test_bootstrap_knows_that_images_of_one_patient_are_not_independent():
     four = values.repeat_interleave(4)
     patients = [str(k) for k in range(100)]
     mean = bootstrap(lambda rows: {"mean": values[rows].mean().item()}, patients)["mean"]
-    grouped = bootstrap(lambda r: {"mean": four[r].mean().item()}, [p for p in patients for _ in range(4)])
+    grouped = bootstrap(
+        lambda r: {"mean": four[r].mean().item()}, [p for p in patients for _ in range(4)]
+    )
     assert grouped["mean"] == approx(mean)  # copies add no knowledge
-    naive = bootstrap(lambda r: {"mean": four[r].mean().item()}, [str(k) for k in range(400)])["mean"]
+    naive = bootstrap(lambda r: {"mean": four[r].mean().item()}, [str(k) for k in range(400)])[
+        "mean"
+    ]
     assert naive["high"] - naive["low"] < 0.6 * (mean["high"] - mean["low"])
 
 
@@ -349,7 +387,9 @@ def test_bootstrap_is_a_function_of_its_seed():
     def interval(seed: int) -> dict:
         torch.rand(seed + 1)  # what others draw does not matter
         groups = [str(k // 2) for k in range(30)]
-        return bootstrap(lambda rows: {"mean": values[rows].mean().item()}, groups, samples=50, seed=seed)
+        return bootstrap(
+            lambda rows: {"mean": values[rows].mean().item()}, groups, samples=50, seed=seed
+        )
 
     assert interval(1) == interval(1) != interval(2)
     torch.set_rng_state(state)
@@ -367,7 +407,9 @@ def test_bootstrap_leaves_out_and_counts_undefined_samples():
     summary = bootstrap(figures, ["a", "b"], samples=400)
     undefined = sum(map(math.isnan, seen))  # a twice or b twice: about half
     assert 150 < undefined < 250
-    assert summary["auroc"] == approx({"value": 1, "low": math.nan, "high": math.nan, "undefined": undefined})
+    assert summary["auroc"] == approx(
+        {"value": 1, "low": math.nan, "high": math.nan, "undefined": undefined}
+    )
     assert summary["never"] == approx(
         {"value": math.nan, "low": math.nan, "high": math.nan, "undefined": 400}
     )
@@ -421,13 +463,19 @@ def test_dice_and_iou_by_hand():
     empty = torch.zeros_like(truth)
     assert overlap(empty, found) == {"dice": 0, "iou": 0} == overlap(truth, empty)
     assert overlap(empty, empty) == approx({"dice": math.nan, "iou": math.nan})
-    scores = dice_scores(truth.long() + 2 * found, truth.long() + 2 * truth, 5)  # 3 = both, 4 = nowhere
+    scores = dice_scores(
+        truth.long() + 2 * found, truth.long() + 2 * truth, 5
+    )  # 3 = both, 4 = nowhere
     assert scores.tolist() == approx([0, 0, 2 * 4 / (4 + 8), math.nan])
 
 
-def test_dice_figures_leave_out_what_is_not_defined():
+def test_dice_metrics_leave_out_what_is_not_defined():
     scores = torch.tensor([[1.0, 0.5], [math.nan, 0.25], [math.nan, math.nan]], dtype=torch.float64)
-    assert dice_figures(scores, ["background", "a", "b"]) == {"dice": 0.5, "dice_a": 1.0, "dice_b": 0.375}
+    assert dice_metrics(scores, ["background", "a", "b"]) == {
+        "dice": 0.5,
+        "dice_a": 1.0,
+        "dice_b": 0.375,
+    }
 
 
 def test_surface_is_inside_and_beyond_the_volume_is_outside():
@@ -463,14 +511,22 @@ def test_surface_distances_equal_brute_force(shape, density):
     def points(mask: torch.Tensor) -> torch.Tensor:
         inside = set(map(tuple, mask.nonzero().tolist()))
         steps = [(1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1)]
-        found = [p for p in inside if any((p[0] + x, p[1] + y, p[2] + z) not in inside for x, y, z in steps)]
+        found = [
+            p
+            for p in inside
+            if any((p[0] + x, p[1] + y, p[2] + z) not in inside for x, y, z in steps)
+        ]
         return torch.tensor(sorted(found), dtype=torch.float64) * spacing
 
     apart = (points(a)[:, None] - points(b)).square().sum(2).sqrt()
     expected = torch.cat([apart.amin(1), apart.amin(0)])
     found = surface_distances(a, b, spacing.tolist())
-    assert found.dtype == torch.float64 and found.tolist() == pytest.approx(expected.tolist(), abs=1e-12)
-    assert segmentation_metrics(a, b, spacing.tolist())["hd95_mm"] == approx(expected.quantile(0.95).item())
+    assert found.dtype == torch.float64 and found.tolist() == pytest.approx(
+        expected.tolist(), abs=1e-12
+    )
+    assert segmentation_metrics(a, b, spacing.tolist())["hd95_mm"] == approx(
+        expected.quantile(0.95).item()
+    )
 
 
 def test_one_patient_has_no_interval_and_few_have_a_note(capsys):
@@ -478,7 +534,11 @@ def test_one_patient_has_no_interval_and_few_have_a_note(capsys):
         return {"mean": rows.double().mean().item()}
 
     one = bootstrap(mean, ["a"] * 4, 50)
-    assert one["mean"]["value"] == 1.5 and math.isnan(one["mean"]["low"]) and math.isnan(one["mean"]["high"])
+    assert (
+        one["mean"]["value"] == 1.5
+        and math.isnan(one["mean"]["low"])
+        and math.isnan(one["mean"]["high"])
+    )
     print_summary(one, ["a"] * 4)
     assert capsys.readouterr().out == f"{'mean':30} 1.5000\nnote: one patient, so no intervals\n"
     for count, has_note in ((2, True), (9, True), (10, False)):

@@ -19,7 +19,14 @@ from pydicom.pixels import get_decoder
 from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian, JPEGLosslessSV1
 
 from classification import preprocess
-from classification.preprocess import DataError, assign_fold, group_patients, main, read_image, resize
+from classification.preprocess import (
+    DataError,
+    assign_fold,
+    group_patients,
+    main,
+    read_image,
+    resize,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:::pydicom")
 SPLITS = ("train", "val", "test")
@@ -39,7 +46,11 @@ def dicom(path: Path, pixels: object, lut: tuple = (), **header: object) -> Path
     ds = pydicom.Dataset()
     ds.file_meta = pydicom.dataset.FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    ds.SOPClassUID, ds.SOPInstanceUID, ds.PatientID = ComputedRadiographyImageStorage, "1.2.3", "Doe^1234"
+    ds.SOPClassUID, ds.SOPInstanceUID, ds.PatientID = (
+        ComputedRadiographyImageStorage,
+        "1.2.3",
+        "Doe^1234",
+    )
     ds.Rows, ds.Columns, ds.SamplesPerPixel = *pixels.shape[:2], 3 if pixels.ndim == 3 else 1
     ds.PhotometricInterpretation = "RGB" if pixels.ndim == 3 else "MONOCHROME2"
     ds.BitsAllocated, ds.PixelRepresentation = pixels.itemsize * 8, int(pixels.dtype.kind == "i")
@@ -70,7 +81,9 @@ def folders(raw: Path, names: str, pixels: np.ndarray | None = None) -> Path:
     return raw
 
 
-def rsna(raw: Path, rows: str, files: str, header: str = "patientId,x,Target", stage: int = 2) -> Path:
+def rsna(
+    raw: Path, rows: str, files: str, header: str = "patientId,x,Target", stage: int = 2
+) -> Path:
     (raw / f"stage_{stage}_train_images").mkdir(parents=True)
     (raw / f"stage_{stage}_train_labels.csv").write_text("\n".join([header, *rows.split()]))
     for name in files.split():
@@ -196,20 +209,30 @@ def test_resize():
     white = np.ones((4, 8), np.float32)
     assert (resize(white, 8, "squash") == 255).all()
     np.testing.assert_array_equal(resize(white, 8, "pad")[:, 3], [0, 0, 255, 255, 255, 255, 0, 0])
-    assert resize(np.eye(64, dtype=np.float32), 8, "squash").max() < 64  # antialiased: thin lines grow faint
+    assert (
+        resize(np.eye(64, dtype=np.float32), 8, "squash").max() < 64
+    )  # antialiased: thin lines grow faint
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_rsna(tmp_path, stage, capsys):
     raw = rsna(tmp_path / "raw", "b,5,1 a,,0 b,7,1 lost,,0", "a b stray", stage=stage)
     images, rows, meta = run(raw, "--size", "12")
-    assert [(row["id"], row["patient"], row["label"]) for row in rows] == [("a", "a", "0"), ("b", "b", "1")]
-    assert rows[1]["source"] == f"stage_{stage}_train_images/b.dcm" and (images[1] == noise("b")).all()
+    assert [(row["id"], row["patient"], row["label"]) for row in rows] == [
+        ("a", "a", "0"),
+        ("b", "b", "1"),
+    ]
+    assert (
+        rows[1]["source"] == f"stage_{stage}_train_images/b.dcm" and (images[1] == noise("b")).all()
+    )
     assert meta["classes"] == ["no_pneumonia", "pneumonia"] and meta["layout"] == "RSNA challenge"
     printed = capsys.readouterr().out
     assert "1 rows without a file left out, such as lost" in printed
     assert "1 files without a row left out, such as stray" in printed
-    assert run(raw, "--overwrite", "--classes", "healthy", "ill")[2]["classes"] == ["healthy", "ill"]
+    assert run(raw, "--overwrite", "--classes", "healthy", "ill")[2]["classes"] == [
+        "healthy",
+        "ill",
+    ]
     table = raw / f"stage_{stage}_train_labels.csv"
     table.write_text("patientId,Target", encoding="utf-16")
     refused(r"labels\.csv: no column", raw)
@@ -231,28 +254,48 @@ def test_rsna_refused(tmp_path, reason, rows, header):
 
 def test_class_folders(tmp_path, capsys):
     raw = folders(tmp_path / "raw", "NORMAL/p1_a NORMAL/p1_b NORMAL/p2_a COVID/p3_a .cache/p4_a")
-    for name in ("NORMAL/._p1_a.png", "NORMAL/scan.bmp"):  # what macOS leaves behind; a type that is not read
+    for name in (
+        "NORMAL/._p1_a.png",
+        "NORMAL/scan.bmp",
+    ):  # what macOS leaves behind; a type that is not read
         (raw / name).write_bytes(b"x")
     order = ("--classes", "COVID", "NORMAL")
     images, rows, meta = run(raw, *order, "--patient-regex", "(p[0-9])_", "--size", "12")
     assert "note: left out: 1 .bmp\n" in capsys.readouterr().out
-    assert [row["patient"] for row in rows] == ["p3", "p1", "p1", "p2"] and rows[1]["fold"] == rows[2]["fold"]
+    assert [row["patient"] for row in rows] == ["p3", "p1", "p1", "p2"] and rows[1]["fold"] == rows[
+        2
+    ]["fold"]
     for image, row in zip(images, rows, strict=True):
         assert (image == noise(row["id"].removesuffix(".png"))).all() and row["id"] == row["source"]
     assert meta["classes"] == ["COVID", "NORMAL"]
-    assert (meta["mean"], meta["std"]) == pytest.approx(((images / 255).mean(), (images / 255).std()))
+    assert (meta["mean"], meta["std"]) == pytest.approx(
+        ((images / 255).mean(), (images / 255).std())
+    )
 
     _, rows, meta = run(raw, "--overwrite", "--classes", "NORMAL", "COVID", "--patient-regex", "p.")
-    assert meta["classes"] == ["NORMAL", "COVID"] and [row["label"] for row in rows] == ["1", "0", "0", "0"]
+    assert meta["classes"] == ["NORMAL", "COVID"] and [row["label"] for row in rows] == [
+        "1",
+        "0",
+        "0",
+        "0",
+    ]
     assert [row["patient"] for row in rows] == ["p3", "p1", "p1", "p2"]
     refused(r"in 3 names: .*p1_a\.png", raw, "--patient-regex", "p3")
-    refused(r"\['COVID', 'NORMAL'\], expected \['NORMAL', 'ILL'\]", raw, "--classes", "NORMAL", "ILL")
-    refused("found A/; expected a folder for each of two or more", folders(tmp_path / "one", "A/1 A/2"))
+    refused(
+        r"\['COVID', 'NORMAL'\], expected \['NORMAL', 'ILL'\]", raw, "--classes", "NORMAL", "ILL"
+    )
+    refused(
+        "found A/; expected a folder for each of two or more", folders(tmp_path / "one", "A/1 A/2")
+    )
 
 
 def test_official_split(tmp_path, capsys):
-    names = " ".join(f"train/{c}/{c}{k} val/{c}/v{c}{k} test/{c}/t{c}{k}" for c in "AB" for k in range(12))
-    raw = folders(tmp_path / "raw", f"{names} train/A/p9/1 test/A/p9/2 test/A/A1")  # p9 lies on both sides
+    names = " ".join(
+        f"train/{c}/{c}{k} val/{c}/v{c}{k} test/{c}/t{c}{k}" for c in "AB" for k in range(12)
+    )
+    raw = folders(
+        tmp_path / "raw", f"{names} train/A/p9/1 test/A/p9/2 test/A/A1"
+    )  # p9 lies on both sides
     _, rows, meta = run(raw)
     found = {(row["id"].split("/")[0], row["fold"]) for row in rows}
     assert found == {("val", "0"), ("test", "test"), *(("train", fold) for fold in "1234")}
@@ -264,14 +307,23 @@ def test_official_split(tmp_path, capsys):
 @pytest.mark.parametrize("color", [(), (3,)])
 @pytest.mark.parametrize("splits", [SPLITS, ("train", "test"), ("train",)])
 def test_medmnist(tmp_path, splits, color):
-    arrays = {f"{split}_images": np.asfortranarray(noise(split, 40, 9, 9, *color)) for split in splits}
+    arrays = {
+        f"{split}_images": np.asfortranarray(noise(split, 40, 9, 9, *color)) for split in splits
+    }
     labels = {f"{split}_labels": np.arange(40, dtype=np.uint8)[:, None] % 3 for split in splits}
     (tmp_path / "raw").mkdir()
     np.savez(tmp_path / "raw/mini.npz", **arrays, **labels)
     images, rows, meta = run(tmp_path / "raw")
     expected = np.concatenate(list(arrays.values()))
-    np.testing.assert_allclose(images, expected @ [0.299, 0.587, 0.114] if color else expected, atol=0.51)
-    assert meta["classes"] == ["0", "1", "2"] and [row["label"] for row in rows[:4]] == ["0", "1", "2", "0"]
+    np.testing.assert_allclose(
+        images, expected @ [0.299, 0.587, 0.114] if color else expected, atol=0.51
+    )
+    assert meta["classes"] == ["0", "1", "2"] and [row["label"] for row in rows[:4]] == [
+        "0",
+        "1",
+        "2",
+        "0",
+    ]
     folds = {"train": "1234" if "val" in splits else "01234", "val": "0", "test": ["test"]}
     found = {(row["id"].split("/")[0], row["fold"]) for row in rows}
     assert found == {(split, fold) for split in splits for fold in folds[split]}
@@ -291,7 +343,10 @@ def test_medmnist_refused(tmp_path, reason, split, images, labels):
     np.savez(path, **{f"{split}_images": images, f"{split}_labels": labels})
     refused(rf"a\.npz: {reason}", path)
     np.savez(tmp_path / "b.npz", train_images=noise("b", 4, 8, 8))
-    refused(r"b\.npz: arrays \['train_images'\], expected train_images, train_labels", tmp_path / "b.npz")
+    refused(
+        r"b\.npz: arrays \['train_images'\], expected train_images, train_labels",
+        tmp_path / "b.npz",
+    )
     refused(r"2 \.npz files, expected one; give --data the file itself", tmp_path)
     path.write_bytes(path.read_bytes()[:200])  # a download that stopped half way
     refused(r"a\.npz: (BadZipFile|EOFError)", path)
@@ -301,12 +356,23 @@ def test_hash_folds(tmp_path):
     folds = [assign_fold(f"p{k}", "", False, 0.2) for k in range(2000)]
     shares = [folds.count(fold) / 2000 for fold in ("test", "0", "1", "2", "3", "4")]
     np.testing.assert_allclose(shares, [0.2] + [0.16] * 5, atol=0.03)
-    assert assign_fold("p7", "", False, 0) == str(int(hashlib.sha256(b"0:p7").hexdigest()[8:16], 16) % 5)
+    assert assign_fold("p7", "", False, 0) == str(
+        int(hashlib.sha256(b"0:p7").hexdigest()[8:16], 16) % 5
+    )
     index = []
     for seed, rows in (("1", "a,,0 b,,1 c,,0"), ("2", "c,,0 b,,1 a,,0")):
         raw = rsna(tmp_path / seed / "raw", rows, "a b c")
-        command = [sys.executable, preprocess.__file__, "--data", raw, "--out", tmp_path / seed / "out"]
-        subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True)
+        command = [
+            sys.executable,
+            preprocess.__file__,
+            "--data",
+            raw,
+            "--out",
+            tmp_path / seed / "out",
+        ]
+        subprocess.run(
+            command, check=True, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True
+        )
         index.append((tmp_path / seed / "out/index.csv").read_bytes())
     assert index[0] == index[1]
 
@@ -320,13 +386,20 @@ def test_copies_share_a_fold(tmp_path, capsys):
     assert list(patients.values()) == ["a0", "m5", "b0", "m5", "m5"]
     assert len({row["fold"] for row in rows if row["patient"] == "m5"}) == 1
     printed = capsys.readouterr().out
-    assert "note: 2 pixel-identical copies\nnote: 1 identical pixels with different labels\n" in printed
+    assert (
+        "note: 2 pixel-identical copies\nnote: 1 identical pixels with different labels\n"
+        in printed
+    )
     assert list(meta["overlaps"].values()) == [2, 1, 0]
 
 
 def test_patient_id_is_hashed(tmp_path):
     for name in ("A/1", "A/2", "B/3"):
-        dicom(tmp_path / "raw" / f"{name}.dcm", noise(name), PatientID="Doe^1234 " if "A" in name else "Roe")
+        dicom(
+            tmp_path / "raw" / f"{name}.dcm",
+            noise(name),
+            PatientID="Doe^1234 " if "A" in name else "Roe",
+        )
     assert [row["patient"] for row in run(tmp_path / "raw")[1]][:2] == [HASH, HASH]
     assert not any(b"Doe" in path.read_bytes() for path in (tmp_path / "out").iterdir())
 
@@ -336,14 +409,21 @@ def test_like_and_test_fraction(tmp_path):
     options = ["--size", "16", "--fit", "pad", "--classes", "B", "A", "--test-fraction", "0.4"]
     images, rows, meta = run(train, *options)
     kept = images[[row["fold"] != "test" for row in rows]] / 255
-    assert 0 < len(kept) < 12 and (meta["mean"], meta["std"]) == pytest.approx((kept.mean(), kept.std()))
+    assert 0 < len(kept) < 12 and (meta["mean"], meta["std"]) == pytest.approx(
+        (kept.mean(), kept.std())
+    )
     like = ["--like", str(tmp_path / "out")]
     _, rows, external = run(folders(tmp_path / "other", "A/1 A/2"), *like, out="external")
     assert [(row["fold"], row["label"]) for row in rows] == [("test", "1")] * 2
     assert all(external[key] == meta[key] for key in ("classes", "size", "fit", "mean", "std"))
     np.savez(tmp_path / "m.npz", test_images=noise("m", 4, 8, 8), test_labels=np.ones((4, 1), int))
     assert run(tmp_path / "m.npz", *like, out="m")[2]["counts"] == {"test": {"A": 4}}
-    refused(r"\['A', 'C'\], expected \['B', 'A'\]", folders(tmp_path / "foreign", "A/1 C/2"), *like, out="x")
+    refused(
+        r"\['A', 'C'\], expected \['B', 'A'\]",
+        folders(tmp_path / "foreign", "A/1 C/2"),
+        *like,
+        out="x",
+    )
     refused(r"has \['B', 'A'\]", tmp_path / "other", *like, "--classes", "A", "B", out="x")
     refused(r"no finished cache .*preprocess\.py --data RAW", train, "--like", str(train), out="x")
 
@@ -361,7 +441,9 @@ BAD = ["B/constant.png", "B/text.png", "B/truncated.dcm", "B/truncated.jpg", "B/
 
 
 def test_bad_files(tmp_path, capsys):
-    raw = folders(folders(tmp_path / "raw", "A/a0 A/a1 B/x0 B/x1"), "B/constant", np.zeros_like(GRAY))
+    raw = folders(
+        folders(tmp_path / "raw", "A/a0 A/a1 B/x0 B/x1"), "B/constant", np.zeros_like(GRAY)
+    )
     (raw / "B/text.png").write_text("not a picture")
     dicom(raw / "B/truncated.dcm", noise("d", 64, 64))
     Image.fromarray(noise("j", 64, 64)).save(raw / "B/truncated.jpg")
@@ -384,7 +466,9 @@ def test_bad_files(tmp_path, capsys):
     skipped = list(csv.DictReader((tmp_path / "out/skipped.csv").open()))
     assert [row["source"] for row in skipped] == BAD and meta["skipped"] == 5
     assert [row["id"] for row in rows] == ["A/a0.png", "A/a1.png", "B/x0.png", "B/x1.png"]
-    assert all((image == noise(row["id"][:4])).all() for image, row in zip(images, rows, strict=True))
+    assert all(
+        (image == noise(row["id"][:4])).all() for image, row in zip(images, rows, strict=True)
+    )
 
 
 def test_overwrite_and_interrupt(tmp_path, monkeypatch):
@@ -430,7 +514,8 @@ def test_one_patient_id_in_every_file_is_none(tmp_path, capsys):
     assert patients_of(run(tmp_path / "raw")[1]) == {"A/1": "1", "A/2": "2", "B/3": "3"}
     printed = capsys.readouterr().out
     assert (
-        "note: one PatientID stands in every file, so it names no patient: each file counts as one" in printed
+        "note: one PatientID stands in every file, so it names no patient: each file counts as one"
+        in printed
     )
     dicom(tmp_path / "raw/B/4.dcm", noise("4"), PatientID="Roe")  # two of them do name patients
     patients = patients_of(run(tmp_path / "raw", "--overwrite")[1])
@@ -440,7 +525,10 @@ def test_one_patient_id_in_every_file_is_none(tmp_path, capsys):
 def test_notes_tell_how_many_patients_there_are(tmp_path, capsys):
     run(folders(tmp_path / "few", "A/1 A/2 B/3"), out="few_out")
     printed = capsys.readouterr().out
-    assert "note: 3 images name no patient (--patient-regex finds one in file names): each is one" in printed
+    assert (
+        "note: 3 images name no patient (--patient-regex finds one in file names): each is one"
+        in printed
+    )
     assert "note: 3 patients only: folds are uneven" in printed
     many = " ".join(f"{'AB'[k % 2]}/p{k if k < 12 else 0}_{k}" for k in range(20))
     run(folders(tmp_path / "many", many), "--patient-regex", "(p[0-9]+)_", out="many_out")
@@ -465,7 +553,9 @@ def test_a_folder_below_the_class_is_a_patient(tmp_path, capsys):
         "B/p1/1": "p1", "B/images/4": "4", "B/images/p2/5": "p2",
     }  # fmt: skip
     assert "note: left out: 1 .png in B/masks/, 1 .png in B/masks/p2/\n" in capsys.readouterr().out
-    _, rows, _ = run(folders(tmp_path / "b", "A/p1/1 B/p2/2"), "--patient-regex", "p([0-9])/", out="b_out")
+    _, rows, _ = run(
+        folders(tmp_path / "b", "A/p1/1 B/p2/2"), "--patient-regex", "p([0-9])/", out="b_out"
+    )
     assert patients_of(rows) == {"A/p1/1": "1", "B/p2/2": "2"}
 
 
@@ -474,7 +564,10 @@ def test_a_folder_below_the_class_is_a_patient(tmp_path, capsys):
     ("TRAIN", "VALID", "TEST")])  # fmt: skip
 def test_split_folders_by_any_of_their_names(tmp_path, train, val, test):
     names = " ".join(
-        f"{split}/{c}/{split}{c}{k}" for split in (train, val, test) for c in "AB" for k in range(14)
+        f"{split}/{c}/{split}{c}{k}"
+        for split in (train, val, test)
+        for c in "AB"
+        for k in range(14)
     )
     _, rows, _ = run(folders(tmp_path / "raw", names))
     found = {(row["id"].split("/")[0], row["fold"]) for row in rows}
@@ -511,7 +604,9 @@ def test_a_negative_class_is_never_positive_unasked(tmp_path, first, last):
     line = shlex.join([last, first])
     refused(f"'{last}' would be the positive class, .* --classes {line} ", tmp_path / "raw")
     assert run(tmp_path / "raw", "--classes", last, first)[2]["positive_class"] == first
-    assert run(tmp_path / "raw", "--classes", first, last, "--overwrite")[2]["positive_class"] == last
+    assert (
+        run(tmp_path / "raw", "--classes", first, last, "--overwrite")[2]["positive_class"] == last
+    )
 
 
 def test_the_positive_class_is_printed_and_stored(tmp_path, capsys):
@@ -522,7 +617,9 @@ def test_the_positive_class_is_printed_and_stored(tmp_path, capsys):
         == "nodule"
     )
     assert "positive class: nodule\n" in capsys.readouterr().out
-    assert run(folders(tmp_path / "three", "a/1 b/2 normal/3"), out="o3")[2]["positive_class"] is None
+    assert (
+        run(folders(tmp_path / "three", "a/1 b/2 normal/3"), out="o3")[2]["positive_class"] is None
+    )
     assert "positive class" not in capsys.readouterr().out
 
 
@@ -532,13 +629,19 @@ def test_rsna_files_of_other_names(tmp_path, capsys):
     (images / "b.dcm").rename(images / "b.DCM")
     dicom(images / "c", noise("c"))
     Image.fromarray(noise("d")).save(images / "d.png")
-    (raw / "stage_2_train_labels.csv").write_text(' patientId ,x,Target\n a,,0\n"b ",,1\nc ,, 0\nd,,1 \n')
+    (raw / "stage_2_train_labels.csv").write_text(
+        ' patientId ,x,Target\n a,,0\n"b ",,1\nc ,, 0\nd,,1 \n'
+    )
     folders(raw, "stage_2_test_images/e")
     assert [row["id"] for row in run(raw, "--size", "12")[1]] == list("abcd")
     assert "note: left out: 1 .png in stage_2_test_images/\n" in capsys.readouterr().out
     folders(images, "a")
     refused("a second file of patient a", raw)
-    refused("one folder too high: raw holds stage_2_train_images/; use --data .*raw$", tmp_path, out="x/y")
+    refused(
+        "one folder too high: raw holds stage_2_train_images/; use --data .*raw$",
+        tmp_path,
+        out="x/y",
+    )
     shutil.rmtree(images)
     refused(r"stage_2_train_images: not found, expected stage_2_train_labels\.csv and stage_2", raw)
 

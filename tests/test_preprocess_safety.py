@@ -37,8 +37,14 @@ def draw_raw(raw: Path, task: str, value: int = 0) -> Path:
         for k in range(2):
             mask = np.zeros((8, 8, 8), np.uint8)
             mask[2:5, 2:5, 2 : 4 + k] = 1
-            for kind, voxels in (("imagesTr", rng.normal(size=mask.shape) + mask), ("labelsTr", mask)):
-                nib.save(nib.Nifti1Image(voxels.astype(np.float32), np.eye(4)), raw / kind / f"c{k}.nii.gz")
+            for kind, voxels in (
+                ("imagesTr", rng.normal(size=mask.shape) + mask),
+                ("labelsTr", mask),
+            ):
+                nib.save(
+                    nib.Nifti1Image(voxels.astype(np.float32), np.eye(4)),
+                    raw / kind / f"c{k}.nii.gz",
+                )
         return raw
     for k in range(4):
         name = f"{'ab'[k % 2]}/{k}.png" if task == "classification" else f"images/{k}.png"
@@ -65,7 +71,11 @@ def refusal(task: str, raw: Path, out: Path, *options: str) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 # --- the old cache or the new one ---
@@ -93,7 +103,10 @@ def test_two_runs_do_not_write_one_cache(tmp_path, task):
     assert first.stdout.readline() == "held\n"
     assert "another run writes here" in refusal(task, raw, out, "--overwrite")
     first.communicate("go on\n", timeout=60)
-    assert contents(out) == {"meta.json": b"of the first"} and sorted(os.listdir(tmp_path)) == ["out", "raw"]
+    assert contents(out) == {"meta.json": b"of the first"} and sorted(os.listdir(tmp_path)) == [
+        "out",
+        "raw",
+    ]
     second = subprocess.Popen(command, **pipes)
     assert second.stdout.readline() == "held\n"
     second.kill()
@@ -176,7 +189,9 @@ def test_an_interrupt_is_one_line_and_leaves_nothing(tmp_path):
 
 def test_a_row_with_too_many_fields_is_named(tmp_path):
     raw = draw_raw(tmp_path / "raw", "detection")
-    (raw / "boxes.csv").write_text("image,xmin,ymin,xmax,ymax\n0.png,1,1,9,9\n1.png,1,5,1,5,9,5,9,5\n")
+    (raw / "boxes.csv").write_text(
+        "image,xmin,ymin,xmax,ymax\n0.png,1,1,9,9\n1.png,1,5,1,5,9,5,9,5\n"
+    )
     found = refusal("detection", raw, tmp_path / "out", "--skip-bad")
     assert "boxes.csv:3: 9 fields for 5 columns; decimal commas?" in found
 
@@ -229,9 +244,13 @@ def test_like_needs_a_cache_of_the_task(tmp_path, task, meta):
 
 def test_an_eps_never_starts_ghostscript(tmp_path, monkeypatch, capsys):
     raw = draw_raw(tmp_path / "raw", "classification")
-    (raw / "a" / "evil.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+    (raw / "a" / "evil.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"
+    )
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program is started"))
-    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("a program is started"))
+    monkeypatch.setattr(
+        subprocess, "check_call", lambda *_, **__: pytest.fail("a program is started")
+    )
     refusal("classification", raw, tmp_path / "out")
     assert "evil.png: neither DICOM nor JPEG, PNG or TIFF" in capsys.readouterr().err
 
@@ -318,14 +337,16 @@ def test_a_bright_object_on_zeros_is_named_or_finite(tmp_path, capsys):
 def test_a_spacing_of_a_hair_is_one_line(tmp_path, capsys):
     raw = draw_raw(tmp_path / "raw", "segmentation")
     for path in raw.rglob("*.nii.gz"):  # a trunk of 40 cm
-        nib.save(nib.Nifti1Image(np.asanyarray(nib.load(path).dataobj), np.diag([50, 50, 50, 1])), path)
+        nib.save(
+            nib.Nifti1Image(np.asanyarray(nib.load(path).dataobj), np.diag([50, 50, 50, 1])), path
+        )
     found = refusal("segmentation", raw, tmp_path / "out", "--spacing", "0.02", "0.02", "0.02")
     assert "cannot be used" in found and "c0" in capsys.readouterr().err
 
 
 def test_a_group_that_a_regex_leaves_empty_is_one_line(tmp_path):
     raw = draw_raw(tmp_path / "raw", "detection")
-    assert "--group-regex" in refusal("detection", raw, tmp_path / "out", "--group-regex", "^(x)?")
+    assert "--site-regex" in refusal("detection", raw, tmp_path / "out", "--site-regex", "^(x)?")
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -340,7 +361,14 @@ def test_one_line_shows_letters_and_escapes_the_rest(text, expected):
 def test_names_that_a_screen_lacks_are_escaped(tmp_path, task):
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
     raw = draw_raw(tmp_path / "日本", task)  # is printed with what was found in it
-    command = [sys.executable, ROOT / task / "preprocess.py", "--data", raw, "--out", tmp_path / "out"]
+    command = [
+        sys.executable,
+        ROOT / task / "preprocess.py",
+        "--data",
+        raw,
+        "--out",
+        tmp_path / "out",
+    ]
     done = subprocess.run(command, env=env, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert b"\\u65e5\\u672c: " in done.stdout

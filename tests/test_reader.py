@@ -32,7 +32,9 @@ def element(keyword: str, vr: str, value: object) -> pydicom.DataElement:
     return pydicom.DataElement(pydicom.datadict.tag_for_keyword(keyword), vr, value)
 
 
-def lut(descriptor: list[int], data: object, vr: str = "US", first_vr: str = "US") -> pydicom.Sequence:
+def lut(
+    descriptor: list[int], data: object, vr: str = "US", first_vr: str = "US"
+) -> pydicom.Sequence:
     """A LUT sequence of one item: descriptor = entries, first input, bits."""
     item = pydicom.Dataset()
     item.add(element("LUTDescriptor", first_vr, descriptor))
@@ -58,7 +60,9 @@ PADDED[:4] = 65535
 SIGNED = RAMP.astype(np.int16) - 1500
 SIGNED[:4] = -2000
 IN_RANGE = np.where(PADDED == 65535, 0, SHOWN)
-STRETCHED = ((RAMP - np.percentile(RAMP, 0.5)) / np.ptp(np.percentile(RAMP, (0.5, 99.5)))).clip(0, 1)
+STRETCHED = ((RAMP - np.percentile(RAMP, 0.5)) / np.ptp(np.percentile(RAMP, (0.5, 99.5)))).clip(
+    0, 1
+)
 SQUARES = np.arange(4096) ** 2 // 4096  # 0..4094
 WORDS = SQUARES.astype("<u2").tobytes()
 
@@ -115,13 +119,17 @@ def test_gray_dicom(tmp_path, pixels, expected, header):
     assert_shows(dicom(tmp_path / "a.dcm", pixels, **header), expected)
 
 
-@pytest.mark.parametrize("center, width", [("1550,5", "3101,0"), ("mittel", "breit!"), ("      ", "      ")])
+@pytest.mark.parametrize(
+    "center, width", [("1550,5", "3101,0"), ("mittel", "breit!"), ("      ", "      ")]
+)
 def test_a_window_that_is_no_number_is_passed_over_with_a_note(tmp_path, center, width):
     path = dicom(tmp_path / "a.dcm", RAMP, WindowCenter="1550.5", WindowWidth="3101.0")
     replace(path, b"1550.5", center.encode())
     replace(path, b"3101.0", width.encode())
     assert_shows(path, STRETCHED)
-    assert center.strip() == "" or read_image(path).notes == ("window passed over: no number, or too narrow",)
+    assert center.strip() == "" or read_image(path).notes == (
+        "window passed over: no number, or too narrow",
+    )
 
 
 @pytest.mark.parametrize("written, spacing", [
@@ -146,7 +154,9 @@ def test_spacing_at_the_detector_stands_in_for_an_unusable_one(tmp_path):
 @pytest.mark.parametrize("signed", [False, True])
 def test_bits_above_high_bit_of_a_jpeg_2000_stream_are_no_image(tmp_path, signed):
     values = SIGNED[4:] if signed else RAMP
-    stored = (values.astype(np.uint16) & 0x0FFF) | np.where(np.arange(32) % 2, 0x5000, 0).astype(np.uint16)
+    stored = (values.astype(np.uint16) & 0x0FFF) | np.where(np.arange(32) % 2, 0x5000, 0).astype(
+        np.uint16
+    )
     buffer = io.BytesIO()
     Image.fromarray(stored).save(buffer, "JPEG2000", no_jp2=True, irreversible=False)
     ds = pydicom.dcmread(
@@ -166,7 +176,9 @@ def test_palette_colour(tmp_path, bits, scale):
     header = {"PhotometricInterpretation": "PALETTE COLOR"}
     for name, entries in (("Red", red), ("Green", green), ("Blue", blue)):
         header[f"{name}PaletteColorLookupTableDescriptor"] = [4, 0, bits]
-        header[f"{name}PaletteColorLookupTableData"] = entries.astype("u1" if bits == 8 else "<u2").tobytes()
+        header[f"{name}PaletteColorLookupTableData"] = entries.astype(
+            "u1" if bits == 8 else "<u2"
+        ).tobytes()
     path = dicom(tmp_path / "a.dcm", np.uint8([[0, 1, 2, 1]]), **header)
     assert_shows(path, [[0, 50 / 255, (0.299 * 100 + 0.587 * 200 + 0.114 * 250) / 255, 50 / 255]])
     assert read_image(path).notes == ("colour turned gray",)
@@ -219,7 +231,12 @@ def png(path: Path, samples: np.ndarray, chunks: dict[bytes, bytes] | None = Non
 
 
 def tiff(
-    path: Path, samples: np.ndarray, order: str = "<", planar: bool = False, strip: bytes = b"", **tags: int
+    path: Path,
+    samples: np.ndarray,
+    order: str = "<",
+    planar: bool = False,
+    strip: bytes = b"",
+    **tags: int,
 ) -> Path:
     """A TIFF of (H, W, C) by the bytes, uncompressed or with this one strip; tags as tTAG=value."""
     height, width, channels = samples.shape
@@ -277,7 +294,9 @@ OPAQUE = np.full_like(DEEP, 65535)
 ])  # fmt: skip
 def test_no_bit_is_lost_before_the_range_is_looked_at(tmp_path, name, samples, options):
     write = png if name.endswith("png") else tiff
-    assert_shows(write(tmp_path / name, samples, **options), STRETCHED, 0.006)  # int8 has 194 levels
+    assert_shows(
+        write(tmp_path / name, samples, **options), STRETCHED, 0.006
+    )  # int8 has 194 levels
     assert ("colour turned gray" in read_image(tmp_path / name).notes) == (
         "rgb" in name or samples is COLOURS
     )
@@ -296,7 +315,10 @@ def test_deep_colour_in_a_compressed_tiff_is_read_whole(tmp_path):
 
 
 def test_previews_behind_a_picture_are_passed_over(tmp_path):
-    picture, preview = Image.fromarray(np.kron(GRAY, np.ones((8, 8), np.uint8))), Image.new("L", (4, 4))
+    picture, preview = (
+        Image.fromarray(np.kron(GRAY, np.ones((8, 8), np.uint8))),
+        Image.new("L", (4, 4)),
+    )
     picture.save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=[preview], quality=95)
     assert_shows(tmp_path / "phone.jpg", np.asarray(picture) / 255, 0.02)
     preview.encoderinfo, preview.encoderconfig = {"tiffinfo": {254: 1}}, ()
@@ -326,7 +348,13 @@ def test_files_are_known_by_their_content(tmp_path):
     for name in (".DS_Store", "._a.dcm", ".hidden/a.dcm", "notes", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("2 of 3")
-    assert [path.name for path in find_images(tmp_path)] == ["IM0001", "a.dicom", "b.img", "c.png", "d.jfif"]
+    assert [path.name for path in find_images(tmp_path)] == [
+        "IM0001",
+        "a.dicom",
+        "b.img",
+        "c.png",
+        "d.jfif",
+    ]
     assert [image_kind(path) for path in find_images(tmp_path)] == ["DICOM"] * 4 + ["JPEG"]
     assert_shows(tmp_path / "c.png", STRETCHED)
 

@@ -30,7 +30,13 @@ from caches import (
 )
 
 from common import checkpoint as checkpoints
-from common.checkpoint import CheckpointError, hold_folder, load_checkpoint, save_checkpoint, written
+from common.checkpoint import (
+    CheckpointError,
+    hold_folder,
+    load_checkpoint,
+    save_checkpoint,
+    written,
+)
 from detection.dataset import inverse
 from segmentation.preprocess import META
 
@@ -125,7 +131,9 @@ def test_weights_that_are_nan_are_named(caches, runs, tmp_path, task):
 
 def test_best_is_there_although_all_masks_are_empty(tmp_path, monkeypatch):
     cache = draw_volumes(tmp_path / "cache", empty=True)
-    dice = iter([0.0, math.nan, 0.0, math.nan, 0.0])  # something wrong, then nothing, which is right
+    dice = iter(
+        [0.0, math.nan, 0.0, math.nan, 0.0]
+    )  # something wrong, then nothing, which is right
     train_module = module("segmentation", "train")
     one = torch.ones(1, 1, dtype=torch.float64)
     monkeypatch.setattr(train_module, "evaluate", lambda *_: next(dice) * one)
@@ -159,7 +167,9 @@ def test_resume_without_best_writes_it_again(caches, tmp_path, monkeypatch):
     ("detection", {"mean": 0.1}, "mean 0.2 (now 0.1)"),
     ("segmentation", {"spacing": [1, 1, 2]}, "spacing [1, 1, 1] (now [1, 1, 2])"),
 ])  # fmt: skip
-def test_resume_refuses_images_prepared_in_another_way(caches, runs, tmp_path, task, change, message):
+def test_resume_refuses_images_prepared_in_another_way(
+    caches, runs, tmp_path, task, change, message
+):
     cache, run = copy(caches[task], tmp_path / "cache"), copy(runs[task], tmp_path / "run")
     change_meta(cache, **change)
     assert message in refusal(train, task, cache, run, "--resume")
@@ -183,7 +193,9 @@ def test_eval_refuses_a_test_set_of_the_training(caches, runs, tmp_path, task):
     options = ("--checkpoint", runs[task] / "best.pt", "--split", "test")
     count = {"segmentation": "4 of these 8"}.get(task, "12 of these 24")
     assert f"trained on {count} images or patients" in refusal(evaluate, task, cache, *options)
-    change_rows(cache, lambda k, row: row.update(fold="test" if k == 2 else "0"))  # one row, of fold 1
+    change_rows(
+        cache, lambda k, row: row.update(fold="test" if k == 2 else "0")
+    )  # one row, of fold 1
     assert "1 of these 1 images" in refusal(evaluate, task, cache, *options)
     evaluate(task, caches[task], *options)  # its own test set is not
 
@@ -212,7 +224,15 @@ def test_eval_knows_what_init_was_trained_on(caches, runs, tmp_path, task, capsy
     train(task, caches[task], tmp_path / "run", *init)
     count = {"segmentation": "2 of 2"}.get(task, "6 of 6")
     assert f"--init was trained on {count} validation images" in capsys.readouterr().out
-    train(task, caches[task], tmp_path / "again", "--init", str(tmp_path / "run" / "best.pt"), "--fold", "1")
+    train(
+        task,
+        caches[task],
+        tmp_path / "again",
+        "--init",
+        str(tmp_path / "run" / "best.pt"),
+        "--fold",
+        "1",
+    )
     for run in ("run", "again"):
         options = ("--checkpoint", tmp_path / run / "best.pt", "--split", "val")
         assert "images or patients" in refusal(evaluate, task, caches[task], *options)
@@ -221,11 +241,16 @@ def test_eval_knows_what_init_was_trained_on(caches, runs, tmp_path, task, capsy
 def test_patients_on_both_sides_of_an_official_split_are_counted(tmp_path, capsys):
     cache = draw_images(tmp_path / "cache", "classification")
     change_meta(cache, overlaps={"patients on both sides of an official split": 1})
-    change_rows(cache, lambda k, row: row.update(patient="p1") if k in (0, 1) else None)  # p1 is in fold 1
+    change_rows(
+        cache, lambda k, row: row.update(patient="p1") if k in (0, 1) else None
+    )  # p1 is in fold 1
     train("classification", cache, tmp_path / "run")
     options = ("--checkpoint", tmp_path / "run" / "best.pt")
     evaluate("classification", cache, *options)
-    assert "2 of 6 images are of patients in training, by the official split" in capsys.readouterr().out
+    assert (
+        "2 of 6 images are of patients in training, by the official split"
+        in capsys.readouterr().out
+    )
     change_meta(cache, overlaps={})
     assert "trained on 2 of these 6" in refusal(evaluate, "classification", cache, *options)
 
@@ -315,22 +340,31 @@ def test_the_table_to_compare_with_may_be_the_one_that_is_replaced(caches, runs,
     theirs = (3 * 2 + 3 * 0.5) / 9  # of three times three pairs, those with the wrong one are tied
     difference = summary["auroc_difference"]["value"]
     assert difference == pytest.approx(summary["auroc"]["value"] - (6 + 1.5) / 9) and theirs < 1
-    evaluate("classification", caches["classification"], *options, *compare)  # with itself, to the last digit
+    evaluate(
+        "classification", caches["classification"], *options, *compare
+    )  # with itself, to the last digit
     summary = json.loads((tmp_path / "metrics.json").read_text())["summary"]
     assert summary["auroc_difference"]["value"] == 0
 
 
 def test_several_checkpoints_tune_the_threshold_on_their_mean_probability(caches, runs, tmp_path):
-    cache, checkpoint = caches["classification"], load_checkpoint(runs["classification"] / "best.pt")
+    cache, checkpoint = (
+        caches["classification"],
+        load_checkpoint(runs["classification"] / "best.pt"),
+    )
     paths = [tmp_path / "a.pt", tmp_path / "b.pt"]
-    for path, threshold in zip(paths, (0.9, 0.8), strict=True):  # not the mean of what they have themselves
+    for path, threshold in zip(
+        paths, (0.9, 0.8), strict=True
+    ):  # not the mean of what they have themselves
         save_checkpoint(path, checkpoint | {"threshold": threshold})
     evaluation = module("classification", "eval")
     for split in ("val", "test"):
         options = ("--split", split, "--out", tmp_path / split)
         evaluate("classification", cache, "--checkpoint", *paths, *options)
         run = json.loads((tmp_path / split / "metrics.json").read_text())["run"]
-        assert run["threshold_tuned"] == pytest.approx(checkpoint["threshold"])  # tuned on fold 0 for both
+        assert run["threshold_tuned"] == pytest.approx(
+            checkpoint["threshold"]
+        )  # tuned on fold 0 for both
     args = evaluation.parse_args(["--data", str(cache), "--checkpoint", *map(str, paths)])
     other = [load_checkpoint(path) for path in paths]
     other[0]["settings"]["fold"] = 1
@@ -346,10 +380,21 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @TASKS
-def test_overwrite_replaces_a_training_when_the_new_one_is_written(caches, runs, tmp_path, task, monkeypatch):
+def test_overwrite_replaces_a_training_when_the_new_one_is_written(
+    caches, runs, tmp_path, task, monkeypatch
+):
     run = copy(runs[task], tmp_path / "run")
     before = contents(run)
-    command = (task, caches[task], run, "--overwrite", "--seed", "1", "--init", str(run / "best.pt"))
+    command = (
+        task,
+        caches[task],
+        run,
+        "--overwrite",
+        "--seed",
+        "1",
+        "--init",
+        str(run / "best.pt"),
+    )
     with monkeypatch.context() as patch:
         give_nan(patch, task, "train")  # fails at the end of the first epoch
         refusal(train, *command)
@@ -380,7 +425,9 @@ def test_an_older_last_does_not_stay_beside_a_new_best(caches, runs, tmp_path, m
 
     monkeypatch.setattr(module("segmentation", "train"), "save_checkpoint", full)
     refusal(train, "segmentation", caches["segmentation"], run, "--overwrite", "--seed", "1")
-    assert load_checkpoint(run / "best.pt")["settings"]["seed"] == 1 and not (run / "last.pt").exists()
+    assert (
+        load_checkpoint(run / "best.pt")["settings"]["seed"] == 1 and not (run / "last.pt").exists()
+    )
 
 
 @XRAYS
@@ -391,7 +438,18 @@ def test_a_demo_replaces_a_demo_and_no_training(caches, runs, tmp_path, task, mo
     demo = copy(caches[task], tmp_path / "demo" / "cache")
     change_rows(demo, lambda k, row: row.update(source="demo"))  # another index
     run = copy(runs[task], tmp_path / "run")
-    command = ["--out", str(run), "--epochs", "1", "--workers", "0", "--device", "cpu", "--batch-size", "6"]
+    command = [
+        "--out",
+        str(run),
+        "--epochs",
+        "1",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+        "--batch-size",
+        "6",
+    ]
     before = contents(run)
     assert "holds a training" in refusal(script.main, command)
     assert contents(run) == before
@@ -415,7 +473,9 @@ with hold_folder(Path(sys.argv[1])):
 def test_two_runs_do_not_write_to_one_folder(caches, runs, tmp_path):
     run = copy(runs["segmentation"], tmp_path / "run")
     before = contents(run)
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, run, ROOT], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, run, ROOT], stdout=subprocess.PIPE, text=True
+    )
     assert holder.stdout.readline() == "held\n"
     cache = caches["segmentation"]
     for options in (["--overwrite"], ["--resume"]):
@@ -459,15 +519,26 @@ def test_a_file_that_bears_its_name_is_complete(tmp_path):
 def test_pictures_of_an_earlier_evaluation_do_not_stay(caches, runs, tmp_path, task):
     options = ("--checkpoint", runs[task] / "best.pt", "--out", tmp_path)
     evaluate(task, caches[task], *options)
-    names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    stale = {"classification": "mistakes.png", "detection": "gallery.png", "segmentation": "worst.gif"}[task]
+    names = {
+        path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()
+    }
+    stale = {
+        "classification": "mistakes.png",
+        "detection": "gallery.png",
+        "segmentation": "worst.gif",
+    }[task]
     (tmp_path / stale).write_text("of an earlier run")
     (tmp_path / "mine.png").write_text("mine")
     evaluate(task, caches[task], *options, "--split", "test")
-    assert not (tmp_path / stale).exists() or (tmp_path / stale).read_bytes() != b"of an earlier run"
+    assert (
+        not (tmp_path / stale).exists() or (tmp_path / stale).read_bytes() != b"of an earlier run"
+    )
     assert (tmp_path / "mine.png").read_text() == "mine"
     if task == "segmentation":  # the masks of the other split
-        assert {path.name for path in (tmp_path / "predictions").iterdir()} == {"v3.nii.gz", "v7.nii.gz"}
+        assert {path.name for path in (tmp_path / "predictions").iterdir()} == {
+            "v3.nii.gz",
+            "v7.nii.gz",
+        }
         assert "predictions/v0.nii.gz" in names
 
 
@@ -499,7 +570,18 @@ def test_a_refused_evaluation_makes_no_folder(caches, runs, tmp_path, task):
 def test_an_interrupted_training_keeps_its_epochs(caches, tmp_path):
     cache, out = caches["segmentation"], tmp_path / "run"
     script = ROOT / "segmentation" / "train.py"
-    options = ["--data", cache, "--out", out, "--epochs", "4000", "--channels", "2", "--workers", "1"]
+    options = [
+        "--data",
+        cache,
+        "--out",
+        out,
+        "--epochs",
+        "4000",
+        "--channels",
+        "2",
+        "--workers",
+        "1",
+    ]
     command = [sys.executable, script, *options, "--device", "cpu"]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not running.stdout.readline().startswith("epoch 2 "):
@@ -624,7 +706,9 @@ CACHES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("task", "k"), [(t, k) for t, own in CACHES.items() for k in range(len(ANY + own))])
+@pytest.mark.parametrize(
+    ("task", "k"), [(t, k) for t, own in CACHES.items() for k in range(len(ANY + own))]
+)
 def test_a_bad_cache_is_one_line(caches, tmp_path, task, k):
     cache = copy(caches[task], tmp_path / "cache")
     (ANY + CACHES[task])[k](cache)
@@ -643,7 +727,9 @@ def test_a_cache_or_checkpoint_of_another_task_is_one_line(caches, runs, tmp_pat
 def test_who_edits_the_folds_on_purpose_is_served(caches, tmp_path):
     for task, cache in caches.items():
         cache = copy(cache, tmp_path / task)
-        change_rows(cache, lambda k, row: row.update(fold="0" if row["fold"] == "1" else row["fold"]))
+        change_rows(
+            cache, lambda k, row: row.update(fold="0" if row["fold"] == "1" else row["fold"])
+        )
         train(task, cache, tmp_path / f"run_{task}")
 
 
@@ -668,7 +754,9 @@ CHECKPOINTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("task", "k"), [(t, k) for t, all_ in CHECKPOINTS.items() for k in range(len(all_))])
+@pytest.mark.parametrize(
+    ("task", "k"), [(t, k) for t, all_ in CHECKPOINTS.items() for k in range(len(all_))]
+)
 def test_a_bad_checkpoint_is_one_line(caches, runs, tmp_path, task, k):
     checkpoint = load_checkpoint(runs[task] / "best.pt")
     CHECKPOINTS[task][k](checkpoint)
@@ -718,16 +806,30 @@ def test_options_beyond_their_bounds_exit_with_status_2(task, option, value, cap
     assert stop.value.code == 2 and option in capsys.readouterr().err
 
 
-def test_init_from_another_number_of_classes_keeps_all_but_the_last_layer(caches, runs, tmp_path, capsys):
+def test_init_from_another_number_of_classes_keeps_all_but_the_last_layer(
+    caches, runs, tmp_path, capsys
+):
     cache = copy(caches["classification"], tmp_path / "cache")
     change_meta(cache, classes=["no", "yes", "perhaps"])
-    change_rows(cache, lambda k, row: row.update(label=str(k // 8)) if row["fold"] != "test" else None)
+    change_rows(
+        cache, lambda k, row: row.update(label=str(k // 8)) if row["fold"] != "test" else None
+    )
     change_rows(cache, lambda k, row: row.update(fold=str(k % 2)))
-    options = ["--init", str(runs["classification"] / "best.pt"), "--lr", "1e-12", "--weight-decay", "0"]
+    options = [
+        "--init",
+        str(runs["classification"] / "best.pt"),
+        "--lr",
+        "1e-12",
+        "--weight-decay",
+        "0",
+    ]
     train("classification", cache, tmp_path / "run", *options)
-    assert "lacks or has in other shapes: fc.bias, fc.weight; these start" in capsys.readouterr().out
+    assert (
+        "lacks or has in other shapes: fc.bias, fc.weight; these start" in capsys.readouterr().out
+    )
     old, new = (
-        load_checkpoint(path / "best.pt")["model"] for path in (runs["classification"], tmp_path / "run")
+        load_checkpoint(path / "best.pt")["model"]
+        for path in (runs["classification"], tmp_path / "run")
     )
     assert torch.allclose(old["conv1.weight"], new["conv1.weight"], atol=1e-6)
     assert new["fc.weight"].shape == (3, 8)
@@ -745,7 +847,9 @@ def test_eval_reads_the_index_a_fixed_number_of_times(caches, runs, tmp_path, ta
     np.save(cache / "images.npy", images[:, ::-1].copy())
     for task_module in (module(task, "eval"), module(task, "dataset")):
         real = task_module.read_index
-        monkeypatch.setattr(task_module, "read_index", lambda path, real=real: counts.append(1) or real(path))
+        monkeypatch.setattr(
+            task_module, "read_index", lambda path, real=real: counts.append(1) or real(path)
+        )
     options = ("--checkpoint", runs[task] / "best.pt", "--split", "test", "--out", tmp_path / "out")
     evaluate(task, cache, *options)
     many = len(counts)
@@ -757,7 +861,9 @@ def test_eval_reads_the_index_a_fixed_number_of_times(caches, runs, tmp_path, ta
 
 def test_the_inverse_of_an_affine_is_that_of_lapack():
     generator = torch.Generator().manual_seed(0)
-    matrices = torch.eye(2) + 0.4 * torch.rand(1000, 2, 2, generator=generator) - 0.2  # as augment draws them
+    matrices = (
+        torch.eye(2) + 0.4 * torch.rand(1000, 2, 2, generator=generator) - 0.2
+    )  # as augment draws them
     assert torch.equal(inverse(matrices), torch.linalg.inv(matrices))
     turned = matrices.flip(1)  # the larger entry of the first column is below
     assert torch.allclose(inverse(turned), torch.linalg.inv(turned), atol=1e-5)

@@ -69,7 +69,11 @@ def same(a: object, b: object) -> bool:
     if isinstance(a, list):
         return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+        return (
+            a.dtype == b.dtype
+            and a.shape == b.shape
+            and torch.equal(a.nan_to_num(), b.nan_to_num())
+        )
     return a == b or (a != a and b != b)
 
 
@@ -109,7 +113,9 @@ def test_two_processes_and_eval(cache, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 2 ") == 1  # only rank 0 speaks
     printed = load_checkpoint(tmp_path / "a" / "last.pt")["figures"]["dice"]
-    evaluation.main(["--data", str(cache), "--checkpoint", str(tmp_path / "a" / "last.pt"), "--samples", "2"])
+    evaluation.main(
+        ["--data", str(cache), "--checkpoint", str(tmp_path / "a" / "last.pt"), "--samples", "2"]
+    )
     assert read_metrics(tmp_path / "a" / "eval_val")["summary"]["dice_cache"]["value"] == printed
 
 
@@ -124,7 +130,11 @@ def test_overfits_two_volumes(cache, tmp_path, dims):
         image = rng.normal(0, 0.3, mask.shape) + np.array([0, 2, 1])[mask]
         points = np.argwhere(mask)
         points = np.column_stack([mask[tuple(points.T)], points])
-        for kind, array in (("mask", mask), ("image", image[None].astype(np.float16)), ("points", points)):
+        for kind, array in (
+            ("mask", mask),
+            ("image", image[None].astype(np.float16)),
+            ("points", points),
+        ):
             np.save(tmp_path / "volumes" / f"{k}.{kind}.npy", array)
     rows = [("id", "group", "fold"), *((k, k, k // 2) for k in range(4))]
     (tmp_path / "index.csv").write_text("\n".join(",".join(map(str, row)) for row in rows))
@@ -158,8 +168,17 @@ def test_two_channels_small_volumes_and_mirroring(raw, tmp_path, dims):
     command = ["--data", str(tmp_path / "raw"), "--out", str(tmp_path / "cache")]
     preprocess.main([*command, "--spacing", "6", "6", "6"])
     patch = ["--patch", *["16"] * int(dims), "--mirror", "--loss", "dice"]  # more than the volume
-    train.main(["--data", str(tmp_path / "cache"), "--out", str(tmp_path), "--dims", dims, *TINY, *patch])
-    command = ["--data", str(tmp_path / "cache"), "--checkpoint", str(tmp_path / "best.pt"), "--samples", "2"]
+    train.main(
+        ["--data", str(tmp_path / "cache"), "--out", str(tmp_path), "--dims", dims, *TINY, *patch]
+    )
+    command = [
+        "--data",
+        str(tmp_path / "cache"),
+        "--checkpoint",
+        str(tmp_path / "best.pt"),
+        "--samples",
+        "2",
+    ]
     evaluation.main([*command, "--tta"])
     evaluation.main([*command, "--out", str(tmp_path / "plain")])
     printed = load_checkpoint(tmp_path / "best.pt")["figures"]["dice"]
@@ -186,7 +205,9 @@ def test_what_does_not_fit_is_refused(cache, tmp_path, options, message):
         train.main(["--data", str(cache), "--out", str(tmp_path), "--workers", "0", *options])
 
 
-@pytest.mark.parametrize("options", [["--epochs", "0"], ["--patch", "8"], ["--dims", "4"], ["--lr", "0"]])
+@pytest.mark.parametrize(
+    "options", [["--epochs", "0"], ["--patch", "8"], ["--dims", "4"], ["--lr", "0"]]
+)
 def test_impossible_options_exit_with_status_2(options, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--data", "x", *options])
@@ -205,7 +226,9 @@ def test_eval_gives_the_score_that_train_printed(cache, raw, trained, dims):
     assert result["summary"]["dice_cache"]["value"] == printed["dice"]
     names = {"dice", "iou", "hd95_mm", "assd_mm", "volume_error_ml", "dice_wall", "dice_core"}
     assert names <= result["summary"].keys() and result["run"]["n"] == len(result["cases"]) == 2
-    assert Image.open(out / "worst.png").size[0] > 500 and Image.open(out / "worst.gif").n_frames > 10
+    assert (
+        Image.open(out / "worst.png").size[0] > 500 and Image.open(out / "worst.gif").n_frames > 10
+    )
     for row in read_table(out / "cases.csv"):
         image, truth, found = (
             nib.load(folder / f"{row['id']}.nii.gz")
@@ -220,7 +243,14 @@ def test_eval_gives_the_score_that_train_printed(cache, raw, trained, dims):
 def test_eval_on_the_own_grid_is_the_score_itself(raw, tmp_path):
     preprocess.main(["--data", str(raw), "--out", str(tmp_path / "cache"), "--spacing", "keep"])
     train.main(["--data", str(tmp_path / "cache"), "--out", str(tmp_path), *TINY, "--epochs", "1"])
-    command = ["--data", str(tmp_path / "cache"), "--checkpoint", str(tmp_path / "best.pt"), "--samples", "2"]
+    command = [
+        "--data",
+        str(tmp_path / "cache"),
+        "--checkpoint",
+        str(tmp_path / "best.pt"),
+        "--samples",
+        "2",
+    ]
     evaluation.main(command)
     summary = read_metrics(tmp_path / "eval_val")["summary"]
     for name, value in load_checkpoint(tmp_path / "best.pt")["figures"].items():
@@ -235,7 +265,14 @@ def test_new_images_get_the_masks_of_the_labelled_run(cache, raw, trained, tmp_p
     (tmp_path / "new").mkdir()
     for file in known:
         (tmp_path / "new" / file.name).write_bytes((raw / "imagesTr" / file.name).read_bytes())
-    command = ["--checkpoint", str(path), "--out", str(tmp_path / "b"), "--images", str(tmp_path / "new")]
+    command = [
+        "--checkpoint",
+        str(path),
+        "--out",
+        str(tmp_path / "b"),
+        "--images",
+        str(tmp_path / "new"),
+    ]
     evaluation.main(command)
     for file in known:
         first, second = nib.load(file), nib.load(tmp_path / "b" / file.name)
@@ -263,7 +300,14 @@ def test_the_prediction_lies_on_its_image_in_the_world(raw, cache, tmp_path, mon
             return torch.cat([1 - x, x - 1, -9 + 0 * x], 1)
 
     monkeypatch.setattr(evaluation, "load_models", lambda *_: ([Bright()], [checkpoint]))
-    options = ["--checkpoint", "none", "--images", str(tmp_path / "cube.nii.gz"), "--out", str(tmp_path)]
+    options = [
+        "--checkpoint",
+        "none",
+        "--images",
+        str(tmp_path / "cube.nii.gz"),
+        "--out",
+        str(tmp_path),
+    ]
     evaluation.main([*options[:-1], str(tmp_path / "out")])
     found = nib.load(tmp_path / "out" / "cube.nii.gz")
     centers = [
@@ -275,7 +319,9 @@ def test_the_prediction_lies_on_its_image_in_the_world(raw, cache, tmp_path, mon
 
 def test_several_checkpoints_are_averaged(cache, trained, tmp_path):
     paths = [str(path / "last.pt") for path in trained.values()]  # slices and volumes together
-    evaluation.main(["--data", str(cache), "--checkpoint", *paths, "--samples", "2", "--out", str(tmp_path)])
+    evaluation.main(
+        ["--data", str(cache), "--checkpoint", *paths, "--samples", "2", "--out", str(tmp_path)]
+    )
     assert len(read_metrics(tmp_path)["run"]["checkpoint_sha256"]) == 2
 
 
@@ -291,7 +337,16 @@ def test_eval_refuses_what_was_trained_on(cache, raw, trained, tmp_path):
     preprocess.main(["--data", str(raw), "--out", str(tmp_path / "like"), "--like", str(cache)])
     with pytest.raises(DataError, match="not the cache of the training"):
         evaluation.main(["--data", str(tmp_path / "like"), "--checkpoint", paths[0]])
-    options = ["--checkpoint", *paths, "--split", "test", "--samples", "2", "--out", str(tmp_path / "out")]
+    options = [
+        "--checkpoint",
+        *paths,
+        "--split",
+        "test",
+        "--samples",
+        "2",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     with pytest.raises(DataError, match="trained on 6 of these 8 images or patients"):
         evaluation.main(["--data", str(tmp_path / "like"), *options])
     assert not (tmp_path / "out").exists()

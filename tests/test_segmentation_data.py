@@ -67,7 +67,9 @@ def block(shape: tuple = (12, 10, 8)) -> tuple[np.ndarray, np.ndarray]:
     return (np.random.default_rng(sum(shape)).normal(0, 0.2, shape) + mask).astype(np.float32), mask
 
 
-def write(raw: Path, name: str, image: np.ndarray, mask: np.ndarray | None, affine: object = None) -> None:
+def write(
+    raw: Path, name: str, image: np.ndarray, mask: np.ndarray | None, affine: object = None
+) -> None:
     affine = oblique() if affine is None else affine
     for folder, voxels in (("imagesTr", image), ("labelsTr", mask)):
         (raw / folder).mkdir(parents=True, exist_ok=True)
@@ -78,7 +80,9 @@ def write(raw: Path, name: str, image: np.ndarray, mask: np.ndarray | None, affi
 def describe(raw: Path, **changes: object) -> None:
     raw.mkdir(parents=True, exist_ok=True)
     labels = {"0": "background", "1": "a", "2": "b"}
-    (raw / "dataset.json").write_text(json.dumps({"labels": labels, "modality": {"0": "MRI"}} | changes))
+    (raw / "dataset.json").write_text(
+        json.dumps({"labels": labels, "modality": {"0": "MRI"}} | changes)
+    )
 
 
 def make(raw: Path, cases: int = 6) -> Path:
@@ -101,7 +105,10 @@ def run(raw: Path, out: Path, *options: str) -> tuple[dict, list[dict]]:
 def test_all_48_axis_orders_there_and_back(resampled):
     image, mask = block()
     meta = META | ({"resample": True, "spacing": [1.3, 1.1, 1.7]} if resampled else {})
-    expected, labels = to_grid(image[..., None], oblique(), meta), mask_to_grid(mask, oblique(), meta)
+    expected, labels = (
+        to_grid(image[..., None], oblique(), meta),
+        mask_to_grid(mask, oblique(), meta),
+    )
     chances = np.eye(3, dtype=np.float16)[labels].transpose(3, 0, 1, 2)
     back = from_grid(chances, mask.shape, oblique())
     assert resampled or np.array_equal(back, mask)
@@ -110,8 +117,12 @@ def test_all_48_axis_orders_there_and_back(resampled):
         turned = apply_orientation(image, orientation)
         affine = oblique() @ inv_ornt_aff(orientation, image.shape)
         assert np.array_equal(to_grid(turned[..., None], affine, meta), expected)
-        assert np.array_equal(mask_to_grid(apply_orientation(mask, orientation), affine, meta), labels)
-        assert np.array_equal(from_grid(chances, turned.shape, affine), apply_orientation(back, orientation))
+        assert np.array_equal(
+            mask_to_grid(apply_orientation(mask, orientation), affine, meta), labels
+        )
+        assert np.array_equal(
+            from_grid(chances, turned.shape, affine), apply_orientation(back, orientation)
+        )
 
 
 def test_resampling_matrix_keeps_extent_and_ramps():
@@ -144,8 +155,12 @@ def test_cache(tmp_path):
     assert meta["classes"] == ["background", "a", "b"] and meta["spacing"] == [1, 1.5, 2.5]
     assert meta["slice_axis"] == 2 and meta["n"] == 6 and meta["shape"] == [12, 10, 8]
     image, mask = open_case(tmp_path / "cache", "c1")
-    assert isinstance(image, np.memmap) and image.dtype == np.float16 and image.shape == (1, 13, 10, 8)
-    assert abs(float(image.mean())) < 1e-3 and float(image.astype(float).std()) == pytest.approx(1, abs=1e-3)
+    assert (
+        isinstance(image, np.memmap) and image.dtype == np.float16 and image.shape == (1, 13, 10, 8)
+    )
+    assert abs(float(image.mean())) < 1e-3 and float(image.astype(float).std()) == pytest.approx(
+        1, abs=1e-3
+    )
     assert np.array_equal(mask, block((13, 10, 8))[1])
     points = np.load(tmp_path / "cache" / "volumes" / "c1.points.npy")
     assert (mask[tuple(points[:, 1:].T)] == points[:, 0]).all() and len(points) == (mask > 0).sum()
@@ -159,7 +174,11 @@ def test_cache(tmp_path):
 def test_spacing_by_value_keep_and_like(tmp_path):
     raw = make(tmp_path / "raw")
     meta, _ = run(raw, tmp_path / "coarse", "--spacing", "2", "3", "2.5")
-    assert open_case(tmp_path / "coarse", "c0")[1].shape == (6, 5, 8) and meta["spacing"] == [2, 3, 2.5]
+    assert open_case(tmp_path / "coarse", "c0")[1].shape == (6, 5, 8) and meta["spacing"] == [
+        2,
+        3,
+        2.5,
+    ]
     image, mask = block()
     write(tmp_path / "other", "d0", image, mask, oblique((2, 3, 2.5)))
     write(tmp_path / "other", "d1", image, mask)
@@ -192,7 +211,9 @@ def test_ct_values_are_clipped_to_the_foreground_of_the_training_cases(tmp_path)
     low, high = np.percentile(inside, (0.5, 99.5))
     (found,) = meta["normalisation"]
     assert (found["low"], found["high"]) == pytest.approx((low, high), rel=1e-5)
-    expected = ((100 * image).clip(low, high) - inside.clip(low, high).mean()) / inside.clip(low, high).std()
+    expected = ((100 * image).clip(low, high) - inside.clip(low, high).mean()) / inside.clip(
+        low, high
+    ).std()
     assert np.allclose(open_case(tmp_path / "cache", "c0")[0][0], expected, atol=5e-3)
 
 
@@ -250,11 +271,17 @@ def test_every_bad_case_is_named_in_one_run(tmp_path, capsys):
     with pytest.raises(DataError, match=f"{len(expected)} cases or files"):
         run(raw, tmp_path / "cache")
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == len(expected) and not (tmp_path / "cache").exists() and not list(tmp_path.glob(".*"))
+    assert (
+        len(lines) == len(expected)
+        and not (tmp_path / "cache").exists()
+        and not list(tmp_path.glob(".*"))
+    )
     for name, reason in expected.items():
         assert any(f"/{name}.nii.gz" in line and reason in line for line in lines), (name, lines)
     meta, index = run(raw, tmp_path / "cache", "--skip-bad")
-    assert meta["skipped"] == len(expected) and [row["id"] for row in index] == [f"c{k}" for k in range(6)]
+    assert meta["skipped"] == len(expected) and [row["id"] for row in index] == [
+        f"c{k}" for k in range(6)
+    ]
     with open(tmp_path / "cache" / "skipped.csv", newline="") as file:
         assert len(list(csv.reader(file))) == len(expected) + 1
 
@@ -282,7 +309,11 @@ def series(folder: Path, volume: np.ndarray, affine: np.ndarray) -> Path:
         ds = pydicom.Dataset()
         ds.file_meta = pydicom.dataset.FileMetaDataset()
         ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        ds.SOPClassUID, ds.SOPInstanceUID, ds.SeriesInstanceUID = CTImageStorage, f"1.2.{k + 1}", "1.2"
+        ds.SOPClassUID, ds.SOPInstanceUID, ds.SeriesInstanceUID = (
+            CTImageStorage,
+            f"1.2.{k + 1}",
+            "1.2",
+        )
         ds.ImageOrientationPatient = [*(lps[:3, 0] / spacing[0]), *(lps[:3, 1] / spacing[1])]
         ds.ImagePositionPatient = list(lps[:3] @ [0, 0, k, 1])
         ds.PixelSpacing = [spacing[1], spacing[0]]
@@ -330,7 +361,7 @@ def test_cut_pads_with_zeros():
 @pytest.mark.parametrize("patch", [[8, 8], [8, 6, 5], [16, 16, 16]])
 def test_patches(cache, patch):
     dataset = PatchDataset(cache, patch)
-    images, masks = dataset.__getitems__([(1, 2, 1, 3), (0, -2, 0, 0)])
+    images, masks = dataset[[(1, 2, 1, 3), (0, -2, 0, 0)]]
     assert images.shape == (2, 1, *patch) and masks.shape == (2, *patch)
     assert images.dtype == torch.float16 and masks.dtype == torch.uint8
     _, mask = open_case(cache, "c1")
@@ -372,7 +403,9 @@ def test_augment_moves_image_and_mask_together(shape):
     assert masks.dtype == torch.uint8 and moved.shape == images.shape
     changed = (masks != mask).flatten(1).any(1)
     assert 2 < changed.sum() <= 8
-    for image, one in zip(moved[:, 0], masks, strict=True):  # inside brighter than outside wherever it went
+    for image, one in zip(
+        moved[:, 0], masks, strict=True
+    ):  # inside brighter than outside wherever it went
         assert image[one == 1].mean() > image[one == 0].mean() + 1
     again = augment(images, mask, np.random.default_rng(0), spacing, 1.0, True)
     assert torch.equal(again[0], moved) and torch.equal(again[1], masks)
@@ -427,8 +460,12 @@ def test_loss_by_hand():
     logits[:, 1] = torch.tensor([[30.0, 30.0], [-30.0, -30.0]])
     masks = torch.tensor([[[1, 0], [0, 0]]])
     assert segmentation_loss(logits, masks, "dice").item() == pytest.approx(1 - 2 / 3, abs=1e-5)
-    assert segmentation_loss(logits, 0 * masks, "dice").item() == pytest.approx(0.5, abs=1e-5)  # absent
-    assert segmentation_loss(logits, masks, "dice_ce").item() == pytest.approx(1 / 3 + 30 / 4, abs=1e-4)
+    assert segmentation_loss(logits, 0 * masks, "dice").item() == pytest.approx(
+        0.5, abs=1e-5
+    )  # absent
+    assert segmentation_loss(logits, masks, "dice_ce").item() == pytest.approx(
+        1 / 3 + 30 / 4, abs=1e-4
+    )
 
 
 @pytest.mark.parametrize(("length", "size"), [(20, 8), (21, 8), (8, 8), (5, 8), (30, 7), (9, 1)])

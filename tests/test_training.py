@@ -10,7 +10,16 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from caches import change_rows, copy, draw_cache, draw_images, evaluate, module, small_network, train
+from caches import (
+    change_rows,
+    copy,
+    draw_cache,
+    draw_images,
+    evaluate,
+    module,
+    small_network,
+    train,
+)
 
 from common.checkpoint import load_checkpoint
 
@@ -27,7 +36,10 @@ def quick() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("caches")
-    return {task: draw_cache(folder / task, task) for task in ("classification", "detection", "segmentation")}
+    return {
+        task: draw_cache(folder / task, task)
+        for task in ("classification", "detection", "segmentation")
+    }
 
 
 def read_metrics(out: Path) -> dict:
@@ -73,19 +85,25 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine():
     assert rates[:11] == pytest.approx([*(k / 10 for k in range(1, 11)), 1.0])  # 5 % of the steps
     assert rates[10 + 95] == pytest.approx(0.5)
     assert rates[10 + 38] == pytest.approx(0.5 + 0.5 * math.cos(0.2 * math.pi))
-    assert rates[-1] == pytest.approx(0.5 - 0.5 * math.cos(math.pi / 190)) and min(rates) == rates[-1]
+    assert (
+        rates[-1] == pytest.approx(0.5 - 0.5 * math.cos(math.pi / 190)) and min(rates) == rates[-1]
+    )
     assert learning_rate(0, 1, 0.3) == 0.3
 
 
 @TASKS
 def test_every_step_has_its_learning_rate(caches, tmp_path, task, monkeypatch):
     script, asked = module(task, "train"), []
-    monkeypatch.setattr(script, "learning_rate", lambda *args: asked.append(args) or 1e-3 * len(asked))
+    monkeypatch.setattr(
+        script, "learning_rate", lambda *args: asked.append(args) or 1e-3 * len(asked)
+    )
     train(task, caches[task], tmp_path, "--epochs", "3", "--lr", "0.25")
     steps = len(asked) // 3
     assert asked == [(k, 3 * steps, 0.25) for k in range(3 * steps)]
     last = load_checkpoint(tmp_path / "last.pt")
-    assert [row["lr"] for row in last["log"]] == pytest.approx([1e-3 * steps * k for k in (1, 2, 3)])
+    assert [row["lr"] for row in last["log"]] == pytest.approx(
+        [1e-3 * steps * k for k in (1, 2, 3)]
+    )
     assert {group["lr"] for group in last["optimizer"]["param_groups"]} == {1e-3 * len(asked)}
 
 
@@ -137,7 +155,9 @@ def test_options_reach_the_training(caches, tmp_path, task):
     for some in options:
         train(task, caches[task], tmp_path / "run", *some.split(), "--overwrite")
         model = load_checkpoint(tmp_path / "run" / "last.pt")["model"]
-        total = sum(weight.double().abs().sum().item() for weight in model.values() if weight.ndim > 1)
+        total = sum(
+            weight.double().abs().sum().item() for weight in model.values() if weight.ndim > 1
+        )
         assert total not in seen, (some, seen.get(total))
         seen[total] = some
 
@@ -163,18 +183,24 @@ def test_several_networks_are_averaged(task):
 
 def test_several_networks_of_volumes_are_averaged(monkeypatch):
     evaluation = module("segmentation", "eval")
-    parts = [torch.rand(2, 3, 3, 3).half(), torch.rand(2, 3, 3, 3).half(), torch.rand(2, 3, 3, 3).half()]
+    parts = [
+        torch.rand(2, 3, 3, 3).half(),
+        torch.rand(2, 3, 3, 3).half(),
+        torch.rand(2, 3, 3, 3).half(),
+    ]
     found = iter([part.clone() for part in parts])
     monkeypatch.setattr(evaluation, "predict_volume", lambda *_: next(found))
     settings = {"patch": [3, 3], "batch_size": 1, "amp": "off", "mirror": False}
     checkpoint = {"settings": settings, "meta": {"slice_axis": 2}}
-    mean = evaluation.predict([None] * 3, [checkpoint] * 3, np.zeros(0), torch.device("cpu"), None, False)
+    mean = evaluation.predict(
+        [None] * 3, [checkpoint] * 3, np.zeros(0), torch.device("cpu"), None, False
+    )
     assert torch.allclose(mean.float(), torch.stack(parts).float().mean(0), atol=2e-3)
 
 
 def test_metrics_of_a_site_are_those_of_its_images(tmp_path, monkeypatch):
     cache = draw_images(tmp_path / "cache", "detection")
-    change_rows(cache, lambda k, row: row.update(group="ab"[k % 4 < 2], fold="0" if k < 8 else "1"))
+    change_rows(cache, lambda k, row: row.update(site="ab"[k % 4 < 2], fold="0" if k < 8 else "1"))
     train("detection", cache, tmp_path / "run")
     evaluation = module("detection", "eval")
     real = evaluation.evaluate
@@ -191,7 +217,9 @@ def test_metrics_of_a_site_are_those_of_its_images(tmp_path, monkeypatch):
     for name, rows in (("_b", (0, 1, 4, 5)), ("_a", (2, 3, 6, 7)), ("", range(8))):
         expected = sum(iou[k] for k in rows) / len(rows)
         assert summary[f"mean_iou{name}"]["value"] == pytest.approx(expected, abs=1e-6)
-        assert summary[f"mae_px{name}"]["value"] == pytest.approx(sum(rows) / len(rows) / 2, abs=1e-5)
+        assert summary[f"mae_px{name}"]["value"] == pytest.approx(
+            sum(rows) / len(rows) / 2, abs=1e-5
+        )
 
 
 def test_masks_are_written_with_the_values_of_the_files(caches, tmp_path, monkeypatch):
@@ -201,11 +229,19 @@ def test_masks_are_written_with_the_values_of_the_files(caches, tmp_path, monkey
     monkeypatch.setattr(module("segmentation", "eval"), "predict_volume", lambda *_: half.clone())
     evaluate("segmentation", caches["segmentation"], "--checkpoint", tmp_path / "best.pt")
     for name in ("v0", "v4"):
-        mask = np.asanyarray(nib.load(tmp_path / "eval_val" / "predictions" / f"{name}.nii.gz").dataobj)
-        assert (mask[:, :, :4] == 0).all() and (mask[:, :, 4:] == 2).all()  # the cube is 2 in the files
-        truth = np.asanyarray(nib.load(caches["segmentation"] / "volumes" / f"{name}.truth.nii.gz").dataobj)
+        mask = np.asanyarray(
+            nib.load(tmp_path / "eval_val" / "predictions" / f"{name}.nii.gz").dataobj
+        )
+        assert (mask[:, :, :4] == 0).all() and (
+            mask[:, :, 4:] == 2
+        ).all()  # the cube is 2 in the files
+        truth = np.asanyarray(
+            nib.load(caches["segmentation"] / "volumes" / f"{name}.truth.nii.gz").dataobj
+        )
         dice = 2 * ((mask == 2) & (truth == 2)).sum() / ((mask == 2).sum() + (truth == 2).sum())
-        case = next(case for case in read_metrics(tmp_path / "eval_val")["cases"] if case["id"] == name)
+        case = next(
+            case for case in read_metrics(tmp_path / "eval_val")["cases"] if case["id"] == name
+        )
         assert case["dice_cube"] == case["dice"] == pytest.approx(dice)
 
 

@@ -92,7 +92,9 @@ def test_a_unit_that_cannot_be_true_is_refused(tmp_path, unit):
 
 
 def test_a_form_of_unit_voxels_gives_way_to_the_other_one(tmp_path):
-    unit_sform = patch(save(tmp_path / "a.nii.gz", block()[0]), 280, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0)
+    unit_sform = patch(
+        save(tmp_path / "a.nii.gz", block()[0]), 280, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0
+    )
     _, affine, notes = read_noting(unit_sform)
     assert np.allclose(affine, np.diag([*SPACING, 1]))
     assert "the qform is taken sform 1 x 1 x 1, pixdim 1 x 1.5 x 2.5" in notes
@@ -116,9 +118,12 @@ def test_what_is_odd_in_a_header_is_noted(tmp_path):
     neither = patch(save(tmp_path / "b.nii.gz", image), 252, 0, 0, kind="h")
     assert "no sform and no qform" in read_noting(neither)[2]
     sheared = save(tmp_path / "c.nii.gz", image, qform_code=0)
-    sheared = patch(sheared, 280, 1, 0, 2.5 * np.sin(0.3), 0, 0, 1.5, 0, 0, 0, 0, 2.5 * np.cos(0.3), 0)
+    sheared = patch(
+        sheared, 280, 1, 0, 2.5 * np.sin(0.3), 0, 0, 1.5, 0, 0, 0, 0, 2.5 * np.cos(0.3), 0
+    )
     assert (
-        "sheared axes: the voxels are taken for boxes 72.8 instead of 90 degrees" in read_noting(sheared)[2]
+        "sheared axes: the voxels are taken for boxes 72.8 instead of 90 degrees"
+        in read_noting(sheared)[2]
     )
     assert read_noting(save(tmp_path / "d.nii.gz", image))[2] == ""
 
@@ -180,7 +185,12 @@ def test_one_flipped_bit_of_a_packed_file_is_found(tmp_path):
 
 def test_a_mask_has_nothing_of_what_its_image_says_of_values(tmp_path):
     image, mask = block()
-    fields = {"intent_code": 1002, "intent_name": b"labels", "aux_file": b"colours.lut", "cal_max": 900}
+    fields = {
+        "intent_code": 1002,
+        "intent_name": b"labels",
+        "aux_file": b"colours.lut",
+        "cal_max": 900,
+    }
     _, affine, header = read_volume(save(tmp_path / "a.nii.gz", image, **fields))
     write_mask(tmp_path / "mask.nii.gz", mask, affine, header)
     written = nib.load(tmp_path / "mask.nii.gz").header
@@ -345,7 +355,9 @@ def test_a_cut_file_is_known_by_its_series_or_its_name(tmp_path):
             ds.save_as(folder / f"1.2.840.{k}", enforce_file_format=True)
         path = folder / "1.2.840.11"
         path.write_bytes(path.read_bytes()[:length])
-        with pytest.raises(DataError, match=r"1 of 12 files are cut, empty or damaged: 1\.2\.840\.11"):
+        with pytest.raises(
+            DataError, match=r"1 of 12 files are cut, empty or damaged: 1\.2\.840\.11"
+        ):
             read_volume(folder)
 
 
@@ -412,7 +424,10 @@ def test_monochrome1_is_inverted_with_a_note(tmp_path):
 
 def test_a_tilt_that_the_positions_do_not_show_is_noted(tmp_path):
     _, _, notes = read_noting(change(tmp_path / "ct", set_value(ALL, "GantryDetectorTilt", 12)))
-    assert "GantryDetectorTilt, but the positions are a box: the positions are believed 12 degrees" in notes
+    assert (
+        "GantryDetectorTilt, but the positions are a box: the positions are believed 12 degrees"
+        in notes
+    )
 
 
 def make_enhanced(slices: list[pydicom.Dataset]) -> pydicom.Dataset:
@@ -510,7 +525,9 @@ def test_scans_of_one_patient_share_a_fold(tmp_path, capsys):
     folds = {(row["group"], row["fold"]) for row in rows}
     assert len(folds) == 8 and ("patient003" in dict(folds))
     assert all(row["id"].startswith(row["group"]) for row in rows)
-    with pytest.raises(DataError, match=r"--patient-regex 'person' finds nothing in 16 names: patient000_"):
+    with pytest.raises(
+        DataError, match=r"--patient-regex 'person' finds nothing in 16 names: patient000_"
+    ):
         run(raw, tmp_path / "none", "--patient-regex", "person")
 
 
@@ -537,7 +554,9 @@ def test_what_looks_like_a_case_and_is_none_is_named(tmp_path, capsys):
     raw = make_set(tmp_path / "raw", ["c0", "c1", "c2"])
     save(raw / "imagesTr" / "c0.nii_old.nii.gz", block()[0] + np.int16(50))
     (raw / "imagesTr" / "c9.nii.gz").mkdir()
-    (raw / "labelsTr" / "c2.nii").write_bytes(gzip.decompress((raw / "labelsTr" / "c2.nii.gz").read_bytes()))
+    (raw / "labelsTr" / "c2.nii").write_bytes(
+        gzip.decompress((raw / "labelsTr" / "c2.nii.gz").read_bytes())
+    )
     (raw / "imagesTr" / "c0.nrrd").write_text("another format")
     with pytest.raises(DataError, match="5 cases or files"):
         run(raw, tmp_path / "cache")
@@ -556,7 +575,10 @@ def test_what_looks_like_a_case_and_is_none_is_named(tmp_path, capsys):
 
 def test_nnunet_names_are_channels(tmp_path):
     raw = make_set(
-        tmp_path / "raw", ["c0", "c1"], {"background": 0, "a": 1}, channel_names={"0": "T1", "1": "T2"}
+        tmp_path / "raw",
+        ["c0", "c1"],
+        {"background": 0, "a": 1},
+        channel_names={"0": "T1", "1": "T2"},
     )
     for name in ("c0", "c1"):
         image = raw / "imagesTr" / f"{name}.nii.gz"
@@ -571,7 +593,10 @@ def test_nnunet_names_are_channels(tmp_path):
 
 def test_a_missing_channel_file_is_named(tmp_path, capsys):
     raw = make_set(
-        tmp_path / "raw", ["c0", "c1", "c2"], {"background": 0, "a": 1}, channel_names={"0": "A", "1": "B"}
+        tmp_path / "raw",
+        ["c0", "c1", "c2"],
+        {"background": 0, "a": 1},
+        channel_names={"0": "A", "1": "B"},
     )
     for name, numbers in (("c0", "01"), ("c1", "1"), ("c2", "0")):
         content = (raw / "imagesTr" / f"{name}.nii.gz").read_bytes()
@@ -608,7 +633,10 @@ REFUSED = [
     ({"0": "background", "1": "a", "2": "a"}, "another label has this name"),
     ({"background": 0, "a": 1, "b": 1}, "another label has .* this number"),
     ({"background": 0, "whole": [1, 2], "core": [2]}, "overlapping regions are not supported"),
-    ({"background": 0, "a": 1, "ignore": 2}, r"voxels that do not count \(nnU-Net\) are not supported"),
+    (
+        {"background": 0, "a": 1, "ignore": 2},
+        r"voxels that do not count \(nnU-Net\) are not supported",
+    ),
     ({"0": "background", "1": "a", "2": "Ignore"}, "voxels that do not count"),
 ]
 
@@ -629,20 +657,35 @@ def test_a_key_that_stands_twice_in_the_labels_is_refused(tmp_path):
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_a_byte_order_mark_and_a_modality_without_numbers_are_read(tmp_path, encoding):
     raw = make_set(tmp_path / "raw", ["c0"])
-    text = json.dumps({"labels": {"0": "background", "1": "Hüfte"}, "modality": "MRI"}, ensure_ascii=False)
+    text = json.dumps(
+        {"labels": {"0": "background", "1": "Hüfte"}, "modality": "MRI"}, ensure_ascii=False
+    )
     (raw / "dataset.json").write_text(text, encoding=encoding)
     meta, _ = run(raw, tmp_path / "cache")
     assert meta["classes"] == ["background", "Hüfte"] and meta["channels"] == ["MRI"]
 
 
 def test_ct_by_its_many_names():
-    names = ("CT", "ct", "CT scan", "CTA", "CBCT", "contrast-enhanced CT", "Computed Tomography", "CT_portal")
+    names = (
+        "CT",
+        "ct",
+        "CT scan",
+        "CTA",
+        "CBCT",
+        "contrast-enhanced CT",
+        "Computed Tomography",
+        "CT_portal",
+    )
     assert all(preprocess.is_ct(name) for name in names)
-    assert not any(preprocess.is_ct(name) for name in ("MRI", "T1", "CT1", "PET", "PET/CT", "ADC", "SPECT"))
+    assert not any(
+        preprocess.is_ct(name) for name in ("MRI", "T1", "CT1", "PET", "PET/CT", "ADC", "SPECT")
+    )
 
 
 def test_the_printed_line_says_how_each_channel_is_normalised(tmp_path, capsys):
-    raw = make_set(tmp_path / "raw", ["c0"], {"background": 0, "a": 1}, modality={"0": "CT scan", "1": "MRI"})
+    raw = make_set(
+        tmp_path / "raw", ["c0"], {"background": 0, "a": 1}, modality={"0": "CT scan", "1": "MRI"}
+    )
     save(raw / "imagesTr" / "c0.nii.gz", np.stack([block()[0]] * 2, 3))
     run(raw, tmp_path / "cache")
     assert "channels CT scan (as CT: clipped to 1" in (printed := capsys.readouterr().out)
@@ -654,7 +697,9 @@ def test_a_grid_that_is_impossible_is_refused_before_it_is_made(tmp_path, capsys
     raw = make_set(tmp_path / "raw", ["c0"])
     with pytest.raises(DataError, match="1 cases"):
         run(raw, tmp_path / "cache", "--spacing", spacing, spacing, spacing)
-    assert "c0.nii.gz: 12 x 10 x 8 voxels of 1 x 1.5 x 2.5 mm would become" in capsys.readouterr().err
+    assert (
+        "c0.nii.gz: 12 x 10 x 8 voxels of 1 x 1.5 x 2.5 mm would become" in capsys.readouterr().err
+    )
 
 
 def test_too_little_memory_is_named_and_skipped_in_every_step(tmp_path, capsys, monkeypatch):
@@ -677,7 +722,8 @@ def test_too_little_memory_is_named_and_skipped_in_every_step(tmp_path, capsys, 
     assert [row["id"] for row in rows] == ["c0", "c2"] and meta["n"] == meta["skipped"] == 2
     printed = capsys.readouterr().err
     assert (
-        "c1.nii.gz: not enough memory" in printed and "c3.nii.gz: not enough memory for it (Unable" in printed
+        "c1.nii.gz: not enough memory" in printed
+        and "c3.nii.gz: not enough memory for it (Unable" in printed
     )
     assert not list((tmp_path / "cache" / "volumes").glob("c3*"))
 
@@ -716,7 +762,10 @@ def predict(monkeypatch) -> Callable:
 
     def call(images: list, out: Path, channels: int = 1) -> list[dict]:
         meta = META | {"channels": ["MRI"] * channels, "normalisation": [None] * channels}
-        checkpoint = {"settings": {"patch": [12, 10, 8], "batch_size": 1, "amp": "off"}, "meta": meta}
+        checkpoint = {
+            "settings": {"patch": [12, 10, 8], "batch_size": 1, "amp": "off"},
+            "meta": meta,
+        }
         monkeypatch.setattr(evaluation, "load_models", lambda *_: ([Bright()], [checkpoint]))
         options = ["--checkpoint", "none", "--device", "cpu", "--out", str(out)]
         evaluation.main([*options, "--images", *map(str, images)])
@@ -799,7 +848,10 @@ def test_a_broken_image_does_not_end_the_batch(tmp_path, predict, monkeypatch, c
     with pytest.raises(DataError, match="2 of 4 images"):
         predict([tmp_path / "scans"], tmp_path / "out")
     printed = capsys.readouterr().err
-    assert "a.nii.gz: zero bytes" in printed and "c.nii.gz: not enough memory for it (Unable" in printed
+    assert (
+        "a.nii.gz: zero bytes" in printed
+        and "c.nii.gz: not enough memory for it (Unable" in printed
+    )
     with open(tmp_path / "out" / "volumes.csv", newline="") as file:
         assert [row["mask"] for row in csv.DictReader(file)] == ["b.nii.gz", "d.nii.gz"]
 
@@ -807,7 +859,9 @@ def test_a_broken_image_does_not_end_the_batch(tmp_path, predict, monkeypatch, c
 @pytest.mark.parametrize(
     "error", [MemoryError("8 GiB"), RuntimeError("DefaultCPUAllocator: not enough memory")]
 )
-def test_too_little_memory_for_the_network_names_the_image(tmp_path, predict, monkeypatch, capsys, error):
+def test_too_little_memory_for_the_network_names_the_image(
+    tmp_path, predict, monkeypatch, capsys, error
+):
     def fail(*_: object) -> None:
         raise error
 
@@ -850,4 +904,7 @@ def test_other_files_beside_volumes_are_noted(tmp_path, predict, capsys):
     save(tmp_path / "scans" / "a.nii.gz", block()[0])
     save_series(tmp_path / "scans", make_slices(2))
     predict([tmp_path / "scans"], tmp_path / "out")
-    assert "scans: left out, because no .nii or .nii.gz: 2 .dcm, such as 00.dcm" in capsys.readouterr().out
+    assert (
+        "scans: left out, because no .nii or .nii.gz: 2 .dcm, such as 00.dcm"
+        in capsys.readouterr().out
+    )
