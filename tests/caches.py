@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import shutil
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +13,7 @@ from types import ModuleType
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
-import torchvision
-from torchvision.models.resnet import BasicBlock
-
-from detection.model import narrow
+from torch import nn
 
 
 def module(task: str, script: str) -> ModuleType:
@@ -64,7 +61,7 @@ def draw_images(cache: Path, task: str) -> Path:
         if task == "classification":
             row |= {"label": k % 2, "source": f"i{k}.png"}
         else:
-            row |= {"site": "ab"[k // 2 % 2], "xmin": 6, "ymin": top, "xmax": 14, "ymax": top + 8}
+            row |= {"group": "ab"[k // 2 % 2], "xmin": 6, "ymin": top, "xmax": 14, "ymax": top + 8}
             row |= {"height": 32, "width": 32, "spacing": "", "source": f"i{k}.png"}
         rows.append(row)
     cache.mkdir(parents=True)
@@ -138,18 +135,29 @@ def copy(source: Path, target: Path) -> Path:
 
 @contextmanager
 def small_network() -> Iterator[None]:
-    """In place of classification's ResNet one of a hundredth of its weights: all of it is about files."""
+    """In place of the ResNets for X-rays, networks of a thousandth of their weights."""
 
-    def build_small(
+    def build_classifier(
         arch: str, num_classes: int, size: int, pretrained: bool = False
-    ) -> torch.nn.Module:
-        model = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1])
-        narrow(model, 1 / 8)
-        model.conv1 = torch.nn.Conv2d(1, 8, 7, 2, 3, bias=False)
-        model.fc = torch.nn.Linear(64, num_classes)
-        return model
+    ) -> nn.Module:
+        layers = {"conv1": nn.Conv2d(1, 8, 7, 4, 3), "bn1": nn.BatchNorm2d(8), "relu": nn.ReLU()}
+        layers |= {"avgpool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
+        return nn.Sequential(OrderedDict(layers | {"fc": nn.Linear(8, num_classes)}))
 
+    def build_detector(arch: str, head: str, channels: int, pretrained: bool = False) -> nn.Module:
+        layers = {
+            "conv1": nn.Conv2d(1, channels, 7, 4, 3),
+            "bn1": nn.BatchNorm2d(channels),
+            "relu": nn.ReLU(),
+        }
+        layers |= {"flatten": nn.Flatten(), "fc": nn.Linear(64 * channels, 4)}
+        if head == "linear":
+            layers = {"norm": nn.BatchNorm2d(1)} | layers
+        return nn.Sequential(OrderedDict(layers))
+
+    builders = {"classification": build_classifier, "detection": build_detector}
     with pytest.MonkeyPatch.context() as patch:
-        for script in ("train", "eval"):
-            patch.setattr(module("classification", script), "build_model", build_small)
+        for task, build in builders.items():
+            for script in ("train", "eval"):
+                patch.setattr(module(task, script), "build_model", build)
         yield

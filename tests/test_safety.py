@@ -324,6 +324,8 @@ def test_another_table_is_refused(caches, runs, tmp_path, table, change, message
 
 
 def test_the_table_to_compare_with_may_be_the_one_that_is_replaced(caches, runs, tmp_path, table):
+    digits = [float(row["probability_yes"]) for row in table]
+    assert digits != [round(digit, 6) for digit in digits]
     rows = [dict(row) for row in table]
     for row in rows:  # a model that knows nothing but the labels
         right = row["label"] == "yes"
@@ -538,6 +540,22 @@ def test_pictures_of_an_earlier_evaluation_do_not_stay(caches, runs, tmp_path, t
             "v7.nii.gz",
         }
         assert "predictions/v0.nii.gz" in names
+
+
+@TASKS
+def test_figures_of_an_earlier_evaluation_are_gone_if_this_one_fails(
+    caches, runs, tmp_path, task, monkeypatch
+):
+    options = ("--checkpoint", runs[task] / "best.pt", "--out", tmp_path)
+    evaluate(task, caches[task], *options)
+    assert (tmp_path / "metrics.json").exists()
+
+    def full(path: Path, picture: object) -> None:
+        raise CheckpointError(f"{path}: not written (No space left on device)")
+
+    monkeypatch.setattr(module(task, "eval"), "save_picture", full)
+    assert ".png: not written (No space left" in refusal(evaluate, task, caches[task], *options)
+    assert not (tmp_path / "metrics.json").exists()
 
 
 @TASKS
@@ -813,8 +831,8 @@ def test_init_from_another_number_of_classes_keeps_all_but_the_last_layer(
         load_checkpoint(path / "best.pt")["model"]
         for path in (runs["classification"], tmp_path / "run")
     )
-    assert torch.allclose(old["layer1.0.conv1.weight"], new["layer1.0.conv1.weight"], atol=1e-6)
-    assert new["fc.weight"].shape == (3, 64)
+    assert torch.allclose(old["conv1.weight"], new["conv1.weight"], atol=1e-6)
+    assert new["fc.weight"].shape == (3, 8)
     options[1] = str(runs["segmentation"] / "best.pt")
     assert "none of its weights has the name and the shape" in refusal(
         train, "classification", cache, tmp_path / "other", *options
