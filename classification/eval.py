@@ -155,6 +155,7 @@ def load_models(paths: list[Path], device: torch.device) -> tuple[list[nn.Module
         threshold = checkpoint.get("threshold")
         if len(meta["classes"]) == 2 and type(threshold) is not float:
             raise CheckpointError(f"{path}: threshold {threshold}, expected a number")
+        # Without pretrained weights, which the checkpoint replaces
         model = build_model(settings["arch"], len(meta["classes"]), meta["size"])
         load_weights(model, checkpoint, path)
         models.append(model.to(device, memory_format=torch.channels_last))
@@ -179,11 +180,12 @@ def evaluate_split(
     out: Path,
 ) -> None:
     """Metrics, tables and pictures of a labelled split."""
+    # Predict the split: row k of everything below is row_numbers[k] of the cache
     meta = checkpoints[0]["meta"]
     classes = meta["classes"]
     row_numbers = choose_rows(args.data, args.split, args.checkpoint, checkpoints)
     probabilities, labels = predict_rows(args, row_numbers, models, checkpoints, device)
-    predictions = probabilities.argmax(1)
+    predictions = probabilities.argmax(1)  # (N,)
     threshold = None
     if len(classes) == 2:
         predictions = (probabilities[:, 1] >= 0.5).long()  # argmax would make 0.5 negative
@@ -191,15 +193,16 @@ def evaluate_split(
     index = read_index(args.data)
     rows = [index[k] for k in row_numbers]
     cases = list_cases(rows, args.split, classes, labels, probabilities, predictions)
+    if args.compare:  # a table that does not fit is refused before the bootstrap takes its time
+        theirs = read_predictions(args.compare, cases, classes)
 
-    # Metrics, with intervals over patients
+    # Metrics of the split, and of the bootstrap's samples of its patients
     def metrics(chosen: Tensor) -> dict[str, float]:
         return classification_metrics(labels[chosen], probabilities[chosen], threshold)
 
     patients = [case["patient"] for case in cases]
     summary = bootstrap(metrics, patients, args.samples)
     if args.compare:
-        theirs = read_predictions(args.compare, cases, classes)
         summary |= compare_models(labels, probabilities, theirs, patients, args.samples)
     positive = positive_class(classes)
     if positive:
@@ -298,6 +301,7 @@ def predict_rows(
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """What `predict` gives for these rows of --data, in batches of the size of the run."""
+    # Sums in a batch of another size may round differently, and the score would not come out again.
     batches = in_batches(row_numbers, checkpoints[0]["settings"]["batch_size"])
     loader = make_loader(args.data, batches, args.workers, device)
     return predict(models, checkpoints, loader, device, args.amp)
@@ -335,6 +339,7 @@ def choose_threshold(
     One checkpoint has it. Of several their mean probability is tuned, if --data has the validation
     fold that they have in common; otherwise it is the mean of their own thresholds.
     """
+    # Never on the split that is reported: the metrics at this threshold would be too good.
     own = [checkpoint["threshold"] for checkpoint in checkpoints]
     if len(own) == 1:
         return own[0]
@@ -396,6 +401,7 @@ def read_predictions(path: Path, cases: list[dict], classes: list[str]) -> Tenso
     except (KeyError, ValueError, TypeError, csv.Error) as error:
         expected = f"predictions.csv of eval.py for the classes {classes}"
         raise DataError(f"{path}: expected {expected}") from error
+    # A difference means something on the same images only.
     ids = {case["id"] for case in cases}
     missing = ids - table.keys()
     others = table.keys() - ids
@@ -414,7 +420,7 @@ def read_predictions(path: Path, cases: list[dict], classes: list[str]) -> Tenso
     rows = [table[case["id"]] for case in cases]
     probabilities = torch.tensor(rows, dtype=torch.float64)  # (N, C)
     # Older tables have six digits; a NaN is in no range.
-    is_positive = (probabilities >= 0).all()
+    is_positive = (probabilities >= 0).all()  # false for NaN
     adds_up = ((probabilities.sum(1) - 1).abs() < 1e-4).all()
     if not (is_positive and adds_up):
         raise DataError(f"{path}: expected probabilities from 0 to 1 that add up to 1")
@@ -495,13 +501,14 @@ def draw_activation(
     with torch.no_grad():
         inputs = to_input(image[None], device, meta["mean"], meta["std"])  # (1, 1, S, S)
         _, maps = class_activation_maps(model, inputs)  # (1, C, h, w)
-    gray = resize(image.float(), [TILE, TILE]).expand(3, -1, -1)
+    gray = resize(image.float(), [TILE, TILE]).expand(3, -1, -1)  # (3, TILE, TILE)
     # What speaks against the class is left out; the strongest place covers 60 % of the image.
     heat = maps[:, target].cpu().clamp(min=0)  # (1, h, w)
-    heat = resize(heat, [TILE, TILE], antialias=False)
+    heat = resize(heat, [TILE, TILE], antialias=False)  # (1, TILE, TILE)
     heat = 0.6 * heat / heat.max().clamp(min=1e-6)
     colour = torch.tensor(HEAT)[:, None, None]
     pair = torch.cat([gray, gray * (1 - heat) + colour * heat], 2)  # (3, TILE, 2 * TILE)
+    # 20 pixels a line
     head = Image.new("RGB", (2 * TILE, 20 * len(caption)), "black")
     for k, line in enumerate(caption):
         ImageDraw.Draw(head).text((4, 20 * k + 2), shorten(line, 64), "white", font(14))
@@ -525,6 +532,7 @@ def draw_confusion_matrix(counts: Tensor, classes: list[str]) -> Image.Image:
     side = margin + cell * len(classes)
     picture = Image.new("RGB", (side + 20, side + 20), "white")
     draw = ImageDraw.Draw(picture)
+    # Names of classes along the top and the left, as in scikit-learn: truth down, prediction across
     middle = margin + cell * len(classes) / 2
     draw.text((middle, 80), "predicted", "black", font(18), anchor="mm")
     draw.text((10, margin - 30), "truth", "black", font(18), anchor="lm")
@@ -538,7 +546,7 @@ def draw_confusion_matrix(counts: Tensor, classes: list[str]) -> Image.Image:
         draw.text((margin - 10, middle), name[:14], "black", font(16), anchor="rm")
         for j, count in enumerate(counts[i].tolist()):
             x = margin + j * cell
-            share = count / max(1, int(counts[i].sum()))
+            share = count / max(1, int(counts[i].sum()))  # a class may have no images
             colour = tuple(round(255 - share * (255 - c)) for c in BLUE)
             draw.rectangle((x, y, x + cell, y + cell), fill=colour, outline="white", width=2)
             ink = "white" if share > 0.5 else "black"
@@ -559,6 +567,7 @@ def write_roc(out: Path, labels: Tensor, probabilities: Tensor, classes: list[st
     points = []
     curves = {}
     is_binary = len(classes) == 2
+    # The curve of the other class of two is the same one, turned.
     for k in range(1 if is_binary else 0, len(classes)):
         truth = (labels == k).long()
         fpr, tpr, thresholds = roc_curve(truth, probabilities[:, k])
@@ -567,7 +576,7 @@ def write_roc(out: Path, labels: Tensor, probabilities: Tensor, classes: list[st
             points.append({"class": classes[k], "threshold": threshold, "fpr": x, "tpr": y})
         if fpr.isfinite().all() and tpr.isfinite().all():  # not with one class only
             role = "positive class " if is_binary else ""
-            area = torch.trapezoid(tpr, fpr)
+            area = torch.trapezoid(tpr, fpr)  # exact: ties are one step
             curves[f"{role}{classes[k]}  AUROC {area:.3f}"] = (fpr, tpr)
     write_csv(out / "roc.csv", points)
     save_picture(out / "roc.png", draw_roc(curves))
@@ -580,7 +589,7 @@ def draw_roc(curves: dict[str, tuple[Tensor, Tensor]]) -> Image.Image:
     high = low + side  # right and lower end
     picture = Image.new("RGB", (high + low, high + low), "white")
     draw = ImageDraw.Draw(picture)
-    for k in range(6):
+    for k in range(6):  # a grid at 0.0, 0.2, ..., 1.0
         label = f"{k / 5:.1f}"
         at = low + side * k / 5
         draw.line((at, low, at, high), "#dddddd")
@@ -596,7 +605,7 @@ def draw_roc(curves: dict[str, tuple[Tensor, Tensor]]) -> Image.Image:
         for x, y in zip(fpr.tolist(), tpr.tolist(), strict=True):
             points.append((low + side * x, low + side * (1 - y)))
         draw.line(points, colour, 3)
-        line = high - 20 * (len(curves) - k)
+        line = high - 20 * (len(curves) - k)  # the legend, below the curves
         draw.text((high - 10, line), name, colour, font(16), anchor="rm")
     return picture
 
@@ -617,17 +626,20 @@ def predict_images(
     """
     meta = checkpoints[0]["meta"]
     classes = meta["classes"]
+    # Everything that can be refused is, before anything is read or written.
     files = list_images(args.images)
     overlays = name_overlays(out, args.images, files)
     images, bad = read_many(files, partial(load_image, meta=meta), args.workers)
     if images:
         batch_size = checkpoints[0]["settings"]["batch_size"]
         batches = torch.stack(list(images.values())).split(batch_size)  # (B, 1, S, S) each
+        # `evaluate` takes images with labels; these have none.
         unknown = [torch.zeros(len(batch), dtype=torch.long) for batch in batches]  # labels
         loader = list(zip(batches, unknown, strict=True))
         probabilities, _ = predict(models, checkpoints, loader, device, args.amp)
         rows = []
         with hold_folder(out):
+            # Pictures of an earlier run would be taken for those of this one.
             clear_results(out, list_predictions(out))
             for k, (path, image) in enumerate(images.items()):
                 best = int(probabilities[k].argmax())
@@ -641,7 +653,7 @@ def predict_images(
                 print(one_line(f"{path}: {answer}"))
             write_csv(out / "predictions.csv", rows)
         print(f"{len(images)} images; predictions.csv and overlays in {out}")
-    if bad:
+    if bad:  # one bad file does not cost the results of the others, but the exit status says so
         raise DataError(f"{len(bad)} of {len(files)} files could not be read (named above)")
 
 
@@ -653,7 +665,7 @@ def list_images(paths: list[Path]) -> list[Path]:
             files.append(path)
             continue
         images = find_images(path)
-        others = sorted(set(list_files(path)) - set(images))
+        others = sorted(set(list_files(path)) - set(images))  # nothing is dropped in silence
         if not images:
             content = count_files(others, path) or "nothing"
             expected = "DICOM, JPEG, PNG or TIFF"
@@ -674,7 +686,7 @@ def name_overlays(out: Path, inputs: list[Path], files: list[Path]) -> dict[Path
         if folder.resolve() in (out.resolve(), *out.resolve().parents):
             problem = f"lies in {folder}, where it would be read as images"
             raise DataError(f"--out {out}: {problem}; choose another")
-    overlays = {}
+    overlays = {}  # numbered, because files of several folders may share a name
     for k, path in enumerate(files):
         stem = path.stem[:100]  # file systems end at 255 letters
         overlays[path] = out / f"{k:04d}_{stem}.png"
@@ -695,7 +707,7 @@ def read_many(files: list[Path], load_file: Callable, workers: int) -> tuple[dic
         if isinstance(result, DataError):
             bad.append((str(path), str(result)))
             continue
-        good[path], file_notes = result
+        good[path], file_notes = result  # a path that is given twice is read twice, and kept once
         notes.extend((str(path), note) for note in file_notes)
     report_bad(bad)
     report_notes(notes)

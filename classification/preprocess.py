@@ -155,6 +155,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     warnings.filterwarnings("ignore", module=r"pydicom|PIL")  # header slips, one line for each file
+    # A test set has to look like what the network was trained on: same size, same normalisation.
     like = read_meta(args.like) if args.like else {}
 
     # find: layout, cases, classes; then the size of what is written
@@ -165,6 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.test_fraction and any(case.split for case in cases):
         problem = "has an official split, which --test-fraction cannot change"
         raise DataError(f"{args.data}: {problem}")
+    # MedMNIST comes resized: to resize it again would only blur.
     native = 224 if cases[0].pixels is None else len(cases[0].pixels)
     size = like.get("size") or args.size or native
     fit = like.get("fit") or args.fit or "squash"
@@ -191,6 +193,7 @@ def main(argv: list[str] | None = None) -> None:
         digests = [case.digest for case in good]
         patients = group_patients(choose_patients(good), digests)
         report_patients(patients)
+        # An official split is kept. Nothing of another hospital is for training.
         splits = ["test" if like else case.split for case in good]
         folds = assign_folds(patients, splits, args.test_fraction)
         if not like and set(folds) == {"test"}:
@@ -209,10 +212,12 @@ def main(argv: list[str] | None = None) -> None:
             "layout": layout,
             "n": len(good),
             "counts": counts,
+            # Of the training images, or those that the models of --like were trained with
             "mean": like.get("mean", mean),
             "std": like.get("std", std),
             "overlaps": overlaps,
             "skipped": len(bad),
+            # Where the cache came from; nothing reads it back
             "options": {name: str(value) for name, value in vars(args).items() if value},
             "versions": {module.__name__: module.__version__ for module in (np, PIL, pydicom)},
         }
@@ -296,6 +301,7 @@ def find_cases(raw: Path, regex: str | None) -> tuple[str, list[str], list[Case]
     """
     if not raw.exists():
         raise DataError(f"{raw}: not found")
+    # By what lies there: people rename folders, but not what is in them.
     layout = recognise_layout(raw)
     if layout == "RSNA challenge":
         return layout, *find_rsna(raw)
@@ -337,7 +343,9 @@ def find_rsna(raw: Path) -> tuple[list[str], list[Case]]:
     expected = f"{table.name} and {folder.name}/ side by side"
     if not table.exists():
         raise DataError(f"{table}: not found, expected {expected}")
-    labels = read_rsna_labels(table)
+    labels = read_rsna_labels(
+        table
+    )  # first, so that a wrong table is named before files are searched
     if not folder.exists():
         raise DataError(f"{folder}: not found, expected {expected}")
     files = {}
@@ -346,6 +354,7 @@ def find_rsna(raw: Path) -> tuple[list[str], list[Case]]:
             other = files[path.stem]
             raise DataError(f"{path}: a second file of patient {path.stem}, beside {other}")
         files[path.stem] = path
+    # Sorted, so that the cache does not depend on the order of rows or files
     cases = []
     for name in sorted(labels.keys() & files.keys()):
         source = files[name].relative_to(raw).as_posix()
@@ -419,7 +428,7 @@ def find_medmnist(raw: Path) -> tuple[list[str], list[Case]]:
         raise DataError(f"{raw}: {problem}")
     path = paths[0]
     try:
-        with np.load(path) as archive:
+        with np.load(path) as archive:  # without pickle: an archive cannot run code
             arrays = {key: archive[key] for key in archive.files}
     except Exception as error:  # zipfile, zlib, pickle and OS errors alike
         raise DataError(f"{path}: {type(error).__name__}: {error}") from error
@@ -431,7 +440,7 @@ def find_medmnist(raw: Path) -> tuple[list[str], list[Case]]:
             continue
         check_medmnist(path, split, images, labels)
         for k, label in enumerate(labels.reshape(-1)):
-            name = f"{split}/{k}"
+            name = f"{split}/{k}"  # also the patient: MedMNIST names none
             cases.append(Case(name, f"{path.name}:{name}", int(label), name, split, images[k]))
     if not cases:
         expected = "train_images, train_labels and so on"
@@ -513,7 +522,7 @@ def list_class(raw: Path, split: str, class_folder: Path, regex: str | None) -> 
     for path in find_images(class_folder):
         below = path.relative_to(class_folder)
         folders = [name for name in below.parts[:-1] if name.lower() not in ("image", "images")]
-        if any(name.lower() in ("mask", "masks") for name in folders):
+        if any(name.lower() in ("mask", "masks") for name in folders):  # as in COVID-19 Radiography
             continue
         patient = folders[0] if folders else ""
         if regex:
@@ -541,6 +550,7 @@ def check_class_names(raw: Path, classes_of: dict[str, set[str]]) -> None:
         if train and classes - train:
             problem = f"{split} has the classes {sorted(classes - train)}, which train has not"
             raise DataError(f"{raw}: {problem}: expected {sorted(train)}, so rename the folders")
+        # No_Finding and "no finding" are one class that was unpacked twice.
         spellings = defaultdict(list)
         for name in sorted(classes):
             letters = re.sub(r"[\W_]+", "", name).casefold()
@@ -576,7 +586,7 @@ def describe_folder(folder: Path) -> str:
 
 def list_folders(folder: Path) -> list[Path]:
     """The folders in a folder, without hidden ones and what macOS adds to archives."""
-    names = sorted(folder.iterdir())
+    names = sorted(folder.iterdir())  # sorted: file systems give names in any order
     return [p for p in names if p.is_dir() and not p.name.startswith(".") and p.name != "__MACOSX"]
 
 
@@ -629,7 +639,7 @@ def count_files(paths: Iterable[Path], folder: Path) -> str:
         parent = path.parent.relative_to(folder).as_posix()
         where = f" in {parent}/" if suffix in SUFFIXES and parent != "." else ""
         counts[f"{suffix}{where}"] += 1
-    common = counts.most_common(8)
+    common = counts.most_common(8)  # a message stays one line
     text = ", ".join(f"{count} {what}" for what, count in common)
     others = counts.total() - sum(count for _, count in common)
     return f"{text} and {others} more" if others else text
@@ -664,7 +674,7 @@ def order_classes(
         return classes
     if len(set(wanted)) != len(wanted):
         raise DataError(f"--classes {' '.join(wanted)}: expected each class once")
-    by_name = layout == "class folders"
+    by_name = layout == "class folders"  # the other layouts have numbers, and any names will do
     has_unknown = by_name and not set(classes) <= set(wanted)
     if has_unknown or len(classes) > len(wanted):
         raise DataError(f"{raw}: classes in the data {classes}, expected {wanted}")
@@ -852,12 +862,13 @@ def read_array(pixels: np.ndarray) -> Picture:
     """What a file would give for uint8 pixels that are in memory, (H, W) or RGB (H, W, 3)."""
     notes = []
     channels = pixels if pixels.ndim == 3 else pixels[..., None]  # (H, W, 1 or 3)
-    gray = colour_to_gray(channels, 255, notes)
+    gray = colour_to_gray(channels, 255, notes)  # (H, W)
     return Picture(gray, hash_pixels(pixels), notes=tuple(notes))
 
 
 def gray_moments(image: np.ndarray) -> tuple[float, float]:
     """Mean and mean square of a uint8 image, in 0..1: what mean and std of a set are made of."""
+    # In float64: a variance is a small difference of two means.
     return image.mean(dtype=np.float64) / 255, np.square(image / 255).mean()
 
 
@@ -908,7 +919,7 @@ def read_dicom(path: Path) -> Picture:
     becomes gray. An optional attribute that cannot be used is passed over, with a note.
     """
     ds = open_dicom(path)
-    check_single_image(ds, path)
+    check_single_image(ds, path)  # before pixels are decoded: a header may claim any size
     pixels, padding = stored_pixels(ds)
     if pixels.shape[:2] != (ds.Rows, ds.Columns):
         expected = f"a single image ({ds.Rows}, {ds.Columns})"
@@ -920,7 +931,7 @@ def read_dicom(path: Path) -> Picture:
         gray = colour_to_gray(rgb, highest, notes)
     elif pixels.ndim == 3:
         gray = colour_to_gray(pixels, 2**ds.BitsStored - 1, notes)
-    else:
+    else:  # (H, W), stored values -> modality values -> gray
         values = modality_values(ds, pixels, path)
         gray = display_values(ds, values, padding, path, notes)
         if ds.PhotometricInterpretation == "MONOCHROME1":  # the lowest value is white
@@ -1078,7 +1089,7 @@ def modality_values(ds: pydicom.Dataset, pixels: np.ndarray, path: Path) -> np.n
 
 def has_lut(ds: pydicom.Dataset, keyword: str) -> bool:
     """Whether the first item of a LUT sequence has content."""
-    items = ds.get(keyword)
+    items = ds.get(keyword)  # some devices write a sequence, and leave it empty
     return bool(items and items[0].get("LUTDescriptor") and items[0].get("LUTData"))
 
 
@@ -1107,7 +1118,7 @@ def read_lut(
     entries = read_entries(ds, item, count, bits)
     if len(entries) < count - 1:
         return None
-    entries = np.append(entries, entries[-1])[:count]
+    entries = np.append(entries, entries[-1])[:count]  # some tables are one entry short
     first = first_input(first, count, inputs)
     return np.arange(first, first + count), entries
 
@@ -1144,6 +1155,7 @@ def display_values(
     ds: pydicom.Dataset, values: np.ndarray, padding: np.ndarray, path: Path, notes: list[str]
 ) -> np.ndarray:
     """Modality values (H, W) to gray float32 in 0..1 by VOI LUT, window or range (PS3.3 C.11.2)."""
+    # Only one of VOI LUT and window may be applied (C.11.2.1); the first is the richer of the two.
     every_value = modality_values(ds, stored_range(ds), path)
     table = None
     if has_lut(ds, "VOILUTSequence"):
@@ -1166,9 +1178,11 @@ def display_values(
     elif ds.BitsStored <= 8 and ds.PixelRepresentation == 0:
         gray = stretch(values, every_value.min(), every_value.max())
     else:
+        # Not the extremes: a burnt-in marker or a dead pixel would decide the contrast.
         low, high = np.percentile(values[~padding], (0.5, 99.5))
         gray = stretch(values, low, high)
 
+    # A window that misses all values would leave nothing to see.
     shown = gray[~padding]
     inside = values[~padding]
     if used and shown.min() == shown.max() and inside.min() < inside.max():
@@ -1212,7 +1226,9 @@ def hash_patient(ds: pydicom.Dataset) -> str:
     patient = str(ds.get("PatientID") or "").strip()
     if not patient:
         return ""
-    return hashlib.sha256(patient.encode()).hexdigest()[:12]
+    return hashlib.sha256(patient.encode()).hexdigest()[
+        :12
+    ]  # 48 bits tell the patients of a set apart
 
 
 def pixel_spacing(ds: pydicom.Dataset) -> tuple[float, ...]:
@@ -1311,6 +1327,7 @@ def decode_as(raw_modes: list[str], image: Image.Image, path: Path) -> np.ndarra
     with open(path, "rb") as file, Image.open(file, formats=[image.format]) as again:
         again.seek(image.tell())
         for k, raw_mode in enumerate(raw_modes):
+            # What Pillow's decoder is told: the raw mode comes first, or is all there is.
             tile = again.tile[k]
             more = () if isinstance(tile.args, str) else tile.args[1:]
             again.tile[k] = tile._replace(args=(raw_mode, *more))
@@ -1323,7 +1340,7 @@ def resize(picture: np.ndarray, size: int, fit: str) -> np.ndarray:
     height, width = picture.shape
     new_width = size
     new_height = size
-    if fit == "pad":
+    if fit == "pad":  # keeps the proportions
         scale = size / max(height, width)
         new_width = max(1, round(width * scale))
         new_height = max(1, round(height * scale))
@@ -1347,7 +1364,7 @@ def report_bad(bad: list[tuple[str, str]]) -> None:
     """
     messages = defaultdict(list)
     for source, message in bad:
-        reason = message.split(f"{source}: ")[-1]
+        reason = message.split(f"{source}: ")[-1]  # without the path, so that equal ones meet
         messages[reason].append(message)
     for reason, same in messages.items():
         if "plugin" in reason and len(same) > 1:
@@ -1390,7 +1407,7 @@ def choose_patients(cases: list[Case]) -> list[str]:
         patient_ids = set()
     stems = Counter(Path(case.source).stem for case in cases)
     patients = []
-    alone = 0
+    alone = 0  # images that nothing says the patient of
     for case in cases:
         path = PurePosixPath(case.source)
         if case.patient:
@@ -1426,7 +1443,7 @@ def group_patients(patients: list[str], digests: list[str]) -> list[str]:
 def report_patients(patients: list[str]) -> None:
     """Say where folds and intervals rest on few patients, or on one more than on the others."""
     counts = Counter(patients)
-    largest = max(counts.values())
+    largest = max(counts.values())  # images of one patient
     if len(counts) < 10:
         print(f"note: {len(counts)} patients only: folds are uneven, and intervals say little")
     elif largest > len(patients) / 5:
@@ -1491,6 +1508,7 @@ def write_index(
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("id", "patient", "fold", "label", "source"))
+        # The order is that of images.npy: row k is image k.
         for case, fold, patient in zip(cases, folds, patients, strict=True):
             writer.writerow((case.id, patient, fold, case.label, case.source))
             counts[fold][classes[case.label]] += 1

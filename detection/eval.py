@@ -127,6 +127,7 @@ def load_models(paths: list[Path], device: torch.device) -> tuple[list[nn.Module
         is_known = settings["arch"] in ARCHITECTURES and settings["head"] in HEADS
         if not is_known or settings["amp"] not in AMP or not 4 <= settings["channels"] <= 1024:
             raise CheckpointError(f"{path}: settings {settings}, of no run of train.py")
+        # Without pretrained weights, which the checkpoint replaces
         model = build_model(settings["arch"], settings["head"], settings["channels"])
         load_weights(model, checkpoint, path)
         models.append(model.to(device, memory_format=torch.channels_last))
@@ -151,22 +152,23 @@ def evaluate_split(
     out: Path,
 ) -> None:
     """Metrics, table and gallery of images with known boxes."""
+    # Predict the split: row k of everything below is row_numbers[k] of the cache
     row_numbers = choose_rows(args.data, args.split, args.checkpoint, checkpoints)
-    pred, boxes = predict_rows(args, row_numbers, models, checkpoints, device)
+    pred, boxes = predict_rows(args, row_numbers, models, checkpoints, device)  # (N, 4)
     index = read_index(args.data)
     rows = [index[k] for k in row_numbers]
     _, scale = read_boxes(rows)  # (N, 4): pixels
     iou = box_iou(pred, boxes)  # (N,)
     error_px = ((pred - boxes) * scale).abs()  # (N, 4)
-    error_mm = error_px * read_spacing(rows)
+    error_mm = error_px * read_spacing(rows)  # (N, 4), NaN where the file does not say
     cases = list_cases(rows, iou, pred * scale, boxes * scale)
     members = group_by_site(rows)
 
-    # Metrics, with intervals over patients
+    # Metrics of the split, and of the bootstrap's samples of its patients
     def metrics(chosen: Tensor) -> dict[str, float]:
         values = {}
         for suffix, is_member in members.items():
-            k = chosen[is_member[chosen]]
+            k = chosen[is_member[chosen]]  # of the sample, those of the site
             of_site = detection_metrics(pred[k], boxes[k])
             of_site["mae_px"] = error_px[k].mean().item()
             if error_mm.isfinite().any():
@@ -267,6 +269,7 @@ def predict_rows(
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """What `predict` gives for these rows of --data, in batches of the size of the run."""
+    # Sums in a batch of another size may round differently, and the score would not come out again.
     batches = in_batches(row_numbers, checkpoints[0]["settings"]["batch_size"])
     loader = make_loader(args.data, batches, args.workers, device)
     return predict(models, checkpoints, loader, device, args.amp)
@@ -298,7 +301,7 @@ def read_spacing(rows: list[dict[str, str]]) -> Tensor:
     spacing = []
     for row in rows:
         down_across = [float(mm) for mm in row["spacing"].split()] or [math.nan, math.nan]
-        down, across = down_across
+        down, across = down_across  # as in DICOM: rows first
         spacing.append([across, down, across, down])
     return torch.tensor(spacing)
 
@@ -334,7 +337,7 @@ def group_by_site(rows: list[dict[str, str]]) -> dict[str, Tensor]:
     All of them, and with several sites those of each.
     """
     members = {"": torch.ones(len(rows), dtype=torch.bool)}
-    sites = sorted({row["site"] for row in rows} - {""})
+    sites = sorted({row["site"] for row in rows} - {""})  # "" where --site-regex was not given
     if len(sites) > 1:
         for site in sites:
             members[f"_{site}"] = torch.tensor([row["site"] == site for row in rows])
@@ -362,7 +365,7 @@ def draw_boxes(image: np.ndarray, boxes: dict[str, Tensor], caption: list[str]) 
     `boxes` (4,) in fractions by their colour; one that is inside out is not drawn.
     """
     picture = Image.fromarray(image).convert("RGB")
-    scale = TILE / max(picture.size)
+    scale = TILE / max(picture.size)  # the longer side fills the tile
     picture = picture.resize([max(1, round(side * scale)) for side in picture.size])
     draw = ImageDraw.Draw(picture)
     for colour, box in boxes.items():
@@ -407,6 +410,7 @@ def predict_images(
 
     Raises DataError at the end if some could not be read.
     """
+    # Everything that can be refused is, before anything is read or written.
     files = list_images(args.images)
     overlays = name_overlays(out, args.images, files)
     size = checkpoints[0]["meta"]["size"]
@@ -414,10 +418,12 @@ def predict_images(
     if images:
         inputs = torch.stack([image for image, _ in images.values()])  # (N, 1, S, S)
         batches = inputs.split(checkpoints[0]["settings"]["batch_size"])
-        loader = [(batch, torch.zeros(len(batch), 4)) for batch in batches]  # unknown boxes
+        # `evaluate` takes images with boxes; these have none.
+        loader = [(batch, torch.zeros(len(batch), 4)) for batch in batches]
         pred, _ = predict(models, checkpoints, loader, device, args.amp)
         rows = []
         with hold_folder(out):
+            # Pictures of an earlier run would be taken for those of this one.
             clear_results(out, list_predictions(out))
             for k, (path, (image, (height, width))) in enumerate(images.items()):
                 edges = name_edges(pred[k] * torch.tensor([width, height, width, height]))
@@ -432,7 +438,7 @@ def predict_images(
                 print(one_line(f"{path}: {answer}"))
             write_csv(out / "predictions.csv", rows)
         print(f"{len(images)} images; predictions.csv and overlays in {out}")
-    if bad:
+    if bad:  # one bad file does not cost the results of the others, but the exit status says so
         raise DataError(f"{len(bad)} of {len(files)} files could not be read (named above)")
 
 
@@ -444,7 +450,7 @@ def list_images(paths: list[Path]) -> list[Path]:
             files.append(path)
             continue
         images = find_images(path)
-        others = sorted(set(list_files(path)) - set(images))
+        others = sorted(set(list_files(path)) - set(images))  # nothing is dropped in silence
         if not images:
             content = count_files(others, path) or "nothing"
             expected = "DICOM, JPEG, PNG or TIFF"
@@ -465,7 +471,7 @@ def name_overlays(out: Path, inputs: list[Path], files: list[Path]) -> dict[Path
         if folder.resolve() in (out.resolve(), *out.resolve().parents):
             problem = f"lies in {folder}, where it would be read as images"
             raise DataError(f"--out {out}: {problem}; choose another")
-    overlays = {}
+    overlays = {}  # numbered, because files of several folders may share a name
     for k, path in enumerate(files):
         stem = path.stem[:100]  # file systems end at 255 letters
         overlays[path] = out / f"{k:04d}_{stem}.png"
@@ -486,7 +492,7 @@ def read_many(files: list[Path], load_file: Callable, workers: int) -> tuple[dic
         if isinstance(result, DataError):
             bad.append((str(path), str(result)))
             continue
-        good[path], file_notes = result
+        good[path], file_notes = result  # a path that is given twice is read twice, and kept once
         notes.extend((str(path), note) for note in file_notes)
     report_bad(bad)
     report_notes(notes)

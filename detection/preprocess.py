@@ -144,6 +144,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     warnings.filterwarnings("ignore", module=r"pydicom|PIL")  # header slips, one line for each file
+    # A test set has to look like what the network was trained on: same size, same normalisation.
     like = read_meta(args.like) if args.like else {}
 
     # find: layout, images and boxes; then the size of what is written
@@ -174,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
         digests = [case.digest for case in good]
         patients = group_patients(choose_patients(good), digests)
         report_patients(patients)
-        splits = []
+        splits = []  # a site or another hospital that is kept as test, as if it were official
         for case in good:
             is_test = like or (args.test_site and case.site == args.test_site)
             splits.append("test" if is_test else "")
@@ -194,10 +195,12 @@ def main(argv: list[str] | None = None) -> None:
             "layout": layout,
             "n": len(good),
             "counts": counts,
+            # Of the training images, or those that the models of --like were trained with
             "mean": like.get("mean", mean),
             "std": like.get("std", std),
             "copies": copies,
             "skipped": len(bad),
+            # Where the cache came from; nothing reads it back
             "options": {name: str(value) for name, value in vars(args).items() if value},
             "versions": {module.__name__: module.__version__ for module in (np, PIL, pydicom)},
         }
@@ -319,13 +322,14 @@ def recognise_layout(raw: Path) -> str:
 def find_boxes_csv(raw: Path) -> tuple[list[Case], list[tuple[str, str]]]:
     """boxes.csv: one row per image, every image in it. Also (source, reason) of what is wrong."""
     table = raw / "boxes.csv"
+    # Names in the table are names of files, so images in deeper folders cannot be meant.
     folder = raw / "images" if (raw / "images").is_dir() else raw
     files = {path.name: path for path in find_images(folder) if path.parent == folder}
     cases = []
     bad = []
     lines = {}  # where each name stands first
     for place, name, box in read_table(table, ("image", *BOX)):
-        name = name.removeprefix("images/")
+        name = name.removeprefix("images/")  # some tables have it
         if name in lines:
             problem = f"a second box for {name}, first in line {lines[name]}"
             bad.append((name, f"{place}: {problem}"))
@@ -395,6 +399,7 @@ def read_number(text: str | None) -> float:
 def find_rsna_hearts(raw: Path) -> tuple[list[Case], list[tuple[str, str]]]:
     """rsna_heart_detection.csv: boxes at 224x224 of some RSNA images; only those are read."""
     table = raw / "rsna_heart_detection.csv"
+    # The challenge's archive has been unpacked in any of several ways.
     files = defaultdict(list)
     for path in find_images(raw):
         files[path.stem].append(path)
@@ -414,7 +419,7 @@ def find_rsna_hearts(raw: Path) -> tuple[list[Case], list[tuple[str, str]]]:
             bad.append((name, f"{place}: {problem}"))
         else:
             source = files[name][0].relative_to(raw).as_posix()
-            box = (x, y, x + width, y + height)
+            box = (x, y, x + width, y + height)  # max exclusive, as everywhere here
             cases.append(Case(name, source, box, grid=224, patient=name))
         lines.setdefault(name, place.rsplit(":", 1)[1])
     if missing:
@@ -451,7 +456,7 @@ def describe_folder(folder: Path) -> str:
 
 def list_folders(folder: Path) -> list[Path]:
     """The folders in a folder, without hidden ones and what macOS adds to archives."""
-    names = sorted(folder.iterdir())
+    names = sorted(folder.iterdir())  # sorted: file systems give names in any order
     return [p for p in names if p.is_dir() and not p.name.startswith(".") and p.name != "__MACOSX"]
 
 
@@ -504,7 +509,7 @@ def count_files(paths: Iterable[Path], folder: Path) -> str:
         parent = path.parent.relative_to(folder).as_posix()
         where = f" in {parent}/" if suffix in SUFFIXES and parent != "." else ""
         counts[f"{suffix}{where}"] += 1
-    common = counts.most_common(8)
+    common = counts.most_common(8)  # a message stays one line
     text = ", ".join(f"{count} {what}" for what, count in common)
     others = counts.total() - sum(count for _, count in common)
     return f"{text} and {others} more" if others else text
@@ -661,7 +666,7 @@ def load(case: Case, raw: Path, size: int) -> tuple[np.ndarray, tuple[str, ...]]
         return error
     height, width = picture.gray.shape
     if case.grid:
-        scale = (width / case.grid, height / case.grid) * 2
+        scale = (width / case.grid, height / case.grid) * 2  # of x, y, x, y
         case.box = tuple(round(v * s, 3) for v, s in zip(case.box, scale, strict=True))
     xmin, ymin, xmax, ymax = case.box
     if not (0 <= xmin < xmax <= width and 0 <= ymin < ymax <= height):  # also true for NaN
@@ -696,12 +701,13 @@ def prepare(picture: np.ndarray, size: int) -> np.ndarray:
     Scanners differ in range far more than hearts do: 1 % of the pixels on either side (borders,
     labels) clip.
     """
-    low, high = np.percentile(picture, (1, 99))
+    low, high = np.percentile(picture, (1, 99))  # stretch clips what lies beyond
     return resize(stretch(picture, low, high), size, "squash")
 
 
 def gray_moments(image: np.ndarray) -> tuple[float, float]:
     """Mean and mean square of a uint8 image, in 0..1: what mean and std of a set are made of."""
+    # In float64: a variance is a small difference of two means.
     return image.mean(dtype=np.float64) / 255, np.square(image / 255).mean()
 
 
@@ -752,7 +758,7 @@ def read_dicom(path: Path) -> Picture:
     becomes gray. An optional attribute that cannot be used is passed over, with a note.
     """
     ds = open_dicom(path)
-    check_single_image(ds, path)
+    check_single_image(ds, path)  # before pixels are decoded: a header may claim any size
     pixels, padding = stored_pixels(ds)
     if pixels.shape[:2] != (ds.Rows, ds.Columns):
         expected = f"a single image ({ds.Rows}, {ds.Columns})"
@@ -764,7 +770,7 @@ def read_dicom(path: Path) -> Picture:
         gray = colour_to_gray(rgb, highest, notes)
     elif pixels.ndim == 3:
         gray = colour_to_gray(pixels, 2**ds.BitsStored - 1, notes)
-    else:
+    else:  # (H, W), stored values -> modality values -> gray
         values = modality_values(ds, pixels, path)
         gray = display_values(ds, values, padding, path, notes)
         if ds.PhotometricInterpretation == "MONOCHROME1":  # the lowest value is white
@@ -922,7 +928,7 @@ def modality_values(ds: pydicom.Dataset, pixels: np.ndarray, path: Path) -> np.n
 
 def has_lut(ds: pydicom.Dataset, keyword: str) -> bool:
     """Whether the first item of a LUT sequence has content."""
-    items = ds.get(keyword)
+    items = ds.get(keyword)  # some devices write a sequence, and leave it empty
     return bool(items and items[0].get("LUTDescriptor") and items[0].get("LUTData"))
 
 
@@ -951,7 +957,7 @@ def read_lut(
     entries = read_entries(ds, item, count, bits)
     if len(entries) < count - 1:
         return None
-    entries = np.append(entries, entries[-1])[:count]
+    entries = np.append(entries, entries[-1])[:count]  # some tables are one entry short
     first = first_input(first, count, inputs)
     return np.arange(first, first + count), entries
 
@@ -988,6 +994,7 @@ def display_values(
     ds: pydicom.Dataset, values: np.ndarray, padding: np.ndarray, path: Path, notes: list[str]
 ) -> np.ndarray:
     """Modality values (H, W) to gray float32 in 0..1 by VOI LUT, window or range (PS3.3 C.11.2)."""
+    # Only one of VOI LUT and window may be applied (C.11.2.1); the first is the richer of the two.
     every_value = modality_values(ds, stored_range(ds), path)
     table = None
     if has_lut(ds, "VOILUTSequence"):
@@ -1010,9 +1017,11 @@ def display_values(
     elif ds.BitsStored <= 8 and ds.PixelRepresentation == 0:
         gray = stretch(values, every_value.min(), every_value.max())
     else:
+        # Not the extremes: a burnt-in marker or a dead pixel would decide the contrast.
         low, high = np.percentile(values[~padding], (0.5, 99.5))
         gray = stretch(values, low, high)
 
+    # A window that misses all values would leave nothing to see.
     shown = gray[~padding]
     inside = values[~padding]
     if used and shown.min() == shown.max() and inside.min() < inside.max():
@@ -1056,7 +1065,9 @@ def hash_patient(ds: pydicom.Dataset) -> str:
     patient = str(ds.get("PatientID") or "").strip()
     if not patient:
         return ""
-    return hashlib.sha256(patient.encode()).hexdigest()[:12]
+    return hashlib.sha256(patient.encode()).hexdigest()[
+        :12
+    ]  # 48 bits tell the patients of a set apart
 
 
 def pixel_spacing(ds: pydicom.Dataset) -> tuple[float, ...]:
@@ -1155,6 +1166,7 @@ def decode_as(raw_modes: list[str], image: Image.Image, path: Path) -> np.ndarra
     with open(path, "rb") as file, Image.open(file, formats=[image.format]) as again:
         again.seek(image.tell())
         for k, raw_mode in enumerate(raw_modes):
+            # What Pillow's decoder is told: the raw mode comes first, or is all there is.
             tile = again.tile[k]
             more = () if isinstance(tile.args, str) else tile.args[1:]
             again.tile[k] = tile._replace(args=(raw_mode, *more))
@@ -1167,7 +1179,7 @@ def resize(picture: np.ndarray, size: int, fit: str) -> np.ndarray:
     height, width = picture.shape
     new_width = size
     new_height = size
-    if fit == "pad":
+    if fit == "pad":  # keeps the proportions
         scale = size / max(height, width)
         new_width = max(1, round(width * scale))
         new_height = max(1, round(height * scale))
@@ -1191,7 +1203,7 @@ def report_bad(bad: list[tuple[str, str]]) -> None:
     """
     messages = defaultdict(list)
     for source, message in bad:
-        reason = message.split(f"{source}: ")[-1]
+        reason = message.split(f"{source}: ")[-1]  # without the path, so that equal ones meet
         messages[reason].append(message)
     for reason, same in messages.items():
         if "plugin" in reason and len(same) > 1:
@@ -1234,7 +1246,7 @@ def choose_patients(cases: list[Case]) -> list[str]:
         patient_ids = set()
     stems = Counter(Path(case.source).stem for case in cases)
     patients = []
-    alone = 0
+    alone = 0  # images that nothing says the patient of
     for case in cases:
         path = PurePosixPath(case.source)
         if case.patient:
@@ -1270,7 +1282,7 @@ def group_patients(patients: list[str], digests: list[str]) -> list[str]:
 def report_patients(patients: list[str]) -> None:
     """Say where folds and intervals rest on few patients, or on one more than on the others."""
     counts = Counter(patients)
-    largest = max(counts.values())
+    largest = max(counts.values())  # images of one patient
     if len(counts) < 10:
         print(f"note: {len(counts)} patients only: folds are uneven, and intervals say little")
     elif largest > len(patients) / 5:
@@ -1315,7 +1327,7 @@ def write_index(path: Path, cases: list[Case], folds: list[str], patients: list[
         writer = csv.writer(file)
         writer.writerow(columns)
         for case, fold, patient in zip(cases, folds, patients, strict=True):
-            spacing = " ".join(map(str, case.spacing))
+            spacing = " ".join(map(str, case.spacing))  # "" where the file does not say
             geometry = (*case.box, *case.size, spacing)
             writer.writerow((case.id, patient, fold, case.site, *geometry, case.source))
             counts[fold][case.site or "images"] += 1
