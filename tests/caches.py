@@ -61,7 +61,7 @@ def draw_images(cache: Path, task: str) -> Path:
         if task == "classification":
             row |= {"label": k % 2, "source": f"i{k}.png"}
         else:
-            row |= {"group": "ab"[k // 2 % 2], "xmin": 6, "ymin": top, "xmax": 14, "ymax": top + 8}
+            row |= {"site": "ab"[k // 2 % 2], "xmin": 6, "ymin": top, "xmax": 14, "ymax": top + 8}
             row |= {"height": 32, "width": 32, "spacing": "", "source": f"i{k}.png"}
         rows.append(row)
     cache.mkdir(parents=True)
