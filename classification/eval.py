@@ -1,25 +1,29 @@
 """Evaluate checkpoints of train.py on a labelled split, or predict new images.
 
-  python classification/eval.py --data data/rsna --checkpoint runs/classification/best.pt --split val
-  python classification/eval.py --data data/other --checkpoint runs/a/best.pt runs/b/best.pt --split test
-  python classification/eval.py --checkpoint runs/classification/best.pt --images scan.dcm folder_of_images
+  python classification/eval.py --data data/rsna --checkpoint runs/rsna/best.pt
+  python classification/eval.py --data data/other --split test \\
+      --checkpoint runs/a/best.pt runs/b/best.pt
+  python classification/eval.py --checkpoint runs/rsna/best.pt --images scan.dcm folder_of_images
 
-Labelled: metrics.json with 95 % bootstrap intervals (over patients), predictions.csv, roc.csv, and pictures:
-confusion_matrix.png, roc.png, mistakes.png. New images: predictions.csv, overlays of class activation maps.
-The probabilities of several checkpoints are averaged. Batch size and mixed precision are those of the
-training, so that the score it printed comes out again.
+Labelled: metrics.json with 95 % bootstrap intervals (over patients), predictions.csv, roc.csv, and
+pictures: confusion_matrix.png, roc.png, mistakes.png. New images: predictions.csv, overlays of
+class activation maps. The probabilities of several checkpoints are averaged. Batch size and mixed
+precision are those of the run, so that the score it printed comes out again.
+
+In the shapes below N is the number of images, C that of classes, S the side of an image in pixels.
 """
 
 import argparse
 import csv
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torchvision
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -59,19 +63,20 @@ from common.checkpoint import (
     hold_folder,
     load_run,
     load_weights,
-    write_json,
+    write_csv,
     written,
 )
 from common.metrics import (
     bootstrap,
     classification_metrics,
     confusion_matrix,
-    print_summary,
     roc_curve,
+    write_report,
     youden_threshold,
 )
 
 TILE = 256  # pixels of one picture in a gallery
+WORST = 12  # pictures in mistakes.png
 # What a labelled split leaves in --out; metrics.json is written last.
 RESULTS = (
     "metrics.json",
@@ -81,6 +86,19 @@ RESULTS = (
     "confusion_matrix.png",
     "mistakes.png",
 )
+HEAT = (255.0, 60.0, 0.0)  # RGB of a class activation map
+BLUE = (8, 60, 120)  # RGB of a cell of the confusion matrix that has all of its row
+# Of the curves in roc.png
+COLOURS = (
+    "#1f4e9c",
+    "#c0392b",
+    "#2e8b57",
+    "#8e44ad",
+    "#d68910",
+    "#117a8b",
+    "#7b241c",
+    "#5d6d7e",
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -88,34 +106,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument_group("data").add_argument
     add("--checkpoint", type=Path, nargs="+", required=True, help="one or more of train.py's")
-    add("--data", type=Path, metavar="CACHE", help="what preprocess.py wrote")
-    add(
-        "--split",
-        choices=("val", "test"),
-        default="val",
-        help="val (default): the fold left out in training",
-    )
-    add(
-        "--images",
-        type=Path,
-        nargs="+",
-        metavar="PATH",
-        help="new images without labels: files and folders",
-    )
-    add(
-        "--compare",
-        type=Path,
-        metavar="CSV",
-        help="predictions.csv of another model for the same images",
-    )
-    add(
-        "--out",
-        type=Path,
-        help="(default: eval_val, eval_test or predictions beside the checkpoint)",
-    )
+    add("--data", type=Path, metavar="CACHE", help="written by preprocess.py")
+    split = "val (default): the validation fold of the run"
+    add("--split", choices=("val", "test"), default="val", help=split)
+    images = "new images without labels: files and folders"
+    add("--images", type=Path, nargs="+", metavar="PATH", help=images)
+    compare = "predictions.csv of another model for the same images"
+    add("--compare", type=Path, metavar="CSV", help=compare)
+    out = "(default: eval_val, eval_test or predictions beside the checkpoint)"
+    add("--out", type=Path, help=out)
     add = parser.add_argument_group("run").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
-    add("--amp", choices=AMP, help="mixed precision (default: as in the training)")
+    add("--amp", choices=AMP, help="mixed precision (default: as in the run)")
     add("--workers", type=int, default=2, help="loading processes (default: %(default)s)")
     add("--samples", type=int, default=1000, help="bootstrap samples (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -128,25 +130,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_models(
-    paths: list[Path], device: torch.device
-) -> tuple[list[torch.nn.Module], list[dict]]:
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    device = choose_device(args.device)
+    models, checkpoints = load_models(args.checkpoint, device)
+    out = args.out or args.checkpoint[0].parent / (
+        f"eval_{args.split}" if args.data else "predictions"
+    )
+    (evaluate_split if args.data else predict_images)(args, models, checkpoints, device, out)
+
+
+def load_models(paths: list[Path], device: torch.device) -> tuple[list[nn.Module], list[dict]]:
     """Bare models and their checkpoints. Raises CheckpointError if they do not go together."""
-    types = {"arch": str}
-    checkpoints = [load_run(path, "classification", types, device) for path in paths]
+    checkpoints = [load_run(path, "classification", {"arch": str}, device) for path in paths]
     models = []
     for path, checkpoint in zip(paths, checkpoints, strict=True):
-        check_meta(checkpoint["meta"], path)
-        check_same(checkpoint["meta"], checkpoints[0]["meta"], path, paths[0])
-        meta, settings = checkpoint["meta"], checkpoint["settings"]
+        meta = checkpoint["meta"]
+        settings = checkpoint["settings"]
+        check_meta(meta, path)
+        check_same(meta, checkpoints[0]["meta"], path, paths[0])
         if settings["amp"] not in AMP or settings["arch"] not in ARCHITECTURES:
-            raise CheckpointError(
-                f"{path}: settings {settings['amp']} {settings['arch']}, of no training"
-            )
-        if len(meta["classes"]) == 2 and type(checkpoint.get("threshold")) is not float:
-            raise CheckpointError(
-                f"{path}: threshold {checkpoint.get('threshold')}, expected a number"
-            )
+            problem = f"settings {settings['amp']} {settings['arch']}, of no run of train.py"
+            raise CheckpointError(f"{path}: {problem}")
+        threshold = checkpoint.get("threshold")
+        if len(meta["classes"]) == 2 and type(threshold) is not float:
+            raise CheckpointError(f"{path}: threshold {threshold}, expected a number")
         model = build_model(settings["arch"], len(meta["classes"]), meta["size"])
         load_weights(model, checkpoint, path)
         models.append(model.to(device, memory_format=torch.channels_last))
@@ -158,6 +166,66 @@ def check_same(meta: dict, expected: dict, path: Path, other: Path) -> None:
     for name in ("classes", "size", "fit"):
         if meta[name] != expected[name]:
             raise CheckpointError(f"{path}: {name} {meta[name]}, but {other} has {expected[name]}")
+
+
+# --- a labelled split ---
+
+
+def evaluate_split(
+    args: argparse.Namespace,
+    models: list[nn.Module],
+    checkpoints: list[dict],
+    device: torch.device,
+    out: Path,
+) -> None:
+    """Metrics, tables and pictures of a labelled split."""
+    meta = checkpoints[0]["meta"]
+    classes = meta["classes"]
+    row_numbers = choose_rows(args.data, args.split, args.checkpoint, checkpoints)
+    probabilities, labels = predict_rows(args, row_numbers, models, checkpoints, device)
+    predictions = probabilities.argmax(1)
+    threshold = None
+    if len(classes) == 2:
+        predictions = (probabilities[:, 1] >= 0.5).long()  # argmax would make 0.5 negative
+        threshold = choose_threshold(args, models, checkpoints, device)
+    index = read_index(args.data)
+    rows = [index[k] for k in row_numbers]
+    cases = list_cases(rows, args.split, classes, labels, probabilities, predictions)
+
+    # Metrics, with intervals over patients
+    def metrics(chosen: Tensor) -> dict[str, float]:
+        return classification_metrics(labels[chosen], probabilities[chosen], threshold)
+
+    patients = [case["patient"] for case in cases]
+    summary = bootstrap(metrics, patients, args.samples)
+    if args.compare:
+        theirs = read_predictions(args.compare, cases, classes)
+        summary |= compare_models(labels, probabilities, theirs, patients, args.samples)
+    positive = positive_class(classes)
+    if positive:
+        print(f"positive class: {positive}")
+    run = describe_run(args, len(row_numbers)) | {
+        "classes": classes,
+        "positive_class": positive,
+        "threshold_tuned": threshold,
+    }
+
+    # Pictures
+    wrong = (predictions != labels).nonzero()[:, 0]  # numbers of images, (n,)
+    mistakes = draw_mistakes(args.data, models[0], meta, row_numbers, cases, probabilities, wrong)
+    counts = confusion_matrix(labels, predictions, len(classes))
+
+    # Results, in place of earlier ones
+    with hold_folder(out):
+        clear_results(out, RESULTS)
+        write_csv(out / "predictions.csv", cases)
+        save_picture(out / "confusion_matrix.png", draw_confusion_matrix(counts, classes))
+        write_roc(out, labels, probabilities, classes)
+        if mistakes:
+            grid = torchvision.utils.make_grid(mistakes, nrow=3)
+            save_picture(out / "mistakes.png", to_pil_image(grid))
+        write_report(out, summary, patients, cases, run)
+    print(f"{len(rows)} images, {len(wrong)} wrong; metrics and pictures in {out}")
 
 
 def choose_rows(cache: Path, split: str, paths: list[Path], checkpoints: list[dict]) -> list[int]:
@@ -222,7 +290,222 @@ def check_leakage(cache: Path, rows: list[int], paths: list[Path], checkpoints: 
             )
 
 
+def predict_rows(
+    args: argparse.Namespace,
+    row_numbers: list[int],
+    models: list[nn.Module],
+    checkpoints: list[dict],
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """What `predict` gives for these rows of --data, in batches of the size of the run."""
+    batches = in_batches(row_numbers, checkpoints[0]["settings"]["batch_size"])
+    loader = make_loader(args.data, batches, args.workers, device)
+    return predict(models, checkpoints, loader, device, args.amp)
+
+
+def predict(
+    models: list[nn.Module],
+    checkpoints: list[dict],
+    loader: Iterable,
+    device: torch.device,
+    amp: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Softmax float32 (N, C), averaged over the models, and labels int64 (N,), on the CPU.
+
+    `amp` None takes the mixed precision of each run. Raises DataError for NaN or infinite outputs.
+    """
+    probabilities = []  # of each model, (N, C)
+    for number, (model, checkpoint) in enumerate(zip(models, checkpoints, strict=True), 1):
+        meta = checkpoint["meta"]
+        mode = amp or checkpoint["settings"]["amp"]
+        logits, labels = evaluate(model, loader, device, mode, meta["mean"], meta["std"])
+        check_finite(logits, f"checkpoint {number}")
+        probabilities.append(logits.softmax(1))
+    return torch.stack(probabilities).mean(0), labels
+
+
+def choose_threshold(
+    args: argparse.Namespace,
+    models: list[nn.Module],
+    checkpoints: list[dict],
+    device: torch.device,
+) -> float:
+    """The threshold of the metrics called _tuned: Youden's on the validation fold.
+
+    One checkpoint has it. Of several their mean probability is tuned, if --data has the validation
+    fold that they have in common; otherwise it is the mean of their own thresholds.
+    """
+    own = [checkpoint["threshold"] for checkpoint in checkpoints]
+    if len(own) == 1:
+        return own[0]
+    indexes = {checkpoint["settings"]["index"] for checkpoint in checkpoints}
+    folds = {checkpoint["settings"]["fold"] for checkpoint in checkpoints}
+    if indexes == {file_sha256(args.data / "index.csv")} and len(folds) == 1:
+        row_numbers = choose_rows(args.data, "val", args.checkpoint, checkpoints)
+        probabilities, labels = predict_rows(args, row_numbers, models, checkpoints, device)
+        return youden_threshold(labels, probabilities[:, 1])
+    print("note: no validation images in common: the tuned threshold is the mean of their own ones")
+    return sum(own) / len(own)
+
+
+def list_cases(
+    rows: list[dict[str, str]],
+    split: str,
+    classes: list[str],
+    labels: Tensor,
+    probabilities: Tensor,
+    predictions: Tensor,
+) -> list[dict]:
+    """The rows of predictions.csv, one an image."""
+    cases = []
+    for k, row in enumerate(rows):
+        case = {
+            "id": row["id"],
+            "patient": row["patient"],
+            "label": classes[labels[k]],
+            "prediction": classes[predictions[k]],
+        }
+        case |= name_probabilities(classes, probabilities[k])
+        case["split"] = split
+        cases.append(case)
+    return cases
+
+
+def name_probabilities(classes: list[str], probabilities: Tensor) -> dict[str, float]:
+    """probability_CLASS for each class; probabilities (C,)."""
+    pairs = zip(classes, probabilities.tolist(), strict=True)
+    return {f"probability_{name}": probability for name, probability in pairs}
+
+
+def read_predictions(path: Path, cases: list[dict], classes: list[str]) -> Tensor:
+    """Probabilities float64 (N, C) of another model's predictions.csv, in the order of `cases`.
+
+    Raises DataError unless it has the same images, each once, with the same labels and of the same
+    split.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: not a file, expected predictions.csv of eval.py")
+    table = {}  # probabilities by id
+    labels = {}  # label and split by id; older tables have no split
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            table[row["id"]] = [float(row[f"probability_{name}"]) for name in classes]
+            labels[row["id"]] = (row["label"], row.get("split"))
+    except (KeyError, ValueError, TypeError, csv.Error) as error:
+        expected = f"predictions.csv of eval.py for the classes {classes}"
+        raise DataError(f"{path}: expected {expected}") from error
+    ids = {case["id"] for case in cases}
+    missing = ids - table.keys()
+    others = table.keys() - ids
+    if missing or others:
+        problem = f"{len(missing)} of {len(cases)} images are missing, and {len(others)} are others"
+        example = min(missing | others)
+        raise DataError(f"{path}: {problem}, such as {example}; expected the same images")
+    if len(rows) != len(table):
+        problem = f"{len(rows)} rows for {len(table)} images"
+        raise DataError(f"{path}: {problem}, expected one for each")
+    for case in cases:
+        label, split = labels[case["id"]]
+        if label != case["label"] or split not in (case["split"], None):
+            problem = f"{case['id']} is {label} of {split}"
+            raise DataError(f"{path}: {problem}, expected {case['label']} of {case['split']}")
+    rows = [table[case["id"]] for case in cases]
+    probabilities = torch.tensor(rows, dtype=torch.float64)  # (N, C)
+    # Older tables have six digits; a NaN is in no range.
+    is_positive = (probabilities >= 0).all()
+    adds_up = ((probabilities.sum(1) - 1).abs() < 1e-4).all()
+    if not (is_positive and adds_up):
+        raise DataError(f"{path}: expected probabilities from 0 to 1 that add up to 1")
+    return probabilities
+
+
+def compare_models(
+    labels: Tensor,
+    probabilities: Tensor,
+    others: Tensor,
+    patients: list[str],
+    samples: int,
+) -> dict[str, dict[str, float]]:
+    """The difference in AUROC between two models, with its interval.
+
+    Both have the same bootstrap samples: a hard sample is hard for both, so the difference varies
+    less than either of them.
+    """
+
+    def difference(chosen: Tensor) -> dict[str, float]:
+        ours = classification_metrics(labels[chosen], probabilities[chosen])
+        theirs = classification_metrics(labels[chosen], others[chosen])
+        return {"auroc_difference": ours["auroc"] - theirs["auroc"]}
+
+    return bootstrap(difference, patients, samples)
+
+
+def describe_run(args: argparse.Namespace, count: int) -> dict:
+    """How the metrics of a split arose: command, versions, hashes, number of images."""
+    return {
+        "command": " ".join(sys.argv),
+        "versions": {module.__name__: module.__version__ for module in (torch, torchvision)},
+        "checkpoint_sha256": [file_sha256(path) for path in args.checkpoint],
+        "index_sha256": file_sha256(args.data / "index.csv"),
+        "split": args.split,
+        "n": count,
+    }
+
+
 # --- pictures ---
+
+
+def draw_mistakes(
+    cache: Path,
+    model: nn.Module,
+    meta: dict,
+    row_numbers: list[int],
+    cases: list[dict],
+    probabilities: Tensor,
+    wrong: Tensor,
+) -> list[Tensor]:
+    """The most confident mistakes, with what the model looked at: uint8 (3, H, W) each.
+
+    `wrong` holds numbers of `cases`, `row_numbers` their rows in the cache.
+    """
+    confidence = probabilities.amax(1)  # (N,)
+    worst = wrong[confidence[wrong].argsort(descending=True)][:WORST]
+    dataset = XrayDataset(cache)
+    tiles = []
+    for k in worst.tolist():
+        case = cases[k]
+        (image,), _ = dataset[[row_numbers[k]]]  # (1, S, S)
+        answer = f"predicted {case['prediction']} {confidence[k]:.3f}"
+        caption = [case["id"], f"{case['label']}, {answer}"]
+        target = meta["classes"].index(case["prediction"])
+        tiles.append(draw_activation(model, meta, image, target, caption))
+    return tiles
+
+
+def draw_activation(
+    model: nn.Module, meta: dict, image: Tensor, target: int, caption: list[str]
+) -> Tensor:
+    """An image beside itself under the activation map of the class `target`, below its caption.
+
+    `image` is uint8 (1, S, S); returns uint8 (3, H, 2 * TILE).
+    """
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        inputs = to_input(image[None], device, meta["mean"], meta["std"])  # (1, 1, S, S)
+        _, maps = class_activation_maps(model, inputs)  # (1, C, h, w)
+    gray = resize(image.float(), [TILE, TILE]).expand(3, -1, -1)
+    # What speaks against the class is left out; the strongest place covers 60 % of the image.
+    heat = maps[:, target].cpu().clamp(min=0)  # (1, h, w)
+    heat = resize(heat, [TILE, TILE], antialias=False)
+    heat = 0.6 * heat / heat.max().clamp(min=1e-6)
+    colour = torch.tensor(HEAT)[:, None, None]
+    pair = torch.cat([gray, gray * (1 - heat) + colour * heat], 2)  # (3, TILE, 2 * TILE)
+    head = Image.new("RGB", (2 * TILE, 20 * len(caption)), "black")
+    for k, line in enumerate(caption):
+        ImageDraw.Draw(head).text((4, 20 * k + 2), shorten(line, 64), "white", font(14))
+    return torch.cat([pil_to_tensor(head), pair.round().byte()], 1)
 
 
 def shorten(text: str, length: int) -> str:
@@ -236,122 +519,34 @@ def font(size: int) -> ImageFont.ImageFont:
 
 
 def draw_confusion_matrix(counts: Tensor, classes: list[str]) -> Image.Image:
-    """Counts and row percentages, darker blue for a larger share of the row."""
-    cell, margin = 130, 150
+    """Counts int (C, C) and row percentages, darker blue for a larger share of the row."""
+    cell = 130  # pixels
+    margin = 150
     side = margin + cell * len(classes)
     picture = Image.new("RGB", (side + 20, side + 20), "white")
     draw = ImageDraw.Draw(picture)
-    draw.text((margin + cell * len(classes) / 2, 80), "predicted", "black", font(18), anchor="mm")
+    middle = margin + cell * len(classes) / 2
+    draw.text((middle, 80), "predicted", "black", font(18), anchor="mm")
     draw.text((10, margin - 30), "truth", "black", font(18), anchor="lm")
-    if positive := positive_class(classes):
+    positive = positive_class(classes)
+    if positive:
         draw.text((10, 30), f"positive: {positive[:32]}", "black", font(18), anchor="lm")
     for i, name in enumerate(classes):
+        y = margin + i * cell
         middle = margin + (i + 0.5) * cell
         draw.text((middle, margin - 30), name[:14], "black", font(16), anchor="mm")
         draw.text((margin - 10, middle), name[:14], "black", font(16), anchor="rm")
         for j, count in enumerate(counts[i].tolist()):
+            x = margin + j * cell
             share = count / max(1, int(counts[i].sum()))
-            x, y = margin + j * cell, margin + i * cell
-            colour = tuple(round(255 - share * (255 - c)) for c in (8, 60, 120))
+            colour = tuple(round(255 - share * (255 - c)) for c in BLUE)
             draw.rectangle((x, y, x + cell, y + cell), fill=colour, outline="white", width=2)
             ink = "white" if share > 0.5 else "black"
-            draw.text((x + cell / 2, y + cell / 2 - 12), str(count), ink, font(26), anchor="mm")
-            draw.text((x + cell / 2, y + cell / 2 + 20), f"{share:.1%}", ink, font(16), anchor="mm")
+            center_x = x + cell / 2
+            center_y = y + cell / 2
+            draw.text((center_x, center_y - 12), str(count), ink, font(26), anchor="mm")
+            draw.text((center_x, center_y + 20), f"{share:.1%}", ink, font(16), anchor="mm")
     return picture
-
-
-def draw_roc(curves: dict[str, tuple[Tensor, Tensor]]) -> Image.Image:
-    """ROC curves (false positive rate, true positive rate) with a grid; the names say what each is."""
-    side, margin = 480, 60
-    picture = Image.new("RGB", (side + 2 * margin, side + 2 * margin), "white")
-    draw = ImageDraw.Draw(picture)
-    for k in range(6):
-        at = margin + side * k / 5
-        draw.line((at, margin, at, margin + side), "#dddddd")
-        draw.line((margin, at, margin + side, at), "#dddddd")
-        draw.text((at, margin + side + 14), f"{k / 5:.1f}", "black", font(14), anchor="mm")
-        draw.text(
-            (margin - 8, margin + side - side * k / 5),
-            f"{k / 5:.1f}",
-            "black",
-            font(14),
-            anchor="rm",
-        )
-    draw.line((margin, margin + side, margin + side, margin), "#aaaaaa")
-    draw.text(
-        (margin + side / 2, margin + side + 40), "1 - specificity", "black", font(16), anchor="mm"
-    )
-    draw.text((margin, margin - 20), "sensitivity", "black", font(16), anchor="lm")
-    colours = (
-        "#1f4e9c",
-        "#c0392b",
-        "#2e8b57",
-        "#8e44ad",
-        "#d68910",
-        "#117a8b",
-        "#7b241c",
-        "#5d6d7e",
-    )
-    for k, (name, (fpr, tpr)) in enumerate(curves.items()):
-        colour = colours[k % len(colours)]
-        points = [
-            (margin + side * x, margin + side * (1 - y))
-            for x, y in zip(fpr.tolist(), tpr.tolist(), strict=True)
-        ]
-        draw.line(points, colour, 3)
-        draw.text(
-            (margin + side - 10, margin + side - 20 * (len(curves) - k)),
-            name,
-            colour,
-            font(16),
-            anchor="rm",
-        )
-    return picture
-
-
-def draw_activation(
-    model: torch.nn.Module,
-    meta: dict,
-    image: Tensor,
-    target: int,
-    caption: list[str],
-    device: torch.device,
-) -> Tensor:
-    """An image, uint8 (1, S, S), beside itself under its class activation map: uint8 (3, H, 2 * TILE)."""
-    with torch.no_grad():
-        _, maps = class_activation_maps(
-            model, to_input(image[None], device, meta["mean"], meta["std"])
-        )
-    gray = resize(image.float(), [TILE, TILE]).expand(3, -1, -1)
-    heat = resize(maps[:, target].cpu().clamp(min=0), [TILE, TILE], antialias=False)
-    heat = 0.6 * heat / heat.max().clamp(min=1e-6)
-    red = torch.tensor([255.0, 60.0, 0.0])[:, None, None]
-    head = Image.new("RGB", (2 * TILE, 20 * len(caption)), "black")
-    for k, line in enumerate(caption):
-        ImageDraw.Draw(head).text((4, 20 * k + 2), shorten(line, 64), "white", font(14))
-    pair = torch.cat([gray, gray * (1 - heat) + red * heat], 2)
-    return torch.cat([pil_to_tensor(head), pair.round().byte()], 1)
-
-
-# --- the two modes ---
-
-
-def predict(
-    models: list, checkpoints: list[dict], loader: Iterable, device: torch.device, amp: str | None
-) -> tuple[Tensor, Tensor]:
-    """Softmax float32 (N, C), averaged over the models, and labels int64 (N,)."""
-    probabilities = []
-    for model, checkpoint in zip(models, checkpoints, strict=True):
-        meta, mode = checkpoint["meta"], amp or checkpoint["settings"]["amp"]
-        logits, labels = evaluate(model, loader, device, mode, meta["mean"], meta["std"])
-        check_finite(logits, f"checkpoint {len(probabilities) + 1}")
-        probabilities.append(logits.softmax(1))
-    return torch.stack(probabilities).mean(0), labels
-
-
-def named(classes: list[str], probabilities: Tensor) -> dict[str, float]:
-    pairs = zip(classes, probabilities.tolist(), strict=True)
-    return {f"probability_{name}": probability for name, probability in pairs}
 
 
 def save_picture(path: Path, picture: Image.Image) -> None:
@@ -359,166 +554,99 @@ def save_picture(path: Path, picture: Image.Image) -> None:
         picture.save(temporary)
 
 
-def write_table(path: Path, rows: list[dict]) -> None:
-    with written(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read_predictions(path: Path, cases: list[dict], classes: list[str]) -> Tensor:
-    """Probabilities float64 (N, C) of another model's predictions.csv, in the order of `cases`.
-
-    Raises DataError unless it has the same images, each once, with the same labels and of the same split.
-    """
-    if not path.is_file():
-        raise DataError(f"{path}: not a file, expected predictions.csv of eval.py")
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        table = {row["id"]: [float(row[f"probability_{name}"]) for name in classes] for row in rows}
-        labels = {row["id"]: (row["label"], row.get("split")) for row in rows}
-    except (KeyError, ValueError, TypeError, csv.Error) as error:
-        raise DataError(
-            f"{path}: expected predictions.csv of eval.py for the classes {classes}"
-        ) from error
-    expected = {case["id"]: case for case in cases}
-    missing, others = expected.keys() - table.keys(), table.keys() - expected.keys()
-    if missing or others:
-        found = f"{path}: {len(missing)} of {len(cases)} images are missing, and {len(others)} are others"
-        raise DataError(f"{found}, such as {min(missing | others)}; expected the same images")
-    if len(rows) != len(table):
-        raise DataError(f"{path}: {len(rows)} rows for {len(table)} images, expected one for each")
-    for name, (label, split) in labels.items():
-        if label != expected[name]["label"] or split not in (expected[name]["split"], None):
-            found = f"{path}: {name} is {label} of {split}"
-            raise DataError(
-                f"{found}, expected {expected[name]['label']} of {expected[name]['split']}"
-            )
-    probabilities = torch.tensor([table[case["id"]] for case in cases], dtype=torch.float64)
-    # older tables have six digits; a NaN is in no range
-    if not ((probabilities >= 0).all() and ((probabilities.sum(1) - 1).abs() < 1e-4).all()):
-        raise DataError(f"{path}: expected probabilities from 0 to 1 that add up to 1")
-    return probabilities
-
-
-def choose_threshold(
-    args: argparse.Namespace, models: list, checkpoints: list[dict], device: torch.device
-) -> float:
-    """The threshold of the tuned figures: Youden's on the validation fold.
-
-    One checkpoint has it. Of several their mean probability is tuned, if --data has the validation fold that
-    they have in common; otherwise it is the mean of their own thresholds.
-    """
-    own = [checkpoint["threshold"] for checkpoint in checkpoints]
-    settings = [checkpoint["settings"] for checkpoint in checkpoints]
-    of_this_cache = {one["index"] for one in settings} == {file_sha256(args.data / "index.csv")}
-    if len(own) > 1 and of_this_cache and len({one["fold"] for one in settings}) == 1:
-        rows = choose_rows(args.data, "val", args.checkpoint, checkpoints)
-        loader = make_loader(
-            args.data, in_batches(rows, settings[0]["batch_size"]), args.workers, device
-        )
-        probabilities, labels = predict(models, checkpoints, loader, device, args.amp)
-        return youden_threshold(labels, probabilities[:, 1])
-    if len(own) > 1:
-        print(
-            "note: no validation images in common: the tuned threshold is the mean of their own ones"
-        )
-    return sum(own) / len(own)
-
-
-def evaluate_split(
-    args: argparse.Namespace, models: list, checkpoints: list[dict], device: torch.device, out: Path
-) -> None:
-    """Figures, tables and pictures of a labelled split."""
-    settings, classes = checkpoints[0]["settings"], checkpoints[0]["meta"]["classes"]
-    rows = choose_rows(args.data, args.split, args.checkpoint, checkpoints)
-    loader = make_loader(args.data, in_batches(rows, settings["batch_size"]), args.workers, device)
-    probabilities, labels = predict(models, checkpoints, loader, device, args.amp)
-    threshold = None
-    predictions = probabilities.argmax(1)
-    if len(classes) == 2:
-        threshold = choose_threshold(args, models, checkpoints, device)
-        predictions = (probabilities[:, 1] >= 0.5).long()
-    index = read_index(args.data)
-    cases = [
-        {"id": index[row]["id"], "patient": index[row]["patient"], "label": classes[labels[k]]}
-        | {"prediction": classes[predictions[k]]}
-        | named(classes, probabilities[k])
-        | {"split": args.split}
-        for k, row in enumerate(rows)
-    ]
-    theirs = read_predictions(args.compare, cases, classes) if args.compare else None
-
-    def figures(chosen: Tensor) -> dict[str, float]:
-        return classification_metrics(labels[chosen], probabilities[chosen], threshold)
-
-    def difference(chosen: Tensor) -> dict[str, float]:
-        ours, other = (
-            classification_metrics(labels[chosen], p[chosen])["auroc"]
-            for p in (probabilities, theirs)
-        )
-        return {"auroc_difference": ours - other}
-
-    patients = [case["patient"] for case in cases]
-    summary = bootstrap(figures, patients, args.samples)
-    if theirs is not None:
-        summary |= bootstrap(difference, patients, args.samples)
-    positive = positive_class(classes)
-    if positive:
-        print(f"positive class: {positive}")
-    print_summary(summary, patients)
-    run = {
-        "command": " ".join(sys.argv), "versions": {m.__name__: m.__version__ for m in (torch, torchvision)},
-        "checkpoint_sha256": [file_sha256(path) for path in args.checkpoint],
-        "index_sha256": file_sha256(args.data / "index.csv"), "split": args.split, "n": len(rows),
-        "classes": classes, "positive_class": positive, "threshold_tuned": threshold,
-    }  # fmt: skip
-
-    wrong = (predictions != labels).nonzero()[:, 0]
-    worst = wrong[probabilities[wrong].amax(1).argsort(descending=True)][:12].tolist()
-    tiles, dataset = [], XrayDataset(args.data)
-    for k in worst:  # the most confident mistakes, with what the first model looked at
-        (image,), _ = dataset[[rows[k]]]
-        answer = f"predicted {cases[k]['prediction']} {probabilities[k].max():.3f}"
-        caption = [cases[k]["id"], f"{cases[k]['label']}, {answer}"]
-        tiles.append(
-            draw_activation(
-                models[0], checkpoints[0]["meta"], image, int(predictions[k]), caption, device
-            )
-        )
-    counts = confusion_matrix(labels, predictions, len(classes))
-    with hold_folder(out):
-        clear_results(out, RESULTS)
-        write_table(out / "predictions.csv", cases)
-        save_picture(out / "confusion_matrix.png", draw_confusion_matrix(counts, classes))
-        write_roc(out, labels, probabilities, classes)
-        if tiles:
-            save_picture(
-                out / "mistakes.png", to_pil_image(torchvision.utils.make_grid(tiles, nrow=3))
-            )
-        write_json(out / "metrics.json", {"summary": summary, "cases": cases, "run": run})
-    print(f"{len(rows)} images, {len(wrong)} wrong; figures and pictures in {out}")
-
-
 def write_roc(out: Path, labels: Tensor, probabilities: Tensor, classes: list[str]) -> None:
-    """roc.csv and roc.png: the curve of the positive class, or of every class against the rest."""
-    points, curves = [], {}
-    for k in range(1 if len(classes) == 2 else 0, len(classes)):
-        fpr, tpr, thresholds = roc_curve((labels == k).long(), probabilities[:, k])
-        for point in zip(thresholds.tolist(), fpr.tolist(), tpr.tolist(), strict=True):
-            points.append(
-                dict(zip(("class", "threshold", "fpr", "tpr"), (classes[k], *point), strict=True))
-            )
+    """roc.csv and roc.png: the curve of the positive class, or of each class against the others."""
+    points = []
+    curves = {}
+    is_binary = len(classes) == 2
+    for k in range(1 if is_binary else 0, len(classes)):
+        truth = (labels == k).long()
+        fpr, tpr, thresholds = roc_curve(truth, probabilities[:, k])
+        columns = (thresholds.tolist(), fpr.tolist(), tpr.tolist())
+        for threshold, x, y in zip(*columns, strict=True):
+            points.append({"class": classes[k], "threshold": threshold, "fpr": x, "tpr": y})
         if fpr.isfinite().all() and tpr.isfinite().all():  # not with one class only
-            role = "positive class " if len(classes) == 2 else ""
-            curves[f"{role}{classes[k]}  AUROC {torch.trapezoid(tpr, fpr):.3f}"] = (fpr, tpr)
-    write_table(out / "roc.csv", points)
+            role = "positive class " if is_binary else ""
+            area = torch.trapezoid(tpr, fpr)
+            curves[f"{role}{classes[k]}  AUROC {area:.3f}"] = (fpr, tpr)
+    write_csv(out / "roc.csv", points)
     save_picture(out / "roc.png", draw_roc(curves))
 
 
+def draw_roc(curves: dict[str, tuple[Tensor, Tensor]]) -> Image.Image:
+    """ROC curves (false positive rate, true positive rate) by their names, on a grid."""
+    side = 480  # pixels
+    low = 60  # left and upper end of the axes, the margin
+    high = low + side  # right and lower end
+    picture = Image.new("RGB", (high + low, high + low), "white")
+    draw = ImageDraw.Draw(picture)
+    for k in range(6):
+        label = f"{k / 5:.1f}"
+        at = low + side * k / 5
+        draw.line((at, low, at, high), "#dddddd")
+        draw.line((low, at, high, at), "#dddddd")
+        draw.text((at, high + 14), label, "black", font(14), anchor="mm")
+        draw.text((low - 8, high - side * k / 5), label, "black", font(14), anchor="rm")
+    draw.line((low, high, high, low), "#aaaaaa")  # chance
+    draw.text((low + side / 2, high + 40), "1 - specificity", "black", font(16), anchor="mm")
+    draw.text((low, low - 20), "sensitivity", "black", font(16), anchor="lm")
+    for k, (name, (fpr, tpr)) in enumerate(curves.items()):
+        colour = COLOURS[k % len(COLOURS)]
+        points = []
+        for x, y in zip(fpr.tolist(), tpr.tolist(), strict=True):
+            points.append((low + side * x, low + side * (1 - y)))
+        draw.line(points, colour, 3)
+        line = high - 20 * (len(curves) - k)
+        draw.text((high - 10, line), name, colour, font(16), anchor="rm")
+    return picture
+
+
+# --- new images ---
+
+
+def predict_images(
+    args: argparse.Namespace,
+    models: list[nn.Module],
+    checkpoints: list[dict],
+    device: torch.device,
+    out: Path,
+) -> None:
+    """Probabilities and overlays of images without labels.
+
+    Raises DataError at the end if some could not be read.
+    """
+    meta = checkpoints[0]["meta"]
+    classes = meta["classes"]
+    files = list_images(args.images)
+    overlays = name_overlays(out, args.images, files)
+    images, bad = read_many(files, partial(load_image, meta=meta), args.workers)
+    if images:
+        batch_size = checkpoints[0]["settings"]["batch_size"]
+        batches = torch.stack(list(images.values())).split(batch_size)  # (B, 1, S, S) each
+        unknown = [torch.zeros(len(batch), dtype=torch.long) for batch in batches]  # labels
+        loader = list(zip(batches, unknown, strict=True))
+        probabilities, _ = predict(models, checkpoints, loader, device, args.amp)
+        rows = []
+        with hold_folder(out):
+            clear_results(out, list_predictions(out))
+            for k, (path, image) in enumerate(images.items()):
+                best = int(probabilities[k].argmax())
+                answer = f"{classes[best]} {probabilities[k, best]:.3f}"
+                overlay = draw_activation(models[0], meta, image, best, [str(path), answer])
+                save_picture(overlays[path], to_pil_image(overlay))
+                row = {"image": str(path), "prediction": classes[best]}
+                row |= name_probabilities(classes, probabilities[k])
+                row["overlay"] = overlays[path].name
+                rows.append(row)
+                print(one_line(f"{path}: {answer}"))
+            write_csv(out / "predictions.csv", rows)
+        print(f"{len(images)} images; predictions.csv and overlays in {out}")
+    if bad:
+        raise DataError(f"{len(bad)} of {len(files)} files could not be read (named above)")
+
+
 def list_images(paths: list[Path]) -> list[Path]:
-    """The files, and the images anywhere in the folders. Raises DataError for a folder without any."""
+    """The files, and all images below the folders. Raises DataError for a folder without any."""
     files = []
     for path in paths:
         if not path.is_dir():
@@ -527,90 +655,74 @@ def list_images(paths: list[Path]) -> list[Path]:
         images = find_images(path)
         others = sorted(set(list_files(path)) - set(images))
         if not images:
-            found = count_files(others, path) or "nothing"
-            raise DataError(
-                f"{path}: no image in it, found {found}, expected DICOM, JPEG, PNG or TIFF"
-            )
+            content = count_files(others, path) or "nothing"
+            expected = "DICOM, JPEG, PNG or TIFF"
+            raise DataError(f"{path}: no image in it, found {content}, expected {expected}")
         if others:
             print(f"note: {path}: passed over: {count_files(others, path)}")
         files += images
     return files
 
 
-def list_predictions(out: Path) -> list[str]:
-    """The files that an earlier prediction left in the folder, by its table."""
-    if not (out / "predictions.csv").is_file():
-        return []
-    with open(out / "predictions.csv", newline="", encoding="utf-8") as file:
-        overlays = [row.get("overlay") or "" for row in csv.DictReader(file)]
-    return ["predictions.csv", *(Path(overlay).name for overlay in overlays if overlay)]
+def name_overlays(out: Path, inputs: list[Path], files: list[Path]) -> dict[Path, Path]:
+    """The picture that belongs to each file.
 
-
-def predict_images(
-    args: argparse.Namespace, models: list, checkpoints: list[dict], device: torch.device, out: Path
-) -> None:
-    """Probabilities and overlays of images without labels. DataError at the end if some are unreadable."""
-    meta, settings = checkpoints[0]["meta"], checkpoints[0]["settings"]
-    files = list_images(args.images)
-    for folder in args.images:
+    Raises DataError if a result could be taken for an image later, because --out lies in a folder
+    of --images, or would be written onto an image.
+    """
+    for folder in inputs:
         if folder.resolve() in (out.resolve(), *out.resolve().parents):
-            raise DataError(
-                f"--out {out}: lies in {folder}, where it would be read as images; choose another"
-            )
-    # long names are cut: file systems end at 255 letters
-    overlays = {path: out / f"{k:04d}_{path.stem[:100]}.png" for k, path in enumerate(files)}
+            problem = f"lies in {folder}, where it would be read as images"
+            raise DataError(f"--out {out}: {problem}; choose another")
+    overlays = {}
+    for k, path in enumerate(files):
+        stem = path.stem[:100]  # file systems end at 255 letters
+        overlays[path] = out / f"{k:04d}_{stem}.png"
     check_outputs([out / "predictions.csv", *overlays.values()], files)
+    return overlays
 
-    def load(path: Path) -> tuple[Tensor, tuple[str, ...]] | DataError:
-        try:
-            picture = read_image(path)
-        except DataError as error:
-            return error
-        image = preprocess.resize(picture.gray, meta["size"], meta["fit"])
-        return torch.from_numpy(image)[None], picture.notes
 
-    good, bad, notes = {}, [], []
-    for path, result in zip(files, in_threads(load, files, args.workers), strict=True):
+def read_many(files: list[Path], load_file: Callable, workers: int) -> tuple[dict, list]:
+    """What `load_file(path)` gives for every file, by its path; (path, reason) of unusable ones.
+
+    It gives a result and notes, or the DataError that says why not; both are printed.
+    """
+    good = {}
+    bad = []
+    notes = []
+    results = in_threads(load_file, files, workers)
+    for path, result in zip(files, results, strict=True):
         if isinstance(result, DataError):
             bad.append((str(path), str(result)))
             continue
-        good[path], image_notes = result
-        notes.extend((str(path), note) for note in image_notes)
+        good[path], file_notes = result
+        notes.extend((str(path), note) for note in file_notes)
     report_bad(bad)
     report_notes(notes)
-    if good:
-        batches = torch.stack(list(good.values())).split(settings["batch_size"])
-        loader = [(batch, torch.zeros(len(batch), dtype=torch.long)) for batch in batches]
-        probabilities, _ = predict(models, checkpoints, loader, device, args.amp)
-        rows = []
-        with hold_folder(out):
-            clear_results(out, list_predictions(out))
-            for k, (path, image) in enumerate(good.items()):
-                best = int(probabilities[k].argmax())
-                answer = f"{meta['classes'][best]} {probabilities[k, best]:.3f}"
-                overlay = draw_activation(models[0], meta, image, best, [str(path), answer], device)
-                save_picture(overlays[path], to_pil_image(overlay))
-                row = {"image": str(path), "prediction": meta["classes"][best]}
-                rows.append(
-                    row
-                    | named(meta["classes"], probabilities[k])
-                    | {"overlay": overlays[path].name}
-                )
-                print(one_line(f"{path}: {answer}"))
-            write_table(out / "predictions.csv", rows)
-        print(f"{len(good)} images; predictions.csv and overlays in {out}")
-    if bad:
-        raise DataError(f"{len(bad)} of {len(files)} files could not be read (named above)")
+    return good, bad
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    device = choose_device(args.device)
-    models, checkpoints = load_models(args.checkpoint, device)
-    out = args.out or args.checkpoint[0].parent / (
-        f"eval_{args.split}" if args.data else "predictions"
-    )
-    (evaluate_split if args.data else predict_images)(args, models, checkpoints, device, out)
+def load_image(path: Path, meta: dict) -> tuple[Tensor, tuple[str, ...]] | DataError:
+    """One image as in the cache of the run, uint8 (1, S, S), and notes; or why it is unusable."""
+    try:
+        picture = read_image(path)
+    except DataError as error:
+        return error
+    image = preprocess.resize(picture.gray, meta["size"], meta["fit"])
+    return torch.from_numpy(image)[None], picture.notes
+
+
+def list_predictions(out: Path) -> list[str]:
+    """The files that an earlier prediction left in the folder, by its table."""
+    table = out / "predictions.csv"
+    if not table.is_file():
+        return []
+    names = [table.name]
+    with open(table, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row.get("overlay"):
+                names.append(Path(row["overlay"]).name)  # a name only: nothing outside the folder
+    return names
 
 
 if __name__ == "__main__":

@@ -1,27 +1,32 @@
 """Evaluate checkpoints of train.py on images with known boxes, or predict new images.
 
-  python detection/eval.py --data data/heart --checkpoint runs/detection/best.pt --split val
-  python detection/eval.py --data data/other --checkpoint runs/a/best.pt runs/b/best.pt --split test
-  python detection/eval.py --checkpoint runs/detection/best.pt --images scan.dcm folder_of_images
+  python detection/eval.py --data data/heart --checkpoint runs/heart/best.pt
+  python detection/eval.py --data data/other --split test \\
+      --checkpoint runs/a/best.pt runs/b/best.pt
+  python detection/eval.py --checkpoint runs/heart/best.pt --images scan.dcm folder_of_images
 
-Known boxes: metrics.json with 95 % bootstrap intervals (over patients), predictions.csv in pixels of the
-original images, and gallery.png with the worst boxes first. New images: predictions.csv, and every image with
-its box. The boxes of several checkpoints are averaged. Batch size and mixed precision are those of the
-training, so that the score it printed comes out again.
+Known boxes: metrics.json with 95 % bootstrap intervals (over patients), predictions.csv in pixels
+of the original images, and gallery.png with the worst boxes first. New images: predictions.csv, and
+every image with its box. The boxes of several checkpoints are averaged. Batch size and mixed
+precision are those of the run, so that the score it printed comes out again.
+
+In the shapes below N is the number of images, S their side in pixels. Boxes are xmin, ymin, xmax,
+ymax in fractions of the image unless they are said to be in pixels.
 """
 
 import argparse
 import csv
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,10 +38,10 @@ from common.checkpoint import (
     hold_folder,
     load_run,
     load_weights,
-    write_json,
+    write_csv,
     written,
 )
-from common.metrics import bootstrap, box_iou, detection_metrics, print_summary
+from common.metrics import bootstrap, box_iou, detection_metrics, write_report
 from detection.dataset import (
     BOX,
     XrayDataset,
@@ -67,12 +72,11 @@ from detection.preprocess import (
 from detection.train import AMP, check_finite, choose_device, evaluate
 
 TILE = 384  # pixels of one picture in a gallery
-RESULTS = (
-    "metrics.json",
-    "predictions.csv",
-    "gallery.png",
-)  # of a split; metrics.json is written last
-TRUTH, PREDICTION = "#30d158", "#ff9f0a"
+WORST = 24  # pictures in gallery.png
+# What a split leaves in --out; metrics.json is written last.
+RESULTS = ("metrics.json", "predictions.csv", "gallery.png")
+TRUTH = "#30d158"  # green
+PREDICTION = "#ff9f0a"  # orange
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -80,28 +84,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument_group("data").add_argument
     add("--checkpoint", type=Path, nargs="+", required=True, help="one or more of train.py's")
-    add("--data", type=Path, metavar="CACHE", help="what preprocess.py wrote")
-    add(
-        "--split",
-        choices=("val", "test"),
-        default="val",
-        help="val (default): the fold left out in training",
-    )
-    add(
-        "--images",
-        type=Path,
-        nargs="+",
-        metavar="PATH",
-        help="new images without boxes: files and folders",
-    )
-    add(
-        "--out",
-        type=Path,
-        help="(default: eval_val, eval_test or predictions beside the checkpoint)",
-    )
+    add("--data", type=Path, metavar="CACHE", help="written by preprocess.py")
+    split = "val (default): the validation fold of the run"
+    add("--split", choices=("val", "test"), default="val", help=split)
+    images = "new images without boxes: files and folders"
+    add("--images", type=Path, nargs="+", metavar="PATH", help=images)
+    out = "(default: eval_val, eval_test or predictions beside the checkpoint)"
+    add("--out", type=Path, help=out)
     add = parser.add_argument_group("run").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
-    add("--amp", choices=AMP, help="mixed precision (default: as in the training)")
+    add("--amp", choices=AMP, help="mixed precision (default: as in the run)")
     add("--workers", type=int, default=2, help="loading processes (default: %(default)s)")
     add("--samples", type=int, default=1000, help="bootstrap samples (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -112,24 +104,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_models(
-    paths: list[Path], device: torch.device
-) -> tuple[list[torch.nn.Module], list[dict]]:
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    device = choose_device(args.device)
+    models, checkpoints = load_models(args.checkpoint, device)
+    out = args.out or args.checkpoint[0].parent / (
+        f"eval_{args.split}" if args.data else "predictions"
+    )
+    (evaluate_split if args.data else predict_images)(args, models, checkpoints, device, out)
+
+
+def load_models(paths: list[Path], device: torch.device) -> tuple[list[nn.Module], list[dict]]:
     """Bare models and their checkpoints. Raises CheckpointError if they do not go together."""
     types = {"arch": str, "head": str, "channels": int}
     checkpoints = [load_run(path, "detection", types, device) for path in paths]
     models = []
     for path, checkpoint in zip(paths, checkpoints, strict=True):
-        check_meta(checkpoint["meta"], path)
-        check_same(checkpoint["meta"], checkpoints[0]["meta"], path, paths[0])
+        meta = checkpoint["meta"]
         settings = checkpoint["settings"]
-        known = (
-            settings["arch"] in ARCHITECTURES
-            and settings["head"] in HEADS
-            and settings["amp"] in AMP
-        )
-        if not known or not 4 <= settings["channels"] <= 1024:
-            raise CheckpointError(f"{path}: settings {settings}, of no training")
+        check_meta(meta, path)
+        check_same(meta, checkpoints[0]["meta"], path, paths[0])
+        is_known = settings["arch"] in ARCHITECTURES and settings["head"] in HEADS
+        if not is_known or settings["amp"] not in AMP or not 4 <= settings["channels"] <= 1024:
+            raise CheckpointError(f"{path}: settings {settings}, of no run of train.py")
         model = build_model(settings["arch"], settings["head"], settings["channels"])
         load_weights(model, checkpoint, path)
         models.append(model.to(device, memory_format=torch.channels_last))
@@ -138,9 +135,66 @@ def load_models(
 
 def check_same(meta: dict, expected: dict, path: Path, other: Path) -> None:
     """Raise CheckpointError if images were not prepared in the same way."""
-    for name in ("size",):
-        if meta[name] != expected[name]:
-            raise CheckpointError(f"{path}: {name} {meta[name]}, but {other} has {expected[name]}")
+    if meta["size"] != expected["size"]:
+        sizes = f"size {meta['size']}, but {other} has {expected['size']}"
+        raise CheckpointError(f"{path}: {sizes}")
+
+
+# --- images with known boxes ---
+
+
+def evaluate_split(
+    args: argparse.Namespace,
+    models: list[nn.Module],
+    checkpoints: list[dict],
+    device: torch.device,
+    out: Path,
+) -> None:
+    """Metrics, table and gallery of images with known boxes."""
+    row_numbers = choose_rows(args.data, args.split, args.checkpoint, checkpoints)
+    pred, boxes = predict_rows(args, row_numbers, models, checkpoints, device)
+    index = read_index(args.data)
+    rows = [index[k] for k in row_numbers]
+    _, scale = read_boxes(rows)  # (N, 4): pixels
+    iou = box_iou(pred, boxes)  # (N,)
+    error_px = ((pred - boxes) * scale).abs()  # (N, 4)
+    error_mm = error_px * read_spacing(rows)
+    cases = list_cases(rows, iou, pred * scale, boxes * scale)
+    members = group_by_site(rows)
+
+    # Metrics, with intervals over patients
+    def metrics(chosen: Tensor) -> dict[str, float]:
+        values = {}
+        for suffix, is_member in members.items():
+            k = chosen[is_member[chosen]]
+            of_site = detection_metrics(pred[k], boxes[k])
+            of_site["mae_px"] = error_px[k].mean().item()
+            if error_mm.isfinite().any():
+                of_site["mae_mm"] = error_mm[k].nanmean().item()
+            values |= {f"{name}{suffix}": value for name, value in of_site.items()}
+        return values
+
+    patients = [row["patient"] for row in rows]
+    summary = bootstrap(metrics, patients, args.samples)
+    run = describe_run(args, len(rows))
+
+    # Pictures, the worst first
+    tiles = []
+    dataset = XrayDataset(args.data)
+    for k in iou.argsort()[:WORST].tolist():
+        (image,), _ = dataset[[row_numbers[k]]]  # (1, S, S)
+        caption = [cases[k]["id"], f"IoU {iou[k]:.3f}   green: truth, orange: prediction"]
+        tile = draw_boxes(image[0].numpy(), {TRUTH: boxes[k], PREDICTION: pred[k]}, caption)
+        tiles.append(pil_to_tensor(tile))
+    gallery = to_pil_image(torchvision.utils.make_grid(tiles, nrow=6))
+
+    # Results, in place of earlier ones
+    with hold_folder(out):
+        clear_results(out, RESULTS)
+        write_csv(out / "predictions.csv", cases)
+        save_picture(out / "gallery.png", gallery)
+        write_report(out, summary, patients, cases, run)
+    print(f"{len(rows)} images; metrics and pictures in {out}")
 
 
 def choose_rows(cache: Path, split: str, paths: list[Path], checkpoints: list[dict]) -> list[int]:
@@ -205,7 +259,123 @@ def check_leakage(cache: Path, rows: list[int], paths: list[Path], checkpoints: 
             )
 
 
+def predict_rows(
+    args: argparse.Namespace,
+    row_numbers: list[int],
+    models: list[nn.Module],
+    checkpoints: list[dict],
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """What `predict` gives for these rows of --data, in batches of the size of the run."""
+    batches = in_batches(row_numbers, checkpoints[0]["settings"]["batch_size"])
+    loader = make_loader(args.data, batches, args.workers, device)
+    return predict(models, checkpoints, loader, device, args.amp)
+
+
+def predict(
+    models: list[nn.Module],
+    checkpoints: list[dict],
+    loader: Iterable,
+    device: torch.device,
+    amp: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Boxes float32 (N, 4) in fractions, averaged over the models, and the true ones, on the CPU.
+
+    `amp` None takes the mixed precision of each run. Raises DataError for NaN or infinite outputs.
+    """
+    predictions = []  # of each model, (N, 4)
+    for number, (model, checkpoint) in enumerate(zip(models, checkpoints, strict=True), 1):
+        meta = checkpoint["meta"]
+        mode = amp or checkpoint["settings"]["amp"]
+        pred, boxes = evaluate(model, loader, device, mode, meta["mean"], meta["std"])
+        check_finite(pred, f"checkpoint {number}")
+        predictions.append(pred)
+    return torch.stack(predictions).mean(0), boxes
+
+
+def read_spacing(rows: list[dict[str, str]]) -> Tensor:
+    """Mm per pixel along x, y, x, y, float32 (N, 4), for the edges of a box; NaN where unknown."""
+    spacing = []
+    for row in rows:
+        down_across = [float(mm) for mm in row["spacing"].split()] or [math.nan, math.nan]
+        down, across = down_across
+        spacing.append([across, down, across, down])
+    return torch.tensor(spacing)
+
+
+def list_cases(
+    rows: list[dict[str, str]], iou: Tensor, pred_px: Tensor, boxes_px: Tensor
+) -> list[dict]:
+    """The rows of predictions.csv, one an image: IoU, predicted and true box (N, 4) in pixels."""
+    cases = []
+    for k, row in enumerate(rows):
+        case = {
+            "id": row["id"],
+            "patient": row["patient"],
+            "site": row["site"],
+            "iou": round(iou[k].item(), 4),
+        }
+        case |= name_edges(pred_px[k])
+        for name, value in name_edges(boxes_px[k]).items():
+            case[f"true_{name}"] = value
+        cases.append(case)
+    return cases
+
+
+def name_edges(box: Tensor) -> dict[str, float]:
+    """xmin, ymin, xmax and ymax of a box (4,), to a hundredth of a pixel."""
+    values = [round(value, 2) for value in box.tolist()]
+    return dict(zip(BOX, values, strict=True))
+
+
+def group_by_site(rows: list[dict[str, str]]) -> dict[str, Tensor]:
+    """Which rows a metric is taken of, bool (N,), by the suffix of its name.
+
+    All of them, and with several sites those of each.
+    """
+    members = {"": torch.ones(len(rows), dtype=torch.bool)}
+    sites = sorted({row["site"] for row in rows} - {""})
+    if len(sites) > 1:
+        for site in sites:
+            members[f"_{site}"] = torch.tensor([row["site"] == site for row in rows])
+    return members
+
+
+def describe_run(args: argparse.Namespace, count: int) -> dict:
+    """How the metrics of a split arose: command, versions, hashes, number of images."""
+    return {
+        "command": " ".join(sys.argv),
+        "versions": {module.__name__: module.__version__ for module in (torch, torchvision)},
+        "checkpoint_sha256": [file_sha256(path) for path in args.checkpoint],
+        "index_sha256": file_sha256(args.data / "index.csv"),
+        "split": args.split,
+        "n": count,
+    }
+
+
 # --- pictures ---
+
+
+def draw_boxes(image: np.ndarray, boxes: dict[str, Tensor], caption: list[str]) -> Image.Image:
+    """A gray image uint8 (H, W), scaled to TILE pixels, with its boxes, under its caption.
+
+    `boxes` (4,) in fractions by their colour; one that is inside out is not drawn.
+    """
+    picture = Image.fromarray(image).convert("RGB")
+    scale = TILE / max(picture.size)
+    picture = picture.resize([max(1, round(side * scale)) for side in picture.size])
+    draw = ImageDraw.Draw(picture)
+    for colour, box in boxes.items():
+        corners = box * torch.tensor(picture.size * 2)
+        xmin, ymin, xmax, ymax = corners.round().long().tolist()
+        if xmin <= xmax and ymin <= ymax:
+            draw.rectangle((xmin, ymin, xmax, ymax), outline=colour, width=2)
+    head = 20 * len(caption)  # pixels
+    tile = Image.new("RGB", (TILE, TILE + head), "black")
+    tile.paste(picture, ((TILE - picture.width) // 2, head))
+    for k, line in enumerate(caption):
+        ImageDraw.Draw(tile).text((4, 20 * k + 2), shorten(line, 48), "white", font(14))
+    return tile
 
 
 def shorten(text: str, length: int) -> str:
@@ -218,124 +388,56 @@ def font(size: int) -> ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
 
 
-def draw_boxes(
-    image: np.ndarray | Tensor, boxes: dict[str, Tensor], caption: list[str]
-) -> Image.Image:
-    """A gray image uint8 (H, W), scaled to TILE pixels, with boxes by their colour, under its caption."""
-    picture = Image.fromarray(np.asarray(image)).convert("RGB")
-    scale = TILE / max(picture.size)
-    picture = picture.resize([max(1, round(side * scale)) for side in picture.size])
-    size = torch.tensor(picture.size * 2)
-    pixels = pil_to_tensor(picture)
-    for colour, box in boxes.items():
-        corners = (box * size).round()[None]
-        if (corners[:, 2:] >= corners[:, :2]).all():
-            pixels = torchvision.utils.draw_bounding_boxes(pixels, corners, colors=colour, width=2)
-    tile = Image.new("RGB", (TILE, TILE + 20 * len(caption)), "black")
-    tile.paste(to_pil_image(pixels), ((TILE - picture.width) // 2, 20 * len(caption)))
-    for k, line in enumerate(caption):
-        ImageDraw.Draw(tile).text((4, 20 * k + 2), shorten(line, 48), "white", font(14))
-    return tile
-
-
-# --- the two modes ---
-
-
-def predict(
-    models: list, checkpoints: list[dict], loader: Iterable, device: torch.device, amp: str | None
-) -> tuple[Tensor, Tensor]:
-    """Boxes float32 (N, 4) in fractions, averaged over the models, and the true ones."""
-    found = []
-    for model, checkpoint in zip(models, checkpoints, strict=True):
-        meta, mode = checkpoint["meta"], amp or checkpoint["settings"]["amp"]
-        pred, boxes = evaluate(model, loader, device, mode, meta["mean"], meta["std"])
-        check_finite(pred, f"checkpoint {len(found) + 1}")
-        found.append(pred)
-    return torch.stack(found).mean(0), boxes
-
-
-def named(box: Tensor) -> dict[str, float]:
-    return dict(zip(BOX, (round(value, 2) for value in box.tolist()), strict=True))
-
-
 def save_picture(path: Path, picture: Image.Image) -> None:
     with written(path) as temporary:
         picture.save(temporary)
 
 
-def write_table(path: Path, rows: list[dict]) -> None:
-    with written(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+# --- new images ---
 
 
-def evaluate_split(
-    args: argparse.Namespace, models: list, checkpoints: list[dict], device: torch.device, out: Path
+def predict_images(
+    args: argparse.Namespace,
+    models: list[nn.Module],
+    checkpoints: list[dict],
+    device: torch.device,
+    out: Path,
 ) -> None:
-    """Figures, table and gallery of images with known boxes."""
-    settings = checkpoints[0]["settings"]
-    rows = choose_rows(args.data, args.split, args.checkpoint, checkpoints)
-    loader = make_loader(args.data, in_batches(rows, settings["batch_size"]), args.workers, device)
-    pred, boxes = predict(models, checkpoints, loader, device, args.amp)
-    table = read_index(args.data)
-    index = [table[row] for row in rows]
-    _, scale = read_boxes(index)
-    iou, error = box_iou(pred, boxes), ((pred - boxes) * scale).abs()
-    spacing = [
-        [float(mm) for mm in row["spacing"].split()[::-1]] or [math.nan] * 2 for row in index
-    ]
-    error_mm = error * torch.tensor(spacing).repeat(1, 2)
-    cases = [
-        {
-            "id": row["id"],
-            "patient": row["patient"],
-            "site": row["site"],
-            "iou": round(iou[k].item(), 4),
-        }
-        | named(pred[k] * scale[k])
-        | {f"true_{name}": value for name, value in named(boxes[k] * scale[k]).items()}
-        for k, row in enumerate(index)
-    ]
-    groups = sorted({row["site"] for row in index} - {""})
-    members = {f"_{name}": torch.tensor([row["site"] == name for row in index]) for name in groups}
-    members = {"": torch.ones(len(rows), dtype=torch.bool)} | (members if len(groups) > 1 else {})
+    """Boxes of images without known ones, and overlays.
 
-    def figures(chosen: Tensor) -> dict[str, float]:
-        found = {}
-        for name, member in members.items():
-            k = chosen[member[chosen]]
-            one = detection_metrics(pred[k], boxes[k]) | {"mae_px": error[k].mean().item()}
-            if error_mm.isfinite().any():
-                one["mae_mm"] = error_mm[k].nanmean().item()
-            found |= {f"{figure}{name}": value for figure, value in one.items()}
-        return found
-
-    patients = [row["patient"] for row in index]
-    summary = bootstrap(figures, patients, args.samples)
-    print_summary(summary, patients)
-    run = {
-        "command": " ".join(sys.argv), "versions": {m.__name__: m.__version__ for m in (torch, torchvision)},
-        "checkpoint_sha256": [file_sha256(path) for path in args.checkpoint],
-        "index_sha256": file_sha256(args.data / "index.csv"), "split": args.split, "n": len(rows),
-    }  # fmt: skip
-
-    tiles, dataset = [], XrayDataset(args.data)
-    for k in iou.argsort()[:24].tolist():  # the worst first
-        (image,), _ = dataset[[rows[k]]]
-        caption = [cases[k]["id"], f"IoU {iou[k]:.3f}   green: truth, orange: prediction"]
-        tile = draw_boxes(image[0], {TRUTH: boxes[k], PREDICTION: pred[k]}, caption)
-        tiles.append(pil_to_tensor(tile))
-    with hold_folder(out):
-        clear_results(out, RESULTS)
-        write_table(out / "predictions.csv", cases)
-        save_picture(out / "gallery.png", to_pil_image(torchvision.utils.make_grid(tiles, nrow=6)))
-        write_json(out / "metrics.json", {"summary": summary, "cases": cases, "run": run})
-    print(f"{len(rows)} images; figures and pictures in {out}")
+    Raises DataError at the end if some could not be read.
+    """
+    files = list_images(args.images)
+    overlays = name_overlays(out, args.images, files)
+    size = checkpoints[0]["meta"]["size"]
+    images, bad = read_many(files, partial(load_image, size=size), args.workers)
+    if images:
+        inputs = torch.stack([image for image, _ in images.values()])  # (N, 1, S, S)
+        batches = inputs.split(checkpoints[0]["settings"]["batch_size"])
+        loader = [(batch, torch.zeros(len(batch), 4)) for batch in batches]  # unknown boxes
+        pred, _ = predict(models, checkpoints, loader, device, args.amp)
+        rows = []
+        with hold_folder(out):
+            clear_results(out, list_predictions(out))
+            for k, (path, (image, (height, width))) in enumerate(images.items()):
+                edges = name_edges(pred[k] * torch.tensor([width, height, width, height]))
+                answer = " ".join(f"{name} {value:.0f}" for name, value in edges.items())
+                # From what the network saw back to the proportions of the original
+                picture = Image.fromarray(image[0].numpy()).resize((width, height))
+                overlay = draw_boxes(
+                    np.asarray(picture), {PREDICTION: pred[k]}, [str(path), answer]
+                )
+                save_picture(overlays[path], overlay)
+                rows.append({"image": str(path), **edges, "overlay": overlays[path].name})
+                print(one_line(f"{path}: {answer}"))
+            write_csv(out / "predictions.csv", rows)
+        print(f"{len(images)} images; predictions.csv and overlays in {out}")
+    if bad:
+        raise DataError(f"{len(bad)} of {len(files)} files could not be read (named above)")
 
 
 def list_images(paths: list[Path]) -> list[Path]:
-    """The files, and the images anywhere in the folders. Raises DataError for a folder without any."""
+    """The files, and all images below the folders. Raises DataError for a folder without any."""
     files = []
     for path in paths:
         if not path.is_dir():
@@ -344,89 +446,77 @@ def list_images(paths: list[Path]) -> list[Path]:
         images = find_images(path)
         others = sorted(set(list_files(path)) - set(images))
         if not images:
-            found = count_files(others, path) or "nothing"
-            raise DataError(
-                f"{path}: no image in it, found {found}, expected DICOM, JPEG, PNG or TIFF"
-            )
+            content = count_files(others, path) or "nothing"
+            expected = "DICOM, JPEG, PNG or TIFF"
+            raise DataError(f"{path}: no image in it, found {content}, expected {expected}")
         if others:
             print(f"note: {path}: passed over: {count_files(others, path)}")
         files += images
     return files
 
 
-def list_predictions(out: Path) -> list[str]:
-    """The files that an earlier prediction left in the folder, by its table."""
-    if not (out / "predictions.csv").is_file():
-        return []
-    with open(out / "predictions.csv", newline="", encoding="utf-8") as file:
-        overlays = [row.get("overlay") or "" for row in csv.DictReader(file)]
-    return ["predictions.csv", *(Path(overlay).name for overlay in overlays if overlay)]
+def name_overlays(out: Path, inputs: list[Path], files: list[Path]) -> dict[Path, Path]:
+    """The picture that belongs to each file.
 
-
-def predict_images(
-    args: argparse.Namespace, models: list, checkpoints: list[dict], device: torch.device, out: Path
-) -> None:
-    """Boxes of images without known ones, and overlays. DataError at the end if some are unreadable."""
-    meta, settings = checkpoints[0]["meta"], checkpoints[0]["settings"]
-    files = list_images(args.images)
-    for folder in args.images:
+    Raises DataError if a result could be taken for an image later, because --out lies in a folder
+    of --images, or would be written onto an image.
+    """
+    for folder in inputs:
         if folder.resolve() in (out.resolve(), *out.resolve().parents):
-            raise DataError(
-                f"--out {out}: lies in {folder}, where it would be read as images; choose another"
-            )
-    # long names are cut: file systems end at 255 letters
-    overlays = {path: out / f"{k:04d}_{path.stem[:100]}.png" for k, path in enumerate(files)}
+            problem = f"lies in {folder}, where it would be read as images"
+            raise DataError(f"--out {out}: {problem}; choose another")
+    overlays = {}
+    for k, path in enumerate(files):
+        stem = path.stem[:100]  # file systems end at 255 letters
+        overlays[path] = out / f"{k:04d}_{stem}.png"
     check_outputs([out / "predictions.csv", *overlays.values()], files)
+    return overlays
 
-    def load(path: Path) -> tuple[Tensor, tuple[int, int], tuple[str, ...]] | DataError:
-        try:
-            picture = read_image(path)
-        except DataError as error:
-            return error
-        image = prepare(picture.gray, meta["size"])
-        return torch.from_numpy(image)[None], picture.gray.shape, picture.notes
 
-    good, bad, notes = {}, [], []
-    for path, result in zip(files, in_threads(load, files, args.workers), strict=True):
+def read_many(files: list[Path], load_file: Callable, workers: int) -> tuple[dict, list]:
+    """What `load_file(path)` gives for every file, by its path; (path, reason) of unusable ones.
+
+    It gives a result and notes, or the DataError that says why not; both are printed.
+    """
+    good = {}
+    bad = []
+    notes = []
+    results = in_threads(load_file, files, workers)
+    for path, result in zip(files, results, strict=True):
         if isinstance(result, DataError):
             bad.append((str(path), str(result)))
             continue
-        image, shape, image_notes = result
-        good[path] = (image, shape)
-        notes.extend((str(path), note) for note in image_notes)
+        good[path], file_notes = result
+        notes.extend((str(path), note) for note in file_notes)
     report_bad(bad)
     report_notes(notes)
-    if good:
-        batches = torch.stack([image for image, _ in good.values()]).split(settings["batch_size"])
-        loader = [(batch, torch.zeros(len(batch), 4)) for batch in batches]
-        pred, _ = predict(models, checkpoints, loader, device, args.amp)
-        rows = []
-        with hold_folder(out):
-            clear_results(out, list_predictions(out))
-            for k, (path, (image, (height, width))) in enumerate(good.items()):
-                rows.append(
-                    {"image": str(path)} | named(pred[k] * torch.tensor([width, height] * 2))
-                )
-                rows[-1]["overlay"] = overlays[path].name
-                answer = " ".join(f"{name} {rows[-1][name]:.0f}" for name in BOX)
-                picture = Image.fromarray(image[0].numpy()).resize((width, height))
-                overlay = draw_boxes(picture, {PREDICTION: pred[k]}, [str(path), answer])
-                save_picture(overlays[path], overlay)
-                print(one_line(f"{path}: {answer}"))
-            write_table(out / "predictions.csv", rows)
-        print(f"{len(good)} images; predictions.csv and overlays in {out}")
-    if bad:
-        raise DataError(f"{len(bad)} of {len(files)} files could not be read (named above)")
+    return good, bad
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    device = choose_device(args.device)
-    models, checkpoints = load_models(args.checkpoint, device)
-    out = args.out or args.checkpoint[0].parent / (
-        f"eval_{args.split}" if args.data else "predictions"
-    )
-    (evaluate_split if args.data else predict_images)(args, models, checkpoints, device, out)
+def load_image(path: Path, size: int) -> tuple[tuple[Tensor, tuple[int, int]], tuple] | DataError:
+    """One image as in the cache of the run, uint8 (1, S, S), with its height and width in pixels.
+
+    And its notes; or the DataError that says why it is unusable.
+    """
+    try:
+        picture = read_image(path)
+    except DataError as error:
+        return error
+    image = torch.from_numpy(prepare(picture.gray, size))[None]
+    return (image, picture.gray.shape), picture.notes
+
+
+def list_predictions(out: Path) -> list[str]:
+    """The files that an earlier prediction left in the folder, by its table."""
+    table = out / "predictions.csv"
+    if not table.is_file():
+        return []
+    names = [table.name]
+    with open(table, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row.get("overlay"):
+                names.append(Path(row["overlay"]).name)  # a name only: nothing outside the folder
+    return names
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""The cache of preprocess.py as batches of patches, augmentation on the device, and the synthetic raw set."""
+"""The cache of preprocess.py as batches of patches, augmentation, and a synthetic raw set.
+
+In the shapes below B is the batch, C the channels, *S the two or three axes of a patch, (X, Y, Z)
+the axes of a volume in RAS: to the right, front and top. Spacings and extents are in mm.
+"""
 
 import csv
 import itertools
@@ -24,10 +28,63 @@ FOLD_NAMES = ("0", "1", "2", "3", "4", "test")
 FOREGROUND = 0.5  # the part of the patches that is centred on a foreground voxel
 
 
+# --- the cache ---
+
+
+def open_cache(cache: Path) -> tuple[dict, list[dict[str, str]]]:
+    """meta.json and the rows of index.csv. Raises DataError unless they are those of a cache."""
+    meta = read_meta(cache)
+    try:
+        rows = read_index(cache)
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{cache / 'index.csv'}: {error}; preprocess again") from error
+    for number, row in enumerate(rows, 1):
+        problem = check_row(row)
+        if problem:
+            raise DataError(f"{cache / 'index.csv'}: row {number}: {problem}")
+    return meta, rows
+
+
 def read_index(cache: Path) -> list[dict[str, str]]:
     """The rows of index.csv (id, group, fold, image, mask)."""
     with open(cache / "index.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def check_row(row: dict[str, str]) -> str:
+    """What is wrong with a row of index.csv, or ""."""
+    # csv.DictReader: the key None holds surplus values, the value None is a missing one.
+    if None in row or None in row.values() or not set(COLUMNS) <= row.keys():
+        return f"found {list(row)}, expected a value for each of {', '.join(COLUMNS)}"
+    if not row["id"]:
+        return "no id, expected a name"
+    if row["fold"] not in FOLD_NAMES:
+        return f"fold {row['fold']!r}, expected one of {' '.join(FOLD_NAMES)}"
+    if "/" in row["id"] or "\\" in row["id"] or row["id"].startswith("."):
+        return f"id {row['id']!r}, expected a name without separators: files are called by it"
+    return ""
+
+
+def check_case(cache: Path, name: str, meta: dict) -> None:
+    """Raise DataError unless the arrays of a case go together and the network can take them.
+
+    All of it is read once, as an epoch will do.
+    """
+    again = "make the cache again"
+    image_path = cache / "volumes" / f"{name}.image.npy"
+    mask_path = cache / "volumes" / f"{name}.mask.npy"
+    image = load_array(image_path, "float16", 4)  # (C, X, Y, Z)
+    mask = load_array(mask_path, "uint8", 3)  # (X, Y, Z)
+    expected = (len(meta["channels"]), *mask.shape)
+    if image.shape != expected:
+        reason = f"shape {image.shape}, expected {expected} by its mask and meta.json"
+        raise DataError(f"{image_path}: {reason}; {again}")
+    broken = int((~np.isfinite(image)).sum())
+    if broken:
+        raise DataError(f"{image_path}: {broken} voxels are NaN or infinite; {again}")
+    if mask.max() >= len(meta["classes"]):
+        reason = f"class number {mask.max()}, expected those of {meta['classes']}"
+        raise DataError(f"{mask_path}: {reason}; {again}")
 
 
 def load_array(path: Path, dtype: str, axes: int) -> np.ndarray:
@@ -46,77 +103,18 @@ def load_array(path: Path, dtype: str, axes: int) -> np.ndarray:
     return array
 
 
-def check_row(row: dict[str, str], meta: dict) -> str:
-    """What is wrong with a row of index.csv, or ""."""
-    if None in row or None in row.values() or not set(COLUMNS) <= row.keys():
-        return f"found {list(row)}, expected a value for each of {', '.join(COLUMNS)}"
-    if not row["id"]:
-        return "no id, expected a name"
-    if row["fold"] not in FOLD_NAMES:
-        return f"fold {row['fold']!r}, expected one of {' '.join(FOLD_NAMES)}"
-    if "/" in row["id"] or "\\" in row["id"] or row["id"].startswith("."):
-        return f"id {row['id']!r}, expected a name without separators: files are called by it"
-    return ""
-
-
-def open_cache(cache: Path) -> tuple[dict, list[dict[str, str]]]:
-    """meta.json and the rows of index.csv. Raises DataError unless they are those of a cache."""
-    meta = read_meta(cache)
-    try:
-        rows = read_index(cache)
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{cache / 'index.csv'}: {error}; preprocess again") from error
-    for k, row in enumerate(rows):
-        if problem := check_row(row, meta):
-            raise DataError(f"{cache / 'index.csv'}: row {k + 1}: {problem}")
-    return meta, rows
-
-
-def check_case(cache: Path, name: str, meta: dict) -> None:
-    """Raise DataError unless the arrays of a case go together and hold what the network can take.
-
-    All of it is read once, as an epoch will do.
-    """
-    path, again = cache / "volumes" / f"{name}.image.npy", "make the cache again"
-    mask_path = path.with_name(f"{name}.mask.npy")
-    image, mask = load_array(path, "float16", 4), load_array(mask_path, "uint8", 3)
-    expected = (len(meta["channels"]), *mask.shape)
-    if image.shape != expected:
-        raise DataError(
-            f"{path}: shape {image.shape}, expected {expected} by its mask and meta.json; {again}"
-        )
-    if broken := int((~np.isfinite(image)).sum()):
-        raise DataError(f"{path}: {broken} voxels are NaN or infinite; {again}")
-    if mask.max() >= len(meta["classes"]):
-        raise DataError(
-            f"{mask_path}: class number {mask.max()}, expected those of {meta['classes']}; {again}"
-        )
-
-
-def fingerprints(cache: Path, rows: list[int]) -> tuple[list[str], list[str]]:
-    """Hashes of the group and of the image of every row: by them eval.py knows what was trained on.
-
-    Of an image its middle plane is enough, because no two are the same and a cache may fill a disk.
-    """
-    index, patients, images = read_index(cache), [], []
-    for k in rows:
-        image, _ = open_case(cache, index[k]["id"])
-        patients.append(short_hash(index[k]["group"].encode()))
-        images.append(short_hash(np.ascontiguousarray(image[:, image.shape[1] // 2])))
-    return patients, images
-
-
 def open_case(cache: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Image float16 (C, X, Y, Z) and mask uint8 (X, Y, Z) of a case, mapped: only what is used is read."""
-    image, mask = (
-        np.load(cache / "volumes" / f"{name}.{kind}.npy", mmap_mode="r")
-        for kind in ("image", "mask")
-    )
+    """Image float16 (C, X, Y, Z) and mask uint8 (X, Y, Z), mapped: only what is used is read."""
+    image = np.load(cache / "volumes" / f"{name}.image.npy", mmap_mode="r")
+    mask = np.load(cache / "volumes" / f"{name}.mask.npy", mmap_mode="r")
     return image, mask
 
 
 def read_points(cache: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Foreground voxels of a case, integers (N, 4): class, x, y, z. Raises DataError naming the file."""
+    """Foreground voxels of a case, integers (N, 4): class, x, y, z.
+
+    `shape` is that of its mask. Raises DataError naming the file.
+    """
     path = cache / "volumes" / f"{name}.points.npy"
     try:
         points = np.load(path)
@@ -124,77 +122,113 @@ def read_points(cache: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
         raise DataError(f"{path}: {type(error).__name__}: {error}; preprocess again") from error
     good = isinstance(points, np.ndarray) and points.dtype.kind == "i" and points.shape[1:] == (4,)
     if not good or (points[:, 1:] < 0).any() or (points[:, 1:] >= shape).any():
-        raise DataError(
-            f"{path}: expected integers (N, 4), class and voxel inside {shape}; preprocess again"
-        )
+        expected = f"integers (N, 4), class and voxel inside {shape}"
+        raise DataError(f"{path}: expected {expected}; preprocess again")
     return points
 
 
+def fingerprints(cache: Path, rows: list[int]) -> tuple[list[str], list[str]]:
+    """Hashes of the group and of the image of every row: by them eval.py knows what was trained on.
+
+    Of an image the middle plane is enough: no two are the same, and a cache may fill a disk.
+    """
+    index = read_index(cache)
+    patients = []
+    images = []
+    for k in rows:
+        image, _ = open_case(cache, index[k]["id"])
+        middle = image[:, image.shape[1] // 2]  # (C, Y, Z)
+        patients.append(short_hash(index[k]["group"].encode()))
+        images.append(short_hash(np.ascontiguousarray(middle)))
+    return patients, images
+
+
+# --- patches: boxes of voxels, one voxel thick if they are slices ---
+
+
 def patch_axes(values: list, dims: int, slice_axis: int) -> list:
-    """Of values for x, y and z those that a patch has: with two dimensions all but the slice axis."""
+    """Of values for x, y and z those that a patch has: in two dimensions all but the slice axis."""
     return [value for axis, value in enumerate(values) if dims == 3 or axis != slice_axis]
 
 
 def window_size(patch: list[int], slice_axis: int) -> list[int]:
-    """The patch as a box of voxels: a slice is one voxel thick along the slice axis."""
-    return list(patch) if len(patch) == 3 else [*patch[:slice_axis], 1, *patch[slice_axis:]]
-
-
-def box_slices(
-    corner: list[int], size: list[int], shape: tuple[int, ...]
-) -> tuple[list[slice], list[slice]]:
-    """The part of the box that lies in a volume of `shape`: its slices of the volume, and of the box."""
-    inside = [
-        slice(max(0, a), max(0, min(n, a + s))) for a, s, n in zip(corner, size, shape, strict=True)
-    ]
-    return inside, [
-        slice(part.start - a, part.stop - a) for part, a in zip(inside, corner, strict=True)
-    ]
+    """The patch as a box of voxels (x, y, z): a slice is one voxel thick along the slice axis."""
+    size = list(patch)
+    if len(size) == 2:
+        size.insert(slice_axis, 1)
+    return size
 
 
 def cut(volume: np.ndarray, corner: list[int], size: list[int]) -> np.ndarray:
     """The box of `size` at `corner` of (..., X, Y, Z), zeros where it reaches out of the volume."""
     inside, place = box_slices(corner, size, volume.shape[-3:])
-    out = np.zeros((*volume.shape[:-3], *size), volume.dtype)
-    out[(..., *place)] = volume[(..., *inside)]
-    return out
+    box = np.zeros((*volume.shape[:-3], *size), volume.dtype)  # (..., *size)
+    box[(..., *place)] = volume[(..., *inside)]
+    return box
+
+
+def box_slices(
+    corner: list[int], size: list[int], shape: tuple[int, ...]
+) -> tuple[list[slice], list[slice]]:
+    """The part of a box that lies in a volume of `shape`: slices of the volume, and of the box."""
+    inside = []
+    place = []
+    for start, length, end in zip(corner, size, shape, strict=True):
+        low = max(0, start)
+        high = max(0, min(end, start + length))
+        inside.append(slice(low, high))
+        place.append(slice(low - start, high - start))
+    return inside, place
 
 
 class PatchDataset(Dataset):
-    """Patches of a cache's volumes, fetched a batch of (row number, corner x, y, z) at a time.
+    """Patches of a cache's volumes, a batch at a time, raw: augmentation is on the device.
 
-    `dataset[places]` gives images float16 (B, C, *patch) and masks uint8 (B, *patch); `patch`
-    has two or three axes. It holds paths and sizes only, so it can go to workers.
+    `dataset[places]`, with places (row number, corner x, y, z) in voxels, gives images float16 (B,
+    C, *S) and masks uint8 (B, *S) of `patch`, which has two or three axes. The arrays are opened
+    anew for each batch, so that the dataset holds no open files and can go to workers.
     """
 
     def __init__(self, cache: Path, patch: list[int]) -> None:
-        meta = read_meta(cache)
-        self.cache, self.size, self.names = cache, window_size(patch, meta["slice_axis"]), None
-        self.flat = meta["slice_axis"] - 3 if len(patch) == 2 else None
-        self.spacing = patch_axes(meta["spacing"], len(patch), meta["slice_axis"])
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "names": None}
+        slice_axis = read_meta(cache)["slice_axis"]
+        self.cache = cache
+        self.names = [row["id"] for row in read_index(cache)]
+        self.size = window_size(patch, slice_axis)
+        self.is_slice = len(patch) == 2
+        self.thin = slice_axis - 3  # the axis that a slice does not have, counted from the end
+        self.spacing = patch_axes(read_meta(cache)["spacing"], len(patch), slice_axis)
 
     def __getitem__(self, places: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
-        if self.names is None:
-            self.names = [row["id"] for row in read_index(self.cache)]
-        images, masks = [], []
+        images = []
+        masks = []
         for row, *corner in places:
             image, mask = open_case(self.cache, self.names[row])
-            images.append(cut(image, corner, self.size))
-            masks.append(cut(mask, corner, self.size))
-        images, masks = torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(masks))
-        return (
-            (images, masks)
-            if self.flat is None
-            else (images.squeeze(self.flat), masks.squeeze(self.flat))
-        )
+            images.append(cut(image, corner, self.size))  # (C, *size)
+            masks.append(cut(mask, corner, self.size))  # (*size)
+        images = torch.from_numpy(np.stack(images))  # (B, C, *size)
+        masks = torch.from_numpy(np.stack(masks))  # (B, *size)
+        if self.is_slice:
+            images = images.squeeze(self.thin)  # (B, C, *S)
+            masks = masks.squeeze(self.thin)  # (B, *S)
+        return images, masks
 
 
-def in_batches(rows: list[int], batch_size: int) -> list[list[int]]:
-    """Rows in their order, nothing dropped: the batches of an evaluation."""
-    return [rows[k : k + batch_size] for k in range(0, len(rows), batch_size)]
+def make_loader(
+    cache: Path, patch: list[int], batches: Sampler, workers: int, device: torch.device
+) -> DataLoader:
+    """A loader of the batches that `batches` draws: the dataset is asked for a whole batch at once.
+
+    Workers stay from epoch to epoch: the dataset knows no epoch, only the sampler does.
+    """
+    return DataLoader(
+        PatchDataset(cache, patch),
+        batch_size=None,
+        sampler=batches,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_interrupt,
+    )
 
 
 def ignore_interrupt(worker: int) -> None:
@@ -202,23 +236,13 @@ def ignore_interrupt(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def make_loader(
-    cache: Path, patch: list[int], batches: Sampler, workers: int, device: torch.device
-) -> DataLoader:
-    """A loader of whole batches. Workers stay from epoch to epoch: the dataset knows no epoch."""
-    dataset = PatchDataset(cache, patch)
-    return DataLoader(dataset, batch_size=None, sampler=batches, num_workers=workers,
-                      persistent_workers=workers > 0, pin_memory=device.type == "cuda",
-                      worker_init_fn=ignore_interrupt)  # fmt: skip
-
-
 class EpochBatches(Sampler):
     """Batches of (row, x, y, z) for training, drawn from (seed, epoch); each rank takes its share.
 
-    An epoch takes from every case as many patches as its volume holds. A part of them lies about a voxel of
-    foreground, of any class with the same chance, the others anywhere; none reaches out of a larger volume.
-    The patches left over by the last full step are dropped: every rank needs the same number of steps. The
-    loop sets `epoch`.
+    An epoch takes from every case as many patches as its volume holds. A part of them lies about a
+    voxel of foreground, of any class with the same chance, the others anywhere; none reaches out of
+    a larger volume. The patches left over by the last full step are dropped: every rank needs the
+    same number of steps. The loop sets `epoch`.
     """
 
     def __init__(
@@ -231,187 +255,273 @@ class EpochBatches(Sampler):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        size = window_size(patch, read_meta(cache)["slice_axis"])
-        self.size, self.batch_size, self.seed = np.array(size), batch_size, seed
-        self.rank, self.world_size, self.epoch = rank, world_size, 0
-        names, self.shapes, self.points = [row["id"] for row in read_index(cache)], {}, {}
-        draws = []
+        self.size = np.array(window_size(patch, read_meta(cache)["slice_axis"]))  # voxels, (3,)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+
+        index = read_index(cache)
+        self.shapes = {}  # of each row: voxels, (3,)
+        self.points = {}  # of each row and of each class in it: foreground voxels (N, 3)
+        draws = []  # each row as often as an epoch takes a patch from it
         for row in rows:
-            _, mask = open_case(cache, names[row])
-            points = read_points(cache, names[row], mask.shape)
-            self.points[row] = [points[points[:, 0] == k, 1:] for k in np.unique(points[:, 0])]
+            name = index[row]["id"]
+            _, mask = open_case(cache, name)
+            points = read_points(cache, name, mask.shape)
+            classes = np.unique(points[:, 0])
+            self.points[row] = [points[points[:, 0] == k, 1:] for k in classes]
             self.shapes[row] = np.array(mask.shape)
-            draws += [row] * max(1, round(mask.size / np.minimum(self.size, mask.shape).prod()))
+            patch_voxels = np.minimum(self.size, mask.shape).prod()
+            draws += [row] * max(1, round(mask.size / patch_voxels))
         self.draws = np.array(draws)
 
     def __len__(self) -> int:
         return len(self.draws) // (self.batch_size * self.world_size)
 
-    def corner(self, row: int, rng: np.random.Generator) -> list[int]:
-        """Where a patch of the case begins: negative if the volume is smaller and lies in its middle."""
-        free, points = self.shapes[row] - self.size, self.points[row]
-        corner = rng.integers(0, np.maximum(free, 0) + 1)
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
+        # To NumPy (seed, epoch) is (seed, epoch, 0, 0); the draws of the loop count steps from 1.
+        rng = np.random.default_rng((self.seed, self.epoch))
+        step_size = self.batch_size * self.world_size
+        order = rng.permutation(self.draws)[: len(self) * step_size].tolist()
+        for rows in in_batches(order, step_size):
+            # Every rank draws all places, so that together they see what one process would see.
+            places = [(row, *self.draw_corner(row, rng)) for row in rows]
+            yield places[self.rank :: self.world_size]
+
+    def draw_corner(self, row: int, rng: np.random.Generator) -> list[int]:
+        """Where a patch begins: below 0 if the volume is smaller, which then lies in its middle."""
+        free = self.shapes[row] - self.size
+        last = np.maximum(free, 0)  # the last corner from which the patch stays inside
+        points = self.points[row]
+        corner = rng.integers(0, last + 1)
         if rng.random() < FOREGROUND and points:
             of_class = points[rng.integers(len(points))]
-            corner = np.clip(
-                of_class[rng.integers(len(of_class))] - self.size // 2, 0, np.maximum(free, 0)
-            )
+            center = of_class[rng.integers(len(of_class))]
+            corner = np.clip(center - self.size // 2, 0, last)
         return np.where(free < 0, free // 2, corner).tolist()
 
-    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
-        # To NumPy (seed, epoch) is (seed, epoch, 0, 0); the draws of the loop count their steps from 1.
-        rng = np.random.default_rng((self.seed, self.epoch))
-        order = rng.permutation(self.draws)[
-            : len(self) * self.batch_size * self.world_size
-        ].tolist()
-        for batch in in_batches(order, self.batch_size * self.world_size):
-            yield [(row, *self.corner(row, rng)) for row in batch][self.rank :: self.world_size]
+
+def in_batches(rows: list[int], batch_size: int) -> list[list[int]]:
+    """Rows in their order, nothing dropped: the batches of an evaluation."""
+    return [rows[k : k + batch_size] for k in range(0, len(rows), batch_size)]
 
 
-def random_affine(draws: np.ndarray, extent: np.ndarray) -> Tensor:
-    """Matrices (B, D, D + 1) for affine_grid: rotation in mm about the middle, scaling, shift.
-
-    `draws` (9 or 5, B) in -1..1: a scaling common to the axes, one for each axis, a shift for each, and an
-    angle for each plane. `extent` is the size of the patch in mm, (D,).
-    """
-    dims, batch = len(extent), draws.shape[1]
-    common, own, shift, angles = (
-        draws[0],
-        draws[1 : 1 + dims],
-        draws[1 + dims : 1 + 2 * dims],
-        draws[1 + 2 * dims :],
-    )
-    matrix = np.broadcast_to(np.eye(dims), (batch, dims, dims))
-    for (a, b), angle in zip(
-        itertools.combinations(range(dims), 2), angles * math.radians(20), strict=True
-    ):
-        turn = np.broadcast_to(np.eye(dims), (batch, dims, dims)).copy()
-        turn[:, a, a] = turn[:, b, b] = np.cos(angle)
-        turn[:, a, b], turn[:, b, a] = -np.sin(angle), np.sin(angle)
-        matrix = matrix @ turn
-    matrix = matrix * np.exp(0.2 * common + 0.1 * own).T[:, None]
-    matrix = matrix * extent / extent[:, None]  # from mm to the -1..1 of each axis
-    # grid_sample names the last axis first
-    theta = np.concatenate([matrix[:, ::-1, ::-1], 0.2 * shift.T[:, ::-1, None]], 2)
-    return torch.from_numpy(theta.astype(np.float32))
-
-
-def augment(
-    images: Tensor, masks: Tensor, rng: np.random.Generator, spacing: list[float], strength: float = 1.0,
-    mirror: bool = False
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Random affine for images (B, C, *S) and masks (B, *S); gamma, contrast, brightness, noise for images.
-
-    S has two or three axes with `spacing` in mm. Parameters are drawn per image on the CPU from `rng`, so
-    that neither workers nor the device change them; only the noise is drawn on the device, from a generator
-    that `rng` seeds. `mirror` flips each axis in half of the images.
-    """
-    batch, device, dims = len(images), images.device, len(spacing)
-    if mirror:
-        for axis in range(1, dims + 1):
-            chosen = torch.from_numpy(rng.random(batch) < 0.5).to(device, non_blocking=True)
-            images = torch.where(chosen.view(-1, *[1] * (dims + 1)), images.flip(axis + 1), images)
-            masks = torch.where(chosen.view(-1, *[1] * dims), masks.flip(axis), masks)
-    if strength == 0:
-        return images, masks
-    moves = 1 + 2 * dims + dims * (dims - 1) // 2
-    draws = strength * rng.uniform(-1, 1, (moves + 4, batch))
-    # Half the images keep their place: interpolation blurs, and evaluation is on images that are as sharp as
-    # they come.
-    draws[:moves] *= rng.random(batch) < 0.5
-    extent = np.array(images.shape[2:]) * np.array(spacing)
-    theta = random_affine(draws[:moves], extent).to(device, non_blocking=True)
-    grid = F.affine_grid(theta, [batch, 1, *images.shape[2:]], align_corners=False)
-    images = F.grid_sample(images, grid, align_corners=False)
-    masks = F.grid_sample(masks[:, None].float(), grid, mode="nearest", align_corners=False)[
-        :, 0
-    ].to(masks.dtype)
-
-    values = torch.from_numpy(draws[moves:].astype(np.float32)).to(device, non_blocking=True)
-    gamma, contrast, brightness, noise = (v.view(-1, *[1] * (dims + 1)) for v in values)
-    axes = tuple(range(2, dims + 2))
-    low, high = images.amin(axes, keepdim=True), images.amax(axes, keepdim=True)
-    width = (high - low).clamp(min=1e-3)
-    images = low + width * ((images - low) / width).clamp(1e-4, 1) ** torch.exp(0.4 * gamma)
-    images = images * torch.exp(0.3 * contrast) + 0.3 * brightness
-    generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
-    noise = 0.2 * noise.clamp(min=0) * torch.randn(images.shape, generator=generator, device=device)
-    return images + noise, masks
+# --- augmentation ---
 
 
 def to_input(
-    images: Tensor, masks: Tensor, device: torch.device, *augmentation: object
+    images: Tensor,
+    masks: Tensor,
+    device: torch.device,
+    rng: np.random.Generator,
+    spacing: list[float],
+    strength: float,
+    mirror: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Images to float32 and masks to int64 on `device`, augmented if asked for."""
-    images, masks = (
-        images.to(device, non_blocking=True).float(),
-        masks.to(device, non_blocking=True),
-    )
-    if augmentation:
-        images, masks = augment(images, masks, *augmentation)
+    """Images float32 (B, C, *S) and masks int64 (B, *S) on `device`, augmented."""
+    images = images.to(device, non_blocking=True).float()
+    masks = masks.to(device, non_blocking=True)
+    images, masks = augment(images, masks, rng, spacing, strength, mirror)
     return images, masks.long()
+
+
+def augment(
+    images: Tensor,
+    masks: Tensor,
+    rng: np.random.Generator,
+    spacing: list[float],
+    strength: float,
+    mirror: bool,
+) -> tuple[Tensor, Tensor]:
+    """Random affine for images (B, C, *S) and masks (B, *S); gamma, contrast, ... for images alone.
+
+    S has two or three axes with `spacing` in mm. Parameters are drawn per image on the CPU from
+    `rng`, so that neither workers nor the device change them; only the noise is drawn on the
+    device, from a generator that `rng` seeds. `mirror` flips each axis in half of the images.
+    `strength` 0 is no augmentation but mirroring, 1 the default of train.py.
+    """
+    if mirror:
+        images, masks = mirror_axes(images, masks, rng)
+    if strength == 0:
+        return images, masks
+
+    batch = len(images)
+    dims = len(spacing)
+    planes = dims * (dims - 1) // 2
+    moves = 1 + dims + dims + planes  # draws for an image: scalings, shifts and angles
+    draws = strength * rng.uniform(-1, 1, (moves + 4, batch))
+    # Half the images keep their place: interpolation blurs, and evaluation is on images that are as
+    # sharp as they come.
+    draws[:moves] *= rng.random(batch) < 0.5
+
+    size = images.shape[2:]
+    theta = random_affine(draws[:moves], np.array(size) * np.array(spacing))
+    theta = theta.to(images.device, non_blocking=True)
+    grid = F.affine_grid(theta, [batch, 1, *size], align_corners=False)  # (B, *S, dims)
+    images = F.grid_sample(images, grid, align_corners=False)
+    moved = masks[:, None].float()  # (B, 1, *S)
+    moved = F.grid_sample(moved, grid, mode="nearest", align_corners=False)
+    masks = moved[:, 0].to(masks.dtype)  # (B, *S)
+
+    values = torch.from_numpy(draws[moves:].astype(np.float32))  # (4, B)
+    values = values.to(images.device, non_blocking=True)
+    return change_values(images, values, int(rng.integers(2**62))), masks
+
+
+def mirror_axes(images: Tensor, masks: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Flip each axis of images (B, C, *S) and masks (B, *S) in half of the images."""
+    batch = len(masks)
+    dims = masks.ndim - 1
+    for axis in range(1, dims + 1):  # of the masks; the images' is one more
+        flipped = torch.from_numpy(rng.random(batch) < 0.5)
+        flipped = flipped.to(images.device, non_blocking=True)  # (B,)
+        flipped = flipped.view(-1, *[1] * dims)  # (B, 1, ...) as the masks
+        masks = torch.where(flipped, masks.flip(axis), masks)
+        images = torch.where(flipped[:, None], images.flip(axis + 1), images)
+    return images, masks
+
+
+def random_affine(draws: np.ndarray, extent: np.ndarray) -> Tensor:
+    """Matrices float32 (B, D, D + 1) for affine_grid: rotation about the middle, scaling, shift.
+
+    `extent` (D,) is the size of the patch in mm: a rotation in voxels would shear what it turns.
+    `draws` (10 or 6, B), from -1 to 1, hold a scaling common to the axes, one for each axis, a
+    shift for each axis, and an angle for each plane of two axes.
+    """
+    dims = len(extent)
+    batch = draws.shape[1]
+    common = draws[0]  # (B,)
+    own = draws[1 : 1 + dims]  # (D, B)
+    shift = draws[1 + dims : 1 + 2 * dims]  # (D, B)
+    angles = draws[1 + 2 * dims :] * math.radians(20)  # (planes, B)
+
+    identity = np.broadcast_to(np.eye(dims), (batch, dims, dims))
+    matrix = identity
+    planes = itertools.combinations(range(dims), 2)
+    for (a, b), angle in zip(planes, angles, strict=True):
+        turn = identity.copy()
+        turn[:, a, a] = np.cos(angle)
+        turn[:, b, b] = np.cos(angle)
+        turn[:, a, b] = -np.sin(angle)
+        turn[:, b, a] = np.sin(angle)
+        matrix = matrix @ turn  # (B, D, D)
+    scale = np.exp(0.2 * common + 0.1 * own)  # (D, B)
+    matrix = matrix * scale.T[:, None]
+    matrix = matrix * extent / extent[:, None]  # from mm to the -1..1 of each axis
+
+    # grid_sample names the last axis first: z, y, x
+    matrix = matrix[:, ::-1, ::-1]
+    shift = 0.2 * shift.T[:, ::-1, None]  # (B, D, 1)
+    theta = np.concatenate([matrix, shift], 2)  # (B, D, D + 1)
+    return torch.from_numpy(theta.astype(np.float32))
+
+
+def change_values(images: Tensor, draws: Tensor, seed: int) -> Tensor:
+    """Gamma, contrast, brightness and noise for images (B, C, *S), by draws (4, B) about -1..1."""
+    ones = [1] * (images.ndim - 1)
+    gamma, contrast, brightness, noise = draws.view(4, -1, *ones)  # each (B, 1, ...)
+    axes = tuple(range(2, images.ndim))
+    low = images.amin(axes, keepdim=True)  # (B, C, 1, ...)
+    high = images.amax(axes, keepdim=True)
+    width = (high - low).clamp(min=1e-3)
+    share = (images - low) / width  # 0..1
+    images = low + width * share.clamp(1e-4, 1) ** torch.exp(0.4 * gamma)
+    images = images * torch.exp(0.3 * contrast) + 0.3 * brightness
+    generator = torch.Generator(images.device).manual_seed(seed)
+    grain = torch.randn(images.shape, generator=generator, device=images.device)
+    return images + 0.2 * noise.clamp(min=0) * grain
 
 
 # --- the synthetic raw set ---
 
 
+def write_demo(raw: Path, cases: int = 30, size: float = 72, seed: int = 0) -> None:
+    """Write a synthetic raw set in the layout of the Decathlon: NIfTI volumes and dataset.json.
+
+    Volumes are `size` mm wide. Spacing, axis order and direction differ from case to case, and the
+    axes are oblique.
+    """
+    for folder in ("imagesTr", "labelsTr"):
+        (raw / folder).mkdir(parents=True, exist_ok=True)
+    spacings = [[1.8, 1.8, 1.8], [1.6, 1.6, 2.4], [2.2, 1.6, 1.8], [1.5, 1.8, 2]]  # mm
+    for k in range(cases):
+        rng = np.random.default_rng((seed, k))
+        spacing = np.array(spacings[k % len(spacings)])
+        affine, shape = draw_grid(rng, spacing, size)
+        volume, mask = draw_phantom(rng, shape, affine)
+        name = f"demo_{k:03d}.nii.gz"
+        nib.save(nib.Nifti1Image(volume, affine), raw / "imagesTr" / name)
+        nib.save(nib.Nifti1Image(mask, affine), raw / "labelsTr" / name)
+    description = {
+        "name": "synthetic",
+        "modality": {"0": "MRI"},
+        "numTraining": cases,
+        "labels": {"0": "background", "1": "wall", "2": "core"},
+    }
+    (raw / "dataset.json").write_text(json.dumps(description))
+
+
+def draw_grid(
+    rng: np.random.Generator, spacing: np.ndarray, size: float
+) -> tuple[np.ndarray, list[int]]:
+    """Affine (4, 4) to RAS in mm, about the origin, and voxels per axis, of `size` mm."""
+    oblique = np.eye(3) + rng.normal(0, 0.1, (3, 3))  # by some 10 degrees
+    turn, _ = np.linalg.qr(oblique)
+    diagonal = np.diag(turn)
+    turn = np.abs(diagonal) / diagonal * turn  # QR leaves the signs open
+    axes = rng.permutation(3)
+    signs = rng.choice([-1, 1], 3)
+    shape = np.rint(size / spacing)[axes].astype(int).tolist()
+    affine = np.eye(4)
+    affine[:3, :3] = (turn * spacing)[:, axes] * signs
+    middle = (np.array(shape) - 1) / 2  # voxels
+    affine[:3, 3] = rng.normal(0, 2, 3) - affine[:3, :3] @ middle
+    return affine, shape
+
+
 def draw_phantom(
     rng: np.random.Generator, shape: list[int], affine: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A trunk-like volume, int16 (X, Y, Z), and its mask, uint8: 1 = the wall, 2 = the core of an organ.
+    """A trunk-like volume, int16 (X, Y, Z), and its mask, uint8: 1 = wall, 2 = core of an organ.
 
-    It is drawn in mm in RAS, so that it is the same on any grid. A smaller, darker twin on the other side and
-    small spheres as bright as the organ are background.
+    It is drawn in mm in RAS, so that it is the same on any grid. A smaller, darker twin on the
+    other side and small spheres as bright as the organ are background.
     """
-    index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
-    x, y, z = np.moveaxis(index @ affine[:3, :3].T + affine[:3, 3], -1, 0) / rng.uniform(0.9, 1.1)
+    axes = [np.arange(length) for length in shape]
+    voxels = np.stack(np.meshgrid(*axes, indexing="ij"), -1)  # (X, Y, Z, 3)
+    world = voxels @ affine[:3, :3].T + affine[:3, 3]  # (X, Y, Z, 3) in mm
+    world = np.moveaxis(world, -1, 0) / rng.uniform(0.9, 1.1)  # (3, X, Y, Z), people differ in size
+    phase = rng.uniform(0, 2 * math.pi, 2)
 
     def ellipsoid(center: np.ndarray, radii: np.ndarray, wave: float = 0.0) -> np.ndarray:
-        a, b, c = ((v - m) / r for v, m, r in zip((x, y, z), center, radii, strict=True))
+        a = (world[0] - center[0]) / radii[0]
+        b = (world[1] - center[1]) / radii[1]
+        c = (world[2] - center[2]) / radii[2]
         bumps = np.sin(3 * a + 2 * b + phase[0]) + np.sin(3 * b + 2 * c + phase[1])
         return np.sqrt(a**2 + b**2 + c**2) + wave * bumps < 1
 
-    phase = rng.uniform(0, 2 * math.pi, 2)
-    picture = np.where(ellipsoid([0, 0, 0], [36, 28, 60]), 0.5, 0.0)
+    trunk = ellipsoid([0, 0, 0], [36, 28, 60])
+    picture = np.where(trunk, 0.5, 0.0)
     center = np.array([15, 3, 0]) + rng.normal(0, 2.5, 3)
     radii = np.array([10, 9, 13]) * rng.uniform(0.85, 1.15, 3)
     organ = ellipsoid(center, radii, 0.12)
     core = ellipsoid(center + rng.normal(0, 1, 3), 0.55 * radii, 0.12) & organ
-    picture[ellipsoid(np.array([-15, 3, 0]) + rng.normal(0, 2.5, 3), 0.85 * radii, 0.12)] = 0.66
+    center = np.array([-15, 3, 0]) + rng.normal(0, 2.5, 3)
+    twin = ellipsoid(center, 0.85 * radii, 0.12)
+    picture[twin] = 0.66
     for _ in range(5):
-        picture[
-            ellipsoid(rng.uniform(-1, 1, 3) * [24, 18, 24], np.full(3, rng.uniform(2.5, 4.5)))
-        ] = 0.8
-    picture[organ], picture[core] = 0.8, 0.58
-    bias, texture = (resample(rng.normal(0, 1, [n] * 3).astype(np.float32), shape) for n in (3, 12))
-    picture = picture * (1 + 0.08 * bias + 0.06 * texture) + rng.normal(0, 0.04, shape)
-    return np.rint(picture.clip(0) * rng.uniform(500, 2000)).astype(np.int16), organ.astype(
-        np.uint8
-    ) + core
+        center = rng.uniform(-1, 1, 3) * [24, 18, 24]
+        sphere = ellipsoid(center, np.full(3, rng.uniform(2.5, 4.5)))
+        picture[sphere] = 0.8
+    picture[organ] = 0.8
+    picture[core] = 0.58
 
-
-def write_demo(raw: Path, cases: int = 30, size: float = 72, seed: int = 0) -> None:
-    """Write a synthetic raw set in the layout of the Decathlon: NIfTI volumes of `size` mm and dataset.json.
-
-    Spacing, axis order and direction differ from case to case, and the axes are oblique.
-    """
-    for folder in ("imagesTr", "labelsTr"):
-        (raw / folder).mkdir(parents=True, exist_ok=True)
-    for k in range(cases):
-        rng, name = np.random.default_rng((seed, k)), f"demo_{k:03d}"
-        spacing = np.array(
-            [[1.8, 1.8, 1.8], [1.6, 1.6, 2.4], [2.2, 1.6, 1.8], [1.5, 1.8, 2]][k % 4]
-        )
-        turn, _ = np.linalg.qr(np.eye(3) + rng.normal(0, 0.1, (3, 3)))  # oblique: some 10 degrees
-        turn = np.abs(np.diag(turn)) / np.diag(turn) * turn
-        axes, signs = rng.permutation(3), rng.choice([-1, 1], 3)
-        shape = np.rint(size / spacing)[axes].astype(int).tolist()
-        affine = np.eye(4)
-        affine[:3, :3] = (turn * spacing)[:, axes] * signs
-        affine[:3, 3] = rng.normal(0, 2, 3) - affine[:3, :3] @ (np.array(shape) - 1) / 2
-        volume, mask = draw_phantom(rng, shape, affine)
-        nib.save(nib.Nifti1Image(volume, affine), raw / "imagesTr" / f"{name}.nii.gz")
-        nib.save(nib.Nifti1Image(mask, affine), raw / "labelsTr" / f"{name}.nii.gz")
-    description = {"name": "synthetic", "modality": {"0": "MRI"}, "numTraining": cases,
-                   "labels": {"0": "background", "1": "wall", "2": "core"}}  # fmt: skip
-    (raw / "dataset.json").write_text(json.dumps(description))
+    bias = resample(rng.normal(0, 1, [3] * 3).astype(np.float32), shape)  # of the receiver coil
+    texture = resample(rng.normal(0, 1, [12] * 3).astype(np.float32), shape)
+    noise = rng.normal(0, 0.04, shape)
+    picture = picture * (1 + 0.08 * bias + 0.06 * texture) + noise
+    picture = picture.clip(0) * rng.uniform(500, 2000)  # MR has no unit
+    mask = organ.astype(np.uint8) + core
+    return np.rint(picture).astype(np.int16), mask

@@ -1,17 +1,18 @@
 """Evaluate checkpoints of train.py on cases with masks, or outline the structures in new images.
 
-  python segmentation/eval.py --data data/hippocampus --checkpoint runs/segmentation/best.pt --split val
-  python segmentation/eval.py --data data/other --checkpoint runs/a/best.pt runs/b/best.pt --split test
-  python segmentation/eval.py --checkpoint runs/segmentation/best.pt --images scan.nii.gz dicom_folder
+  python segmentation/eval.py --data data/hippocampus --checkpoint runs/hippocampus/best.pt
+  python segmentation/eval.py --data data/other --checkpoint a/best.pt b/best.pt --split test
+  python segmentation/eval.py --checkpoint runs/a/best.pt --images scan.nii.gz dicom_folder
 
-With masks: metrics.json with 95 % bootstrap intervals (over patients), cases.csv, predictions/ID.nii.gz on
-the grid of the original file, where all figures but dice_cache are taken, and pictures: worst.png (image,
-truth, prediction on the slice with the most errors, worst case first), worst.gif. dice_cache, on the grid of
-the cache, is the score that train.py printed. The probabilities of several checkpoints are averaged.
+With masks, written to --out: metrics.json with 95 % bootstrap intervals (over patients), cases.csv,
+predictions/ID.nii.gz, worst.png (image, truth, prediction on the slice with the most errors, worst
+case first) and worst.gif. All metrics are taken on the grid of the original file, but for
+dice_cache, on the grid of the cache: it is the score that train.py printed. Several checkpoints:
+their probabilities are averaged.
 
-New images (.nii, .nii.gz, folders of them, or a folder with one DICOM series): NIfTI masks, volumes.csv and
-pictures. nnU-Net's NAME_0000.nii.gz, NAME_0001.nii.gz, ... are the channels of one image. Nothing is written
-onto an image, or onto a file that is no earlier result.
+New images (.nii, .nii.gz, folders of them, or a folder with one DICOM series): NIfTI masks,
+volumes.csv and pictures. nnU-Net's NAME_0000.nii.gz, NAME_0001.nii.gz, ... are the channels of one
+image. Nothing is written onto an image, or onto a file that is no earlier result.
 """
 
 import argparse
@@ -45,29 +46,43 @@ from common.checkpoint import (
     hold_folder,
     load_run,
     load_weights,
-    write_json,
+    write_csv,
     written,
 )
-from common.metrics import bootstrap, dice_scores, print_summary, segmentation_metrics
-from segmentation.dataset import check_case, fingerprints, open_cache, open_case, read_index
+from common.metrics import bootstrap, dice_scores, segmentation_metrics, write_report
+from segmentation.dataset import (
+    check_case,
+    fingerprints,
+    open_cache,
+    open_case,
+    patch_axes,
+    read_index,
+)
 from segmentation.model import build_model, predict_volume
 from segmentation.preprocess import (
+    META,
     DataError,
+    Notes,
+    check_channels,
     check_grid,
     check_meta,
     check_outputs,
     check_range,
-    count_kinds,
     explain,
     from_grid,
+    is_volume,
     list_volumes,
+    note_others,
     one_line,
     orient,
+    print_note,
     progress,
+    ras_shape,
     read_channels,
     read_header,
     read_meta,
     read_nifti,
+    reading,
     run_command,
     split_channel,
     to_grid,
@@ -76,10 +91,12 @@ from segmentation.preprocess import (
 )
 from segmentation.train import AMP, check_finite, choose_device
 
-PREDICTION = (
-    b"prediction of segmentation/eval.py"  # stands in the header of masks: they may be replaced
-)
-TILE = 256  # pixels of one picture in a gallery
+# Stands in the header of masks of new images: they may be replaced, other files may not.
+PREDICTION = b"prediction of segmentation/eval.py"
+TILE = 256  # pixels of the longer side of one picture in a gallery
+GAP = 2  # pixels between two pictures of a tile
+LINE = 20  # pixels of a line of text
+OVERLAYS = 30  # pictures of new images: the first ones
 COLOURS = ("#ff4040", "#40c0ff", "#ffd040", "#60e060", "#d070ff", "#ff9040", "#40e0d0", "#ff80c0")
 
 
@@ -89,32 +106,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("data").add_argument
     add("--checkpoint", type=Path, nargs="+", required=True, help="one or more of train.py's")
     add("--data", type=Path, metavar="CACHE", help="what preprocess.py wrote")
-    add(
-        "--split",
-        choices=("val", "test"),
-        default="val",
-        help="val (default): the fold left out in training",
-    )
-    add(
-        "--images",
-        type=Path,
-        nargs="+",
-        metavar="PATH",
-        help="new images without masks: files and folders",
-    )
-    add(
-        "--tta",
-        action="store_true",
-        help="average over mirrored copies; for trainings with --mirror",
-    )
-    add(
-        "--out",
-        type=Path,
-        help="(default: eval_val, eval_test or predictions beside the checkpoint)",
-    )
+    split_help = "val (default): the fold left out in training"
+    add("--split", choices=("val", "test"), default="val", help=split_help)
+    images_help = "new images without masks: files and folders"
+    add("--images", type=Path, nargs="+", metavar="PATH", help=images_help)
+    add("--tta", action="store_true", help="average over mirrored copies; for runs with --mirror")
+    out_help = "(default: eval_val, eval_test or predictions beside the checkpoint)"
+    add("--out", type=Path, help=out_help)
     add = parser.add_argument_group("run").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
-    add("--amp", choices=AMP, help="mixed precision (default: as in the training)")
+    add("--amp", choices=AMP, help="mixed precision (default: as in training)")
     add("--samples", type=int, default=1000, help="bootstrap samples (default: %(default)s)")
     args = parser.parse_args(argv)
     if (args.data is None) == (args.images is None):
@@ -124,6 +125,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    device = choose_device(args.device)
+    models, checkpoints = load_models(args.checkpoint, device)
+    out = args.out or args.checkpoint[0].parent / (
+        f"eval_{args.split}" if args.data else "predictions"
+    )
+    (evaluate_split if args.data else predict_images)(args, models, checkpoints, device, out)
+
+
+# --- the models ---
+
+
 def load_models(
     paths: list[Path], device: torch.device
 ) -> tuple[list[torch.nn.Module], list[dict]]:
@@ -131,18 +145,14 @@ def load_models(
     types = {"channels": int, "patch": list, "mirror": bool}
     checkpoints = [load_run(path, "segmentation", types, device) for path in paths]
     models = []
+    # A file may hold anything: what decides about sizes and loops is checked before it is used.
     for path, checkpoint in zip(paths, checkpoints, strict=True):
-        check_meta(checkpoint["meta"], path)
-        check_same(checkpoint["meta"], checkpoints[0]["meta"], path, paths[0])
+        meta = checkpoint["meta"]
         settings = checkpoint["settings"]
-        if settings["amp"] not in AMP or not 2 <= settings["channels"] <= 1024:
-            raise CheckpointError(f"{path}: settings {settings}, of no training")
-        patch = settings["patch"]
-        if len(patch) not in (2, 3) or not all(
-            type(side) is int and 1 <= side <= 4096 for side in patch
-        ):
-            raise CheckpointError(f"{path}: patch {patch}, expected two or three numbers of voxels")
-        model = build_model(checkpoint["meta"], settings["channels"], patch)
+        check_meta(meta, path)
+        check_same(meta, checkpoints[0]["meta"], path, paths[0])
+        check_sizes(settings, path)
+        model = build_model(meta, settings["channels"], settings["patch"])
         load_weights(model, checkpoint, path)
         models.append(model.to(device).eval())
     return models, checkpoints
@@ -150,17 +160,135 @@ def load_models(
 
 def check_same(meta: dict, expected: dict, path: Path, other: Path) -> None:
     """Raise CheckpointError if images were not prepared in the same way."""
-    for name in (
-        "classes",
-        "values",
-        "channels",
-        "resample",
-        "spacing",
-        "slice_axis",
-        "normalisation",
-    ):
-        if meta[name] != expected[name]:
+    for name in META:
+        # The median shape may differ: it only suggests the size of a patch.
+        if name != "shape" and meta[name] != expected[name]:
             raise CheckpointError(f"{path}: {name} {meta[name]}, but {other} has {expected[name]}")
+
+
+def check_sizes(settings: dict, path: Path) -> None:
+    """Raise CheckpointError if no run can have these settings: a file may claim any size."""
+    if settings["amp"] not in AMP or not 2 <= settings["channels"] <= 1024:
+        raise CheckpointError(f"{path}: settings {settings}, of no training")
+    patch = settings["patch"]
+    sides_are_good = all(type(side) is int and 1 <= side <= 4096 for side in patch)
+    if len(patch) not in (2, 3) or not sides_are_good:
+        expected = "two or three numbers of voxels"
+        raise CheckpointError(f"{path}: patch {patch}, expected {expected}")
+
+
+def predict(
+    models: list,
+    checkpoints: list[dict],
+    image: np.ndarray,
+    device: torch.device,
+    amp: str | None,
+    tta: bool,
+) -> Tensor:
+    """Class probabilities float16 (K, X, Y, Z) of an image (C, X, Y, Z), averaged over the models.
+
+    `amp` None is the precision of each training. Raises DataError if the image shall be mirrored
+    (`tta`) and a model was not trained on mirrored images.
+    """
+    if tta and not all(checkpoint["settings"]["mirror"] for checkpoint in checkpoints):
+        reason = "a checkpoint has not seen mirrored images, expected runs with --mirror"
+        raise DataError(f"--tta: {reason}")
+    total = None
+    for model, checkpoint in zip(models, checkpoints, strict=True):
+        settings = checkpoint["settings"]
+        part = predict_volume(
+            model,
+            image,
+            settings["patch"],
+            checkpoint["meta"]["slice_axis"],
+            device,
+            AMP[amp or settings["amp"]],
+            settings["batch_size"],
+            tta,
+        )
+        part /= len(models)  # in place: the array can be larger than all else
+        if total is None:
+            total = part
+        else:
+            total += part
+    return total
+
+
+@contextmanager
+def name_memory_error(path: Path) -> Iterator[None]:
+    """Turn a lack of memory, of NumPy or of torch, into a DataError that names the file."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        # On a CPU torch has no type of its own for it.
+        if isinstance(error, RuntimeError) and "memory" not in reason:
+            raise
+        raise explain(path, MemoryError(reason)) from error
+
+
+# --- a split of a cache ---
+
+
+def evaluate_split(
+    args: argparse.Namespace, models: list, checkpoints: list[dict], device: torch.device, out: Path
+) -> None:
+    """Metrics, tables, masks and pictures of a split."""
+    meta = checkpoints[0]["meta"]
+    classes = meta["classes"]
+    rows = choose_rows(args.data, args.split, args.checkpoint, checkpoints)
+    index = read_index(args.data)
+    names = [index[row]["id"] for row in rows]
+    check_split_outputs(out, args, names)
+    for name in names:
+        check_case(args.data, name, meta)
+
+    cases = []
+    tiles = []  # a picture for each case
+    worst_dice = math.nan  # as long as no case has a Dice
+    structures = Counter()  # by in how many of truth and prediction they are: 0, 1 or 2
+    with hold_folder(out):
+        clear_results(out, list_results(out))
+        (out / "predictions").mkdir(exist_ok=True)
+        for number, row in enumerate(rows, 1):
+            # The image and its mask are on the grid of the cache, the truth on that of its file.
+            name = index[row]["id"]
+            image, mask = open_case(args.data, name)
+            truth, affine, header = read_truth(args.data, name, meta["values"])
+            with name_memory_error(args.data / "volumes" / f"{name}.image.npy"):
+                probabilities = predict(models, checkpoints, image, device, args.amp, args.tta)
+                check_finite(probabilities, name)
+                prediction = from_grid(probabilities.numpy(), truth.shape, affine)
+            with written(out / "predictions" / f"{name}.nii.gz") as path:
+                values = np.array(meta["values"], np.uint8)
+                write_mask(path, values[prediction], affine, header)
+
+            metrics = measure_case(truth, prediction, affine, classes)
+            for k in range(1, len(classes)):
+                present = int((truth == k).any()) + int((prediction == k).any())
+                structures[present] += 1
+            on_grid = probabilities.argmax(0).byte()  # (X, Y, Z) of the cache
+            scores = dice_scores(torch.from_numpy(np.array(mask)), on_grid, len(classes))
+            metrics["dice_cache"] = scores.nanmean().item()
+            cases.append({"id": name, "group": index[row]["group"]} | metrics)
+
+            maps = {"truth": mask, "prediction": on_grid.numpy()}
+            position = fullest(mask != maps["prediction"], meta["slice_axis"])
+            caption = f"dice {metrics['dice']:.3f}  hd95 {metrics['hd95_mm']:.1f} mm"
+            tile = draw_panels(image, {"image": None} | maps, meta, position, [name, caption])
+            tiles.append(tile)
+            if math.isnan(worst_dice) or metrics["dice"] < worst_dice:
+                worst_dice = metrics["dice"]
+                worst = (image, maps, meta, name)
+            progress(f"{number}/{len(rows)}  {name}  dice {metrics['dice']:.3f}")
+        progress("")
+        dice = torch.tensor([case["dice"] for case in cases])
+        order = dice.nan_to_num(2.0).argsort()[:12]  # NaN, nothing there and nothing found: last
+        write_gallery(out / "worst.png", [tiles[k] for k in order.tolist()])
+        write_gif(out / "worst.gif", *worst)
+        summarise(args, cases, classes, structures, out)
+    absent = f"{structures[0]} structures absent in both, {structures[1]} in one"
+    print(f"{len(rows)} cases; {absent}; all of it in {out}")
 
 
 def choose_rows(cache: Path, split: str, paths: list[Path], checkpoints: list[dict]) -> list[int]:
@@ -225,7 +353,169 @@ def check_leakage(cache: Path, rows: list[int], paths: list[Path], checkpoints: 
             )
 
 
+def check_split_outputs(out: Path, args: argparse.Namespace, names: list[str]) -> None:
+    """Raise DataError if a result would be written onto a mask of the cache or a checkpoint."""
+    outputs = [out / "metrics.json", out / "cases.csv"]
+    inputs = list(args.checkpoint)
+    for name in names:
+        outputs.append(out / "predictions" / f"{name}.nii.gz")
+        inputs.append(args.data / "volumes" / f"{name}.truth.nii.gz")
+    check_outputs(outputs, inputs)
+
+
+def list_results(out: Path) -> list[str]:
+    """The files that an evaluation of a split left in the folder."""
+    names = ["metrics.json", "cases.csv", "worst.png", "worst.gif"]
+    if (out / "cases.csv").is_file():
+        with open(out / "cases.csv", newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                names.append(f"predictions/{Path(row['id']).name}.nii.gz")
+    return names
+
+
+def read_truth(
+    cache: Path, name: str, values: list[int]
+) -> tuple[np.ndarray, np.ndarray, nib.Nifti1Header]:
+    """Class numbers uint8 (X, Y, Z) of a mask on the grid of its file, affine and header."""
+    path = cache / "volumes" / f"{name}.truth.nii.gz"
+    with reading(path):
+        mask, affine, header = read_nifti(path, [])
+    if mask.ndim != 3 or not np.isin(mask, values).all():
+        raise DataError(f"{path}: expected a volume of the values {values}; preprocess again")
+    return np.searchsorted(values, mask).astype(np.uint8), affine, header
+
+
+def measure_case(
+    truth: np.ndarray, prediction: np.ndarray, affine: np.ndarray, classes: list[str]
+) -> dict[str, float]:
+    """Every metric of a case: NAME, the mean over the foreground classes, and NAME_CLASS, of each.
+
+    `truth` and `prediction` are class numbers (X, Y, Z) on one grid.
+    """
+    spacing = nib.affines.voxel_sizes(affine).tolist()  # mm
+    by_class = {}
+    for k, class_name in enumerate(classes[1:], 1):
+        true_mask = torch.from_numpy(truth == k)
+        predicted_mask = torch.from_numpy(prediction == k)
+        by_class[class_name] = segmentation_metrics(true_mask, predicted_mask, spacing)
+    means = {}
+    details = {}
+    # NaN, a structure that neither of them has, is left out of the mean.
+    for name in by_class[classes[1]]:
+        values = [metrics[name] for metrics in by_class.values()]
+        means[name] = torch.tensor(values, dtype=torch.float64).nanmean().item()
+        for class_name, value in zip(by_class, values, strict=True):
+            details[f"{name}_{class_name}"] = value
+    return means | details
+
+
+def summarise(
+    args: argparse.Namespace, cases: list[dict], classes: list[str], structures: Counter, out: Path
+) -> None:
+    """Write cases.csv and metrics.json, and print the means over the cases with their intervals."""
+    write_csv(out / "cases.csv", cases)
+    names = [name for name in cases[0] if name not in ("id", "group")]
+    values = []
+    for case in cases:
+        values.append([case[name] for name in names])
+    table = torch.tensor(values, dtype=torch.float64)  # (cases, metrics)
+
+    def mean_metrics(rows: Tensor) -> dict[str, float]:
+        means = table[rows].nanmean(0)
+        return dict(zip(names, means.tolist(), strict=True))
+
+    groups = [case["group"] for case in cases]
+    summary = bootstrap(mean_metrics, groups, args.samples)
+    run = {
+        "command": " ".join(sys.argv),
+        "versions": {module.__name__: module.__version__ for module in (torch, nib)},
+        "checkpoint_sha256": [file_sha256(path) for path in args.checkpoint],
+        "index_sha256": file_sha256(args.data / "index.csv"),
+        "split": args.split,
+        "n": len(cases),
+        "classes": classes,
+        "tta": args.tta,
+        "both_empty": structures[0],
+        "one_empty": structures[1],
+    }
+    write_report(out, summary, groups, cases, run)
+
+
 # --- pictures ---
+
+
+def fullest(marked: np.ndarray, axis: int) -> int:
+    """The slice with the most marked voxels of a bool volume (X, Y, Z)."""
+    others = tuple(k for k in range(3) if k != axis)
+    return int(marked.sum(others).argmax())
+
+
+def draw_panels(
+    image: np.ndarray,
+    maps: dict[str, np.ndarray | None],
+    meta: dict,
+    position: int,
+    caption: list[str],
+) -> Tensor:
+    """A slice of an image (C, X, Y, Z), once for each map of classes (X, Y, Z), side by side.
+
+    Gives uint8 (3, H, W). The axes of RAS go to the right and up, with the proportions that they
+    have in mm. The lines of the caption and the names of the maps stand above; a map None is the
+    bare image.
+    """
+    axis = meta["slice_axis"]
+    plane = take_slice(image[0], axis, position).astype(np.float32)  # (H, W)
+    low, high = np.percentile(plane, (0.5, 99.5))  # some voxels are far brighter than all others
+    contrast = high - low
+    if contrast == 0:  # a slice of air
+        contrast = 1
+    gray = torch.from_numpy(255 * ((plane - low) / contrast).clip(0, 1)).byte()
+
+    across, up = patch_axes(meta["spacing"], 2, axis)
+    height = gray.shape[0] * up  # mm
+    width = gray.shape[1] * across  # mm
+    scale = max(height, width)
+    size = [max(1, round(TILE * length / scale)) for length in (height, width)]  # pixels
+    gray = resize(gray.expand(3, -1, -1), size)  # (3, *size)
+
+    gap = torch.zeros(3, size[0], GAP, dtype=torch.uint8)  # black
+    panels = []
+    for labels in maps.values():
+        panel = gray
+        if labels is not None:
+            plane = take_slice(labels, axis, position)
+            panel = overlay(gray, plane, len(meta["classes"]))
+        panels += [panel, gap]
+    strip = torch.cat(panels[:-1], 2)  # (3, H, W)
+    head = draw_caption(caption, list(maps), size[1] + GAP, strip.shape[2])
+    return torch.cat([pil_to_tensor(head), strip], 1)
+
+
+def take_slice(volume: np.ndarray, axis: int, position: int) -> np.ndarray:
+    """A slice of (X, Y, Z) as a picture: its first axis to the right, its second one up."""
+    return np.take(volume, position, axis).T[::-1]
+
+
+def overlay(picture: Tensor, labels: np.ndarray, classes: int) -> Tensor:
+    """Colour a picture uint8 (3, H, W) by class numbers of any size, but for the background."""
+    size = list(picture.shape[1:])
+    labels = torch.from_numpy(labels.copy())[None]  # torch has no negative strides
+    labels = resize(labels, size, InterpolationMode.NEAREST)  # (1, H, W)
+    masks = torch.cat([labels == k for k in range(1, classes)])  # bool (K - 1, H, W)
+    colours = [COLOURS[k % len(COLOURS)] for k in range(len(masks))]
+    return draw_segmentation_masks(picture, masks, alpha=0.45, colors=colours)
+
+
+def draw_caption(lines: list[str], names: list[str], step: int, width: int) -> Image.Image:
+    """White text on black: the lines, then the names side by side, `step` pixels apart."""
+    head = Image.new("RGB", (width, LINE * (len(lines) + 1)), "black")
+    draw = ImageDraw.Draw(head)
+    for k, line in enumerate(lines):
+        text = shorten(line, width // 8)  # a letter has some 8 pixels
+        draw.text((4, LINE * k + 2), text, "white", font(14))
+    for k, name in enumerate(names):
+        draw.text((step * k + 4, LINE * len(lines) + 2), name, "white", font(14))
+    return head
 
 
 def shorten(text: str, length: int) -> str:
@@ -238,105 +528,15 @@ def font(size: int) -> ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
 
 
-def draw_panels(
-    image: np.ndarray,
-    maps: dict[str, np.ndarray | None],
-    meta: dict,
-    position: int,
-    caption: list[str],
-) -> Tensor:
-    """A slice of an image (C, X, Y, Z) once for each map of classes (X, Y, Z), side by side: uint8 (3, H, W).
-
-    The axes of RAS go to the right and up, with the proportions they have in mm; the names of the maps above.
-    """
-    axis = meta["slice_axis"]
-    plane = np.take(image[0], position, axis).astype(np.float32).T[::-1]
-    low, high = np.percentile(plane, (0.5, 99.5))
-    gray = (
-        torch.from_numpy(255 * ((plane - low) / (high - low or 1)).clip(0, 1))
-        .byte()
-        .expand(3, -1, -1)
-    )
-    across, up = (s for k, s in enumerate(meta["spacing"]) if k != axis)
-    mm = (gray.shape[1] * up, gray.shape[2] * across)
-    size = [max(1, round(TILE * length / max(mm))) for length in mm]
-    panels = []
-    for labels in maps.values():
-        panel = resize(gray, size)
-        if labels is not None:
-            cut = torch.from_numpy(np.take(labels, position, axis).T[::-1].copy())[None]
-            cut = resize(cut, size, InterpolationMode.NEAREST)
-            masks = torch.cat([cut == k for k in range(1, len(meta["classes"]))])
-            colours = [COLOURS[k % len(COLOURS)] for k in range(len(masks))]
-            panel = draw_segmentation_masks(panel, masks, alpha=0.45, colors=colours)
-        panels += [panel, torch.zeros(3, size[0], 2, dtype=torch.uint8)]
-    pair = torch.cat(panels[:-1], 2)
-    head = Image.new("RGB", (pair.shape[2], 20 * (len(caption) + 1)), "black")
-    for k, line in enumerate(caption):
-        ImageDraw.Draw(head).text(
-            (4, 20 * k + 2), shorten(line, pair.shape[2] // 8), "white", font(14)
-        )
-    for k, name in enumerate(maps):
-        ImageDraw.Draw(head).text(
-            (k * (size[1] + 2) + 4, head.height - 18), name, "white", font(14)
-        )
-    return torch.cat([pil_to_tensor(head), pair], 1)
-
-
-def fullest(marked: np.ndarray, axis: int) -> int:
-    """The slice with the most marked voxels of (X, Y, Z)."""
-    return int(marked.sum(tuple(k for k in range(3) if k != axis)).argmax())
-
-
-def write_gif(path: Path, image: np.ndarray, maps: dict, meta: dict, caption: str) -> None:
-    """All slices of a volume as an animation, at most some 100 of them."""
-    count = image.shape[meta["slice_axis"] + 1]
-    frames = [
-        to_pil_image(draw_panels(image, maps, meta, k, [f"{caption}  slice {k + 1}/{count}"]))
-        for k in range(0, count, math.ceil(count / 100))
-    ]
-    with written(path) as temporary:
-        frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=100, loop=0)
-
-
 def write_gallery(path: Path, tiles: list[Tensor]) -> None:
     """Tiles of different sizes below each other in three columns."""
-    height, width = max(tile.shape[1] for tile in tiles), max(tile.shape[2] for tile in tiles)
-    tiles = [
-        torch.nn.functional.pad(t, [0, width - t.shape[2], 0, height - t.shape[1]]) for t in tiles
-    ]
-    save_picture(path, to_pil_image(torchvision.utils.make_grid(tiles, nrow=3)))
-
-
-# --- the two modes ---
-
-
-def predict(
-    models: list,
-    checkpoints: list[dict],
-    image: np.ndarray,
-    device: torch.device,
-    amp: str | None,
-    tta: bool,
-) -> Tensor:
-    """Class probabilities float16 (K, X, Y, Z) of an image (C, X, Y, Z), averaged over the models.
-
-    Raises DataError if it shall be mirrored (`tta`) and a training was not.
-    """
-    if tta and not all(checkpoint["settings"]["mirror"] for checkpoint in checkpoints):
-        raise DataError(
-            "--tta: a checkpoint has not seen mirrored images, expected trainings with --mirror"
-        )
-    total = None
-    for model, checkpoint in zip(models, checkpoints, strict=True):
-        settings, axis = checkpoint["settings"], checkpoint["meta"]["slice_axis"]
-        mode = AMP[amp or settings["amp"]]
-        part = predict_volume(
-            model, image, settings["patch"], axis, device, mode, settings["batch_size"], tta
-        )
-        part /= len(models)
-        total = part if total is None else total.add_(part)
-    return total
+    height = max(tile.shape[1] for tile in tiles)
+    width = max(tile.shape[2] for tile in tiles)
+    padded = []
+    for tile in tiles:
+        margins = [0, width - tile.shape[2], 0, height - tile.shape[1]]  # left, right, top, bottom
+        padded.append(torch.nn.functional.pad(tile, margins))
+    save_picture(path, to_pil_image(torchvision.utils.make_grid(padded, nrow=3)))
 
 
 def save_picture(path: Path, picture: Image.Image) -> None:
@@ -344,154 +544,19 @@ def save_picture(path: Path, picture: Image.Image) -> None:
         picture.save(temporary)
 
 
-@contextmanager
-def named_memory(path: Path) -> Iterator[None]:
-    """Turn a lack of memory, of NumPy or of torch, into a DataError that names the file."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        reason = str(error).split("\n")[0]
-        if (
-            isinstance(error, RuntimeError) and "memory" not in reason
-        ):  # on a CPU torch has no type for it
-            raise
-        raise explain(path, MemoryError(reason)) from error
+def write_gif(path: Path, image: np.ndarray, maps: dict, meta: dict, name: str) -> None:
+    """The slices of a volume (C, X, Y, Z) as an animation, at most some 100 of them."""
+    count = image.shape[meta["slice_axis"] + 1]
+    step = math.ceil(count / 100)
+    frames = []
+    for k in range(0, count, step):
+        caption = f"{name}  slice {k + 1}/{count}"
+        frames.append(to_pil_image(draw_panels(image, maps, meta, k, [caption])))
+    with written(path) as temporary:
+        frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=100, loop=0)
 
 
-def write_table(path: Path, rows: list[dict]) -> None:
-    with written(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def judge(
-    truth: np.ndarray, prediction: np.ndarray, affine: np.ndarray, classes: list[str]
-) -> dict[str, float]:
-    """Every figure of a case as NAME_CLASS for each foreground class; NAME is the mean over the classes."""
-    spacing = nib.affines.voxel_sizes(affine).tolist()
-    found = {}
-    for k, name in enumerate(classes[1:], 1):
-        masks = torch.from_numpy(truth == k), torch.from_numpy(prediction == k)
-        found[name] = segmentation_metrics(*masks, spacing)
-    names, means = list(found[classes[1]]), {}
-    for n in names:
-        means[n] = (
-            torch.tensor([one[n] for one in found.values()], dtype=torch.float64).nanmean().item()
-        )
-    return means | {f"{n}_{name}": one[n] for n in names for name, one in found.items()}
-
-
-def list_results(out: Path) -> list[str]:
-    """The files that an evaluation of a split left in the folder."""
-    names = ["metrics.json", "cases.csv", "worst.png", "worst.gif"]
-    if (out / "cases.csv").is_file():
-        with open(out / "cases.csv", newline="", encoding="utf-8") as file:
-            names += [f"predictions/{Path(row['id']).name}.nii.gz" for row in csv.DictReader(file)]
-    return names
-
-
-def read_truth(
-    cache: Path, name: str, values: list[int]
-) -> tuple[np.ndarray, np.ndarray, nib.Nifti1Header]:
-    """Class numbers uint8 (X, Y, Z) of a case's mask as it was, and the affine and header of its file."""
-    path = cache / "volumes" / f"{name}.truth.nii.gz"
-    try:
-        mask, affine, header = read_nifti(path)
-    except DataError:
-        raise
-    except Exception as error:  # nibabel, gzip and zlib each raise their own
-        raise explain(path, error) from error
-    if mask.ndim != 3 or not np.isin(mask, values).all():
-        raise DataError(f"{path}: expected a volume of the values {values}; preprocess again")
-    return np.searchsorted(values, mask).astype(np.uint8), affine, header
-
-
-def evaluate_split(
-    args: argparse.Namespace, models: list, checkpoints: list[dict], device: torch.device, out: Path
-) -> None:
-    """Figures, tables, masks and pictures of a split."""
-    meta = checkpoints[0]["meta"]
-    classes = meta["classes"]
-    rows, index = (
-        choose_rows(args.data, args.split, args.checkpoint, checkpoints),
-        read_index(args.data),
-    )
-    names = [index[row]["id"] for row in rows]
-    results = [out / "predictions" / f"{name}.nii.gz" for name in names]
-    inputs = [args.data / "volumes" / f"{name}.truth.nii.gz" for name in names]
-    check_outputs([*results, out / "metrics.json", out / "cases.csv"], [*inputs, *args.checkpoint])
-    for name in names:
-        check_case(args.data, name, meta)
-    cases, tiles, worst, empty = [], [], None, Counter()
-    with hold_folder(out):
-        clear_results(out, list_results(out))
-        (out / "predictions").mkdir(exist_ok=True)
-        for k, row in enumerate(rows, 1):
-            name = index[row]["id"]
-            image, mask = open_case(args.data, name)
-            truth, affine, header = read_truth(args.data, name, meta["values"])
-            with named_memory(args.data / "volumes" / f"{name}.image.npy"):
-                probabilities = predict(models, checkpoints, image, device, args.amp, args.tta)
-                check_finite(probabilities, name)
-                labels = from_grid(probabilities.numpy(), truth.shape, affine)
-            with written(out / "predictions" / f"{name}.nii.gz") as path:
-                write_mask(path, np.array(meta["values"], np.uint8)[labels], affine, header)
-            figures = judge(truth, labels, affine, classes)
-            for c in range(1, len(classes)):
-                empty[int((truth == c).any()) + int((labels == c).any())] += 1
-
-            on_grid = probabilities.argmax(0).byte()
-            cached = (
-                dice_scores(torch.from_numpy(np.array(mask)), on_grid, len(classes))
-                .nanmean()
-                .item()
-            )
-            cases.append(
-                {"id": name, "group": index[row]["group"]} | figures | {"dice_cache": cached}
-            )
-            on_grid = on_grid.numpy()
-            position = fullest(mask != on_grid, meta["slice_axis"])
-            caption = [name, f"dice {figures['dice']:.3f}  hd95 {figures['hd95_mm']:.1f} mm"]
-            maps = {"truth": mask, "prediction": on_grid}
-            tiles.append(draw_panels(image, {"image": None} | maps, meta, position, caption))
-            if worst is None or figures["dice"] < worst[0] or math.isnan(worst[0]):
-                worst = figures["dice"], image, maps, name
-            progress(f"{k}/{len(rows)}  {name}  dice {figures['dice']:.3f}")
-        progress("")
-        order = (
-            torch.tensor([case["dice"] for case in cases]).nan_to_num(2.0).argsort()[:12].tolist()
-        )
-        write_gallery(out / "worst.png", [tiles[k] for k in order])
-        _, image, maps, name = worst
-        write_gif(out / "worst.gif", image, maps, meta, name)
-        write_report(args, cases, classes, empty, out)
-    print(
-        f"{len(rows)} cases; {empty[0]} structures absent in both, {empty[1]} in one; all of it in {out}"
-    )
-
-
-def write_report(
-    args: argparse.Namespace, cases: list[dict], classes: list[str], empty: Counter, out: Path
-) -> None:
-    """cases.csv, and the summary with its intervals, printed and in metrics.json."""
-    write_table(out / "cases.csv", cases)
-    names = [name for name in cases[0] if name not in ("id", "group")]
-    table = torch.tensor([[case[name] for name in names] for case in cases], dtype=torch.float64)
-
-    def figures_of(chosen: Tensor) -> dict[str, float]:
-        return dict(zip(names, table[chosen].nanmean(0).tolist(), strict=True))
-
-    groups = [case["group"] for case in cases]
-    summary = bootstrap(figures_of, groups, args.samples)
-    print_summary(summary, groups)
-    run = {
-        "command": " ".join(sys.argv), "versions": {m.__name__: m.__version__ for m in (torch, nib)},
-        "checkpoint_sha256": [file_sha256(path) for path in args.checkpoint],
-        "index_sha256": file_sha256(args.data / "index.csv"), "split": args.split, "n": len(cases),
-        "classes": classes, "tta": args.tta, "both_empty": empty[0], "one_empty": empty[1],
-    }  # fmt: skip
-    write_json(out / "metrics.json", {"summary": summary, "cases": cases, "run": run})
+# --- new images ---
 
 
 @dataclass
@@ -503,78 +568,125 @@ class NewImage:
     numbers: list[int]  # which channels the files are, if they are one each
 
 
-def list_files(paths: list[Path]) -> list[Path]:
-    """Files as they are; of a folder its .nii and .nii.gz files, or the folder itself as a DICOM series."""
-    files = []
-    for path in paths:
-        volumes, others = list_volumes(path) if path.is_dir() else ([], [])
-        if volumes and others:
-            found = count_kinds(dict.fromkeys(others))
-            print(
-                f"note: {path}: left out, because no .nii or .nii.gz: {found}, such as {others[0].name}"
-            )
-        files += volumes or [path]
-    return list({os.path.abspath(path): path for path in files}.values())  # each once
+def predict_images(
+    args: argparse.Namespace, models: list, checkpoints: list[dict], device: torch.device, out: Path
+) -> None:
+    """Masks and pictures of new images. Raises DataError at the end if some cannot be predicted."""
+    meta = checkpoints[0]["meta"]
+    warnings.filterwarnings("ignore", module="pydicom")  # harmless header slips, one line per file
+    images = find_images(args.images, len(meta["channels"]))
+    check_results(out, images)
+    tiles = []  # a picture for each of the first images
+    bad = 0
+    done = 0
+    with hold_folder(out):
+        for image in images:
+            try:
+                row, on_grid, labels = predict_image(image, args, models, checkpoints, device, out)
+            except DataError as error:
+                bad += 1
+                print(error, file=sys.stderr)
+                continue
+            # Row by row: what a stopped run has done stays.
+            append_row(out / "volumes.csv", row, is_first=done == 0)
+            done += 1
+            maps = {"image": None, "prediction": labels}
+            if done <= OVERLAYS:
+                position = fullest(labels > 0, meta["slice_axis"])
+                tiles.append(draw_panels(on_grid, maps, meta, position, [image.name]))
+            if done == 1:
+                write_gif(out / "first.gif", on_grid, maps, meta, image.name)
+            volumes = [f"{name} {row[f'ml_{name}']} ml" for name in meta["classes"][1:]]
+            print(one_line(f"{row['image']}: {'  '.join(volumes)}"))
+        if done:
+            write_gallery(out / "overlays.png", tiles)
+            print(f"{done} images; masks, volumes.csv and pictures in {out}")
+    if bad:
+        raise DataError(f"{bad} of {len(images)} images could not be read (named above)")
 
 
 def find_images(paths: list[Path], channels: int) -> list[NewImage]:
     """The images among files and folders, with names of masks that do not collide.
 
-    For a network of several channels NAME_0000, NAME_0001, ... (nnU-Net) of one folder are one image.
+    For a network of several channels NAME_0000, NAME_0001, ... (nnU-Net) of one folder are one
+    image.
     """
-    images: dict[Path, NewImage] = {}
+    by_place: dict[Path, NewImage] = {}
     for path in list_files(paths):
-        place = Path(os.path.abspath(path))
-        name = place.stem if path.is_file() and not is_volume(path) else volume_name(place)
+        place = Path(os.path.abspath(path))  # "." has no name of its own
+        name = volume_name(place)
+        if path.is_file() and not is_volume(path):
+            name = place.stem
         stem, number = split_channel(name)
         if number is None or channels == 1 or not is_one_channel(path):
-            images[place] = NewImage(name or "image", [path], [])
+            by_place[place] = NewImage(name or "image", [path], [])
         else:
-            one = images.setdefault(place.with_name(stem), NewImage(stem, [], []))
-            one.paths.append(path)
-            one.numbers.append(number)
+            # The first channel file makes the image, the others join it.
+            image = by_place.setdefault(place.with_name(stem), NewImage(stem, [], []))
+            image.paths.append(path)
+            image.numbers.append(number)
+    images = list(by_place.values())
     if channels == 1:
-        note_channels({image.name for image in images.values()})
-    name_outputs(list(images.values()))
-    return list(images.values())
+        note_channels({image.name for image in images})
+    name_outputs(images)
+    return images
 
 
-def note_channels(names: set[str]) -> None:
-    """Note names like nnU-Net's channel files, which a network of one channel takes for an image each."""
-    pairs = sorted(name for name in names if name.endswith("_0000") and f"{name[:-1]}1" in names)
-    if pairs:
-        print(f"note: {pairs[0]} and {pairs[0][:-1]}1 are two images to a network of one channel")
-
-
-def is_volume(path: Path) -> bool:
-    """Whether a path is called .nii or .nii.gz."""
-    return volume_name(path) != path.name
+def list_files(paths: list[Path]) -> list[Path]:
+    """Files as they are; of a folder its volumes, or itself as a DICOM series; each once."""
+    files = {}
+    for path in paths:
+        inside = [path]
+        if path.is_dir():
+            volumes, others = list_volumes(path)
+            if volumes:
+                note_others(path, others)
+                inside = volumes
+        for file in inside:
+            files[os.path.abspath(file)] = file
+    return list(files.values())
 
 
 def is_one_channel(path: Path) -> bool:
-    """Whether a file can be one channel of nnU-Net: it is not 4D itself (or cannot be read, and is named)."""
+    """Whether a file can be one channel of nnU-Net: it is not 4D itself.
+
+    So can one that cannot be read: then the message names it with its channel.
+    """
     try:
         return path.is_file() and len(read_header(path).get_data_shape()) < 4
     except (DataError, OSError, EOFError, zlib.error):
         return True
 
 
+def note_channels(names: set[str]) -> None:
+    """Note names like nnU-Net's channel files, which with one channel are an image each."""
+    for first in sorted(names):
+        second = f"{first[:-1]}1"
+        if first.endswith("_0000") and second in names:
+            print(f"note: {first} and {second} are two images to a network of one channel")
+            return
+
+
 def name_outputs(images: list[NewImage]) -> None:
-    """Make the names differ, even without case: by their folders' names, and where those do not, a number.
+    """Make the names differ, even without case: by their folders' names, and else by a number.
 
     Of a.nii and a.nii.gz the latter has the mask a.nii.gz, or people would take it for the other's.
     """
+    # Those come first, and so get the name, whose mask would be called as they are.
+    first_choice = sorted(images, key=lambda image: image.paths[0].name != f"{image.name}.nii.gz")
     same_name = defaultdict(list)
-    for image in sorted(images, key=lambda image: image.paths[0].name != f"{image.name}.nii.gz"):
+    for image in first_choice:
         same_name[image.name.casefold()].append(image)
-    taken = {name for name, group in same_name.items() if len(group) == 1}
-    for group in same_name.values():
-        folders = [image.paths[0].resolve().parent.name for image in group]
-        for image, folder in zip(group, folders, strict=True):
+    taken = {name for name, members in same_name.items() if len(members) == 1}
+    for members in same_name.values():
+        if len(members) == 1:
+            continue
+        # Two ct folders of p1 and p2 become p1_ct and p2_ct; what still is alike gets a number.
+        folders = [image.paths[0].resolve().parent.name for image in members]
+        for image, folder in zip(members, folders, strict=True):
             if len(set(folders)) > 1:
                 image.name = f"{folder}_{image.name}"
-            if len(group) > 1:
-                image.name = choose_free(image.name, taken)
+            image.name = choose_free(image.name, taken)
 
 
 def choose_free(base: str, taken: set[str]) -> str:
@@ -590,19 +702,22 @@ def choose_free(base: str, taken: set[str]) -> str:
 
 def check_results(out: Path, images: list[NewImage]) -> None:
     """Raise DataError if an image, or a file that is no earlier result, would be overwritten."""
-    inputs = [path for image in images for path in image.paths]
     masks = [out / f"{image.name}.nii.gz" for image in images]
+    inputs = []
+    for image in images:
+        inputs += image.paths
     table = out / "volumes.csv"
     check_outputs([*masks, table, out / "overlays.png", out / "first.gif"], inputs)
     if out.resolve() in [path.resolve() for path in inputs]:
-        raise DataError(f"{out}: is the folder of a DICOM series that is read; give another --out")
+        reason = "is the folder of a DICOM series that is read"
+        raise DataError(f"{out}: {reason}; give another --out")
     foreign = [mask for mask in masks if mask.exists() and not is_prediction(mask)]
+    # By its first columns a table is known to be one of ours.
     if table.exists() and not table.read_bytes().startswith(b"image,mask,"):
         foreign.append(table)
     if foreign:
-        raise DataError(
-            f"{foreign[0]}: exists and is no earlier result of this script; give another --out"
-        )
+        reason = "exists and is no earlier result of this script"
+        raise DataError(f"{foreign[0]}: {reason}; give another --out")
 
 
 def is_prediction(path: Path) -> bool:
@@ -613,80 +728,6 @@ def is_prediction(path: Path) -> bool:
         return False
 
 
-def read_image(
-    image: NewImage, meta: dict
-) -> tuple[np.ndarray, np.ndarray, nib.Nifti1Header | None, tuple]:
-    """An image on the common grid, float16 (C, X, Y, Z); affine, header and shape of its file.
-
-    Prints what is odd. Raises DataError if the model cannot take it.
-    """
-    notes: list[tuple[str, str]] = []
-    path = image.paths[0]
-    if image.numbers and sorted(image.numbers) != list(range(len(meta["channels"]))):
-        found = ", ".join(f"{number:04d}" for number in sorted(image.numbers))
-        raise DataError(
-            f"{path}: channel files {found}, expected one for each of {meta['channels']}"
-        )
-    volume, affine, header = read_channels(image.paths, notes)
-    for what, detail in notes:
-        print(f"note: {path}: {what}" + (f" ({detail})" if detail else ""))
-    if volume.shape[3] != len(meta["channels"]):
-        hint = "; time is no channel" if volume.shape[3] > len(meta["channels"]) else ""
-        raise DataError(f"{path}: {volume.shape[3]} channels, expected {meta['channels']}{hint}")
-    shape = volume.shape[:3]
-    orientation, spacing = orient(affine)
-    in_ras = tuple(shape[axis] for axis in np.argsort(orientation[:, 0]))
-    check_grid(path, in_ras, spacing, meta)
-    on_grid = to_grid(volume, affine, meta)
-    check_range(path, on_grid)
-    return on_grid, affine, header, shape
-
-
-def predict_images(
-    args: argparse.Namespace, models: list, checkpoints: list[dict], device: torch.device, out: Path
-) -> None:
-    """Masks and pictures of images without masks. DataError at the end if some cannot be predicted."""
-    meta = checkpoints[0]["meta"]
-    warnings.filterwarnings("ignore", module="pydicom")  # harmless header slips, one line per file
-    images = find_images(args.images, len(meta["channels"]))
-    check_results(out, images)
-    tiles, bad, done = [], 0, 0
-    with hold_folder(out):
-        for image in images:
-            try:
-                row, on_grid, labels = predict_image(image, args, models, checkpoints, device, out)
-            except DataError as error:
-                bad += 1
-                print(error, file=sys.stderr)
-                continue
-            append_row(
-                out / "volumes.csv", row, is_first=done == 0
-            )  # what a stopped run has done stays
-            done += 1
-            maps = {"image": None, "prediction": labels}
-            if done <= 30:
-                position = fullest(labels > 0, meta["slice_axis"])
-                tiles.append(draw_panels(on_grid, maps, meta, position, [image.name]))
-            if done == 1:
-                write_gif(out / "first.gif", on_grid, maps, meta, image.name)
-            volumes = [f"{name} {row[f'ml_{name}']} ml" for name in meta["classes"][1:]]
-            print(one_line(f"{row['image']}: {'  '.join(volumes)}"))
-        if done:
-            write_gallery(out / "overlays.png", tiles)
-            print(f"{done} images; masks, volumes.csv and pictures in {out}")
-    if bad:
-        raise DataError(f"{bad} of {len(images)} images could not be read (named above)")
-
-
-def append_row(path: Path, row: dict, is_first: bool) -> None:
-    """Add a row to a CSV file; the first one replaces the file and writes the header."""
-    with open(path, "w" if is_first else "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, row)
-        if is_first:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def predict_image(
     image: NewImage,
     args: argparse.Namespace,
@@ -695,35 +736,66 @@ def predict_image(
     device: torch.device,
     out: Path,
 ) -> tuple[dict, np.ndarray, np.ndarray]:
-    """Write the mask of an image: its row of volumes.csv, image (C, X, Y, Z) and classes on the grid.
+    """Write the mask of an image. Its row of volumes.csv; image and class numbers on the grid.
 
     Raises DataError if it cannot be read or needs more memory than there is.
     """
     meta = checkpoints[0]["meta"]
-    with named_memory(image.paths[0]):
+    with name_memory_error(image.paths[0]):
         on_grid, affine, header, shape = read_image(image, meta)
         probabilities = predict(models, checkpoints, on_grid, device, args.amp, args.tta)
         check_finite(probabilities, image.paths[0])
-        labels = from_grid(probabilities.numpy(), shape, affine)
-    mask = f"{image.name}.nii.gz"
-    with written(out / mask) as path:
-        write_mask(path, np.array(meta["values"], np.uint8)[labels], affine, header, PREDICTION)
-    voxel = abs(np.linalg.det(affine[:3, :3])) / 1000  # ml
+        labels = from_grid(probabilities.numpy(), shape, affine)  # (X, Y, Z) of the file
+    mask_name = f"{image.name}.nii.gz"
+    with written(out / mask_name) as path:
+        values = np.array(meta["values"], np.uint8)
+        write_mask(path, values[labels], affine, header, PREDICTION)
+
+    voxel = abs(np.linalg.det(affine[:3, :3])) / 1000  # ml, of the file's grid in mm
     counts = np.bincount(labels.reshape(-1), minlength=len(meta["classes"]))
-    row = {"image": ";".join(map(str, image.paths)), "mask": mask}
+    row = {"image": ";".join(map(str, image.paths)), "mask": mask_name}
     for name, count in zip(meta["classes"][1:], counts[1:], strict=True):
         row[f"ml_{name}"] = round(float(voxel * count), 3)
     return row, on_grid, probabilities.argmax(0).byte().numpy()
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    device = choose_device(args.device)
-    models, checkpoints = load_models(args.checkpoint, device)
-    out = args.out or args.checkpoint[0].parent / (
-        f"eval_{args.split}" if args.data else "predictions"
-    )
-    (evaluate_split if args.data else predict_images)(args, models, checkpoints, device, out)
+def read_image(
+    image: NewImage, meta: dict
+) -> tuple[np.ndarray, np.ndarray, nib.Nifti1Header | None, tuple[int, ...]]:
+    """An image on the common grid, float16 (C, X, Y, Z); affine, header and shape of its file.
+
+    Prints what is odd. Raises DataError if the model cannot take it.
+    """
+    notes: Notes = []
+    path = image.paths[0]
+    paths = image.paths
+    if image.numbers:
+        numbers = sorted(image.numbers)
+        if numbers != list(range(len(meta["channels"]))):
+            given = ", ".join(f"{number:04d}" for number in numbers)
+            expected = f"one for each of {meta['channels']}"
+            raise DataError(f"{path}: channel files {given}, expected {expected}")
+        paths = [image.paths[image.numbers.index(number)] for number in numbers]
+    volume, affine, header = read_channels(paths, notes)
+    for what, detail in notes:
+        print_note(path, what, detail)
+    check_channels(path, volume.shape[3], meta["channels"])
+    shape = volume.shape[:3]
+    _, spacing = orient(affine)
+    check_grid(path, ras_shape(shape, affine), spacing, meta)
+    on_grid = to_grid(volume, affine, meta)
+    check_range(path, on_grid)
+    return on_grid, affine, header, shape
+
+
+def append_row(path: Path, row: dict, is_first: bool) -> None:
+    """Add a row to a CSV file; the first one replaces the file and writes the header."""
+    mode = "w" if is_first else "a"
+    with open(path, mode, newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, row)
+        if is_first:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
-"""A U-Net for slices and volumes, its loss, and the prediction of whole volumes by overlapping windows."""
+"""A U-Net for slices and volumes, its loss, and the prediction of whole volumes by windows.
+
+The same code serves two and three dimensions: the number of axes of `patch` decides. In the shapes
+below B is the batch, C the channels, K the classes (0 is the background), *S the two or three axes
+of a patch, (X, Y, Z) the axes of a volume in RAS: to the right, front and top.
+"""
 
 import itertools
 import math
 import sys
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,81 +19,59 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from segmentation.dataset import box_slices, cut, in_batches, patch_axes, window_size
 
+# The layers by the number of axes: slices and volumes.
+CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+UP_CONV = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+NORM = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+POOL = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
+MEMORY_FORMAT = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+MAX_PATCH = 2**18  # voxels: 512 x 512, or 64 x 64 x 64
+MAX_STAGES = 6
+MAX_WIDTH = 256  # channels
+
 
 def default_patch(dims: int, meta: dict) -> list[int]:
-    """A whole slice or volume of median size, as far as 2^18 voxels go; the longest side in mm gives way."""
-    patch, spacing = (
-        patch_axes(meta[name], dims, meta["slice_axis"]) for name in ("shape", "spacing")
-    )
-    while math.prod(patch) > 2**18:
-        patch[max(range(dims), key=lambda axis: patch[axis] * spacing[axis])] -= 1
+    """Voxels per axis of a slice (`dims` 2) or volume (3) of median size, by a meta.json.
+
+    Above 2^18 voxels in all, the side that is longest in mm is shortened.
+    """
+    patch = patch_axes(meta["shape"], dims, meta["slice_axis"])
+    spacing = patch_axes(meta["spacing"], dims, meta["slice_axis"])
+    while math.prod(patch) > MAX_PATCH:
+        lengths = [voxels * mm for voxels, mm in zip(patch, spacing, strict=True)]
+        longest = lengths.index(max(lengths))
+        patch[longest] -= 1
     return patch
 
 
-def plan_stages(patch: list[int], spacing: list[float]) -> list[tuple[list[int], list[int]]]:
-    """Kernel and stride of each stage, the first at full resolution.
+def build_model(meta: dict, channels: int, patch: list[int]) -> "UNet":
+    """The U-Net for the channels, classes and spacing of a meta.json.
 
-    An axis is halved as long as 4 voxels of the patch are left and its voxels are not twice as long as the
-    finest that can be halved; until then its kernels are 1, if they are that long (as in nnU-Net, Isensee et
-    al., Nature Methods 2021).
+    `channels` is the width of the first residual unit; `patch` has two axes for slices, three for
+    volumes.
     """
-    size, spacing, stages, stride = list(patch), list(spacing), [], [1] * len(patch)
-    while len(stages) < 6:
-        stages.append(([1 if s >= 2 * min(spacing) else 3 for s in spacing], stride))
-        fine = [s for s, n in zip(spacing, size, strict=True) if n >= 8]
-        if not fine:
-            break
-        stride = [
-            2 if n >= 8 and s < 2 * min(fine) else 1 for s, n in zip(spacing, size, strict=True)
-        ]
-        size = [n // k for n, k in zip(size, stride, strict=True)]
-        spacing = [s * k for s, k in zip(spacing, stride, strict=True)]
-    return stages
+    dims = len(patch)
+    spacing = patch_axes(meta["spacing"], dims, meta["slice_axis"])
+    model = UNet(len(meta["channels"]), len(meta["classes"]), channels, patch, spacing)
+    # The order of memory in which cuDNN and oneDNN convolve; it saves them two copies a layer.
+    return model.to(memory_format=MEMORY_FORMAT[dims])
 
 
-def conv_unit(
-    inputs: int, outputs: int, kernel: list[int], stride: list[int], norm: bool = True
-) -> nn.Sequential:
-    """Convolution, instance norm unless told otherwise, leaky ReLU."""
-    conv, norms = (
-        (nn.Conv2d, nn.InstanceNorm2d) if len(kernel) == 2 else (nn.Conv3d, nn.InstanceNorm3d)
-    )
-    first = conv(inputs, outputs, kernel, stride, [k // 2 for k in kernel], bias=not norm)
-    middle = [norms(outputs, affine=True)] if norm else []
-    return nn.Sequential(first, *middle, nn.LeakyReLU(0.01, inplace=True))
-
-
-class ResidualUnit(nn.Module):
-    """Two convolutions beside a shortcut (He et al., CVPR 2016); the first may stride.
-
-    The shortcut averages instead of striding: it sees every voxel, and on the CPU a strided 1x1 convolution
-    of few channels in channels-last order writes beyond its memory (torch 2.15).
-    """
-
-    def __init__(self, inputs: int, outputs: int, kernel: list[int], stride: list[int]) -> None:
-        super().__init__()
-        ones = [1] * len(kernel)
-        pool = nn.AvgPool2d if len(kernel) == 2 else nn.AvgPool3d
-        self.first = conv_unit(inputs, outputs, kernel, stride)
-        self.second = conv_unit(outputs, outputs, kernel, ones)[:2]
-        self.shortcut = nn.Sequential()
-        if max(stride) > 1:
-            self.shortcut.append(pool(stride, ceil_mode=True, count_include_pad=False))
-        if inputs != outputs:
-            self.shortcut.extend(conv_unit(inputs, outputs, ones, ones)[:2])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.leaky_relu(self.second(self.first(x)) + self.shortcut(x), 0.01, inplace=True)
+# --- the network ---
 
 
 class UNet(nn.Module):
-    """U-Net (Ronneberger et al., MICCAI 2015) from images (B, C, *S) to logits (B, K, *S), for any S.
+    """U-Net (Ronneberger et al., MICCAI 2015): images (B, C, *S) to logits (B, K, *S), any size S.
 
-    Full resolution costs nearly all the time, so the first stage is thin: half of `channels`, a single
-    convolution on the way down and on the way up. Below are residual units of `channels`, twice as many, ...
-    up to 256. `patch` and `spacing` have two or three axes and decide how deep it is. The last convolution
-    before the head has no norm: brought to the same deviation in every image, features of a structure that an
-    image lacks look as if it were there.
+    A stage is one resolution. On the way down a block computes each stage from the one above it; on
+    the way up a transposed convolution doubles the resolution, and a block merges it with what the
+    way down had there.
+
+    Full resolution costs nearly all the time, so the first stage is thin: half of `channels`, a
+    single convolution each way. The stages below are residual units of `channels`, twice as many,
+    ... up to 256. `patch` (voxels) and `spacing` (mm) have two or three axes and decide how many
+    stages there are.
     """
 
     def __init__(
@@ -100,120 +83,272 @@ class UNet(nn.Module):
         spacing: list[float],
     ) -> None:
         super().__init__()
+        dims = len(patch)
+        ones = [1] * dims
         stages = plan_stages(patch, spacing)
-        widths = [
-            max(1, channels // 2),
-            *(min(channels * 2**k, 256) for k in range(len(stages) - 1)),
-        ]
-        flat = len(patch) == 2
-        transposed, conv = (
-            (nn.ConvTranspose2d, nn.Conv2d) if flat else (nn.ConvTranspose3d, nn.Conv3d)
-        )
-        self.down, self.up, self.merge = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        widths = [max(1, channels // 2)]
+        for k in range(len(stages) - 1):
+            widths.append(min(channels * 2**k, MAX_WIDTH))
+
+        self.down = nn.ModuleList()  # down[k]: stage k - 1 to stage k, the finest first
+        self.up = nn.ModuleList()  # up[k]: stage k + 1 to the resolution of stage k
+        self.merge = nn.ModuleList()  # merge[k]: up[k] and down[k], concatenated, to stage k
+
+        # Built stage by stage, because the order decides which random weights each layer starts
+        # with.
         for k, (kernel, stride) in enumerate(stages):
-            down, merge = (
-                (ResidualUnit, ResidualUnit) if k else (conv_unit, partial(conv_unit, norm=False))
-            )
-            self.down.append(down(widths[k - 1] if k else in_channels, widths[k], kernel, stride))
-            if k + 1 < len(stages):
-                stride = stages[k + 1][1]
-                self.up.append(transposed(widths[k + 1], widths[k], stride, stride))
-                self.merge.append(merge(2 * widths[k], widths[k], kernel, [1] * len(kernel)))
-        self.head = conv(widths[0], num_classes, 1)
+            width = widths[k]
+            if k == 0:
+                self.down.append(conv_unit(in_channels, width, kernel, stride))
+            else:
+                self.down.append(ResidualUnit(widths[k - 1], width, kernel, stride))
+            if k == len(stages) - 1:
+                break  # nothing lies below the coarsest stage
+            scale = stages[k + 1].stride
+            self.up.append(UP_CONV[dims](widths[k + 1], width, scale, scale))
+            if k == 0:
+                # No norm before the head: brought to the same deviation in every image, the
+                # features of a structure that an image lacks look as if it were there.
+                self.merge.append(conv_unit(2 * width, width, kernel, ones, norm=False))
+            else:
+                self.merge.append(ResidualUnit(2 * width, width, kernel, ones))
+        self.head = CONV[dims](widths[0], num_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        skips = []
-        for unit in self.down:
-            x = unit(x)
+        skips = []  # the output of each stage on the way down
+        for block in self.down:
+            x = block(
+                x
+            )  # (B, widths[k], *S of stage k): halved where strided, odd sizes rounded up
             skips.append(x)
-        skips.pop()
-        for up, merge, skip in zip(
-            reversed(self.up), reversed(self.merge), reversed(skips), strict=True
-        ):
-            # an odd size was rounded up on the way down
-            x = up(x)[(..., *(slice(n) for n in skip.shape[2:]))]
-            x = merge(torch.cat([x, skip], 1))
-        return self.head(x)
+        for k in reversed(range(len(self.up))):
+            skip = skips[k]
+            x = self.up[k](x)  # (B, widths[k], *S of stage k, or one voxel more where it was odd)
+            inside = [slice(voxels) for voxels in skip.shape[2:]]
+            x = x[(..., *inside)]  # (B, widths[k], *S of stage k)
+            x = torch.cat([x, skip], 1)  # (B, 2 * widths[k], *S of stage k)
+            x = self.merge[k](x)  # (B, widths[k], *S of stage k)
+        return self.head(x)  # (B, K, *S)
 
 
-def build_model(meta: dict, channels: int, patch: list[int]) -> UNet:
-    """The U-Net for the channels, classes and spacing of a cache, slices or volumes as the patch has axes."""
-    spacing = patch_axes(meta["spacing"], len(patch), meta["slice_axis"])
-    model = UNet(len(meta["channels"]), len(meta["classes"]), channels, patch, spacing)
-    return model.to(
-        memory_format=torch.channels_last if len(patch) == 2 else torch.channels_last_3d
-    )
+class Stage(NamedTuple):
+    """Sizes per axis of the convolutions of a stage; `stride` leads to it from the stage above."""
+
+    kernel: list[int]
+    stride: list[int]
+
+
+def plan_stages(patch: list[int], spacing: list[float]) -> list[Stage]:
+    """The stages for patches of this size (voxels) and spacing (mm), full resolution first.
+
+    As in nnU-Net (Isensee et al., Nature Methods 2021) the axes become alike before all are treated
+    alike: an axis of long voxels keeps its resolution and has kernels of 1 until the others have
+    caught up.
+    """
+    size = list(patch)
+    spacing = list(spacing)
+    stages = []
+    stride = [1] * len(patch)
+    while len(stages) < MAX_STAGES:
+        thickest = 2 * min(spacing)
+        kernel = [1 if mm >= thickest else 3 for mm in spacing]
+        stages.append(Stage(kernel, stride))
+
+        # An axis can be halved as long as 4 voxels of the patch are left.
+        halvable = [axis for axis, voxels in enumerate(size) if voxels >= 8]
+        if not halvable:
+            break
+        finest = min(spacing[axis] for axis in halvable)
+        stride = [1] * len(patch)
+        for axis in halvable:
+            if spacing[axis] < 2 * finest:
+                stride[axis] = 2
+                size[axis] //= 2
+                spacing[axis] *= 2
+    return stages
+
+
+class ResidualUnit(nn.Module):
+    """Two convolutions beside a shortcut (He et al., CVPR 2016).
+
+    From (B, inputs, *S) to (B, outputs, *S / stride): the first convolution strides. The shortcut
+    averages instead: so it sees every voxel, and on the CPU a strided 1x1 convolution of few
+    channels in channels-last order writes beyond its memory (torch 2.15).
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: list[int], stride: list[int]) -> None:
+        super().__init__()
+        dims = len(kernel)
+        ones = [1] * dims
+        self.first = conv_unit(inputs, outputs, kernel, stride)
+        self.second = conv_unit(outputs, outputs, kernel, ones)[:2]  # ReLU comes after the sum
+        self.shortcut = nn.Sequential()  # empty: the input itself
+        if max(stride) > 1:
+            # Rounded up, as the convolution does; voxels beyond the edge do not count.
+            self.shortcut.append(POOL[dims](stride, ceil_mode=True, count_include_pad=False))
+        if inputs != outputs:
+            self.shortcut.extend(conv_unit(inputs, outputs, ones, ones)[:2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.second(self.first(x))
+        return F.leaky_relu(residual + self.shortcut(x), 0.01, inplace=True)
+
+
+def conv_unit(
+    inputs: int, outputs: int, kernel: list[int], stride: list[int], norm: bool = True
+) -> nn.Sequential:
+    """Convolution, instance norm, leaky ReLU: a side of S voxels becomes ceil(S / stride)."""
+    dims = len(kernel)
+    padding = [side // 2 for side in kernel]
+    layers = [CONV[dims](inputs, outputs, kernel, stride, padding, bias=not norm)]
+    if norm:
+        # By the statistics of each image alone: a batch of volumes has as few as one or two.
+        layers.append(NORM[dims](outputs, affine=True))
+    layers.append(nn.LeakyReLU(0.01, inplace=True))
+    return nn.Sequential(*layers)
+
+
+# --- the loss ---
 
 
 def segmentation_loss(logits: Tensor, masks: Tensor, kind: str) -> Tensor:
-    """Soft Dice loss, plus cross entropy if "dice_ce"; logits float32 (B, K, *S), masks int64 (B, *S).
+    """Soft Dice loss, plus cross entropy if "dice_ce": a number for backward().
 
-    Dice (Milletari et al., 3DV 2016) is taken per image and foreground class and then averaged. Where a class
-    is absent Dice is not defined; there the loss is the share of voxels it is predicted on.
+    Logits float32 (B, K, *S): half precision would overflow in the sums. Masks int64 (B, *S), class
+    numbers.
+
+    Dice (Milletari et al., 3DV 2016) is taken per image and foreground class, then averaged: a
+    small structure counts as much as a large one. Where a class is absent Dice is not defined;
+    there the loss is the share of voxels that it is predicted on, which has a gradient and is 0 for
+    none.
     """
-    probabilities = logits.softmax(1)[:, 1:].flatten(2)
-    truth = F.one_hot(masks, logits.shape[1]).movedim(-1, 1)[:, 1:].flatten(2)
-    common, size, predicted = (probabilities * truth).sum(2), truth.sum(2), probabilities.sum(2)
+    truth = F.one_hot(masks, logits.shape[1]).movedim(-1, 1)  # (B, *S) to int64 (B, K, *S)
+    truth = truth[:, 1:].flatten(2)  # (B, K - 1, voxels), without the background
+    probabilities = logits.softmax(1)  # (B, K, *S)
+    probabilities = probabilities[:, 1:].flatten(2)  # (B, K - 1, voxels)
+
+    common = (probabilities * truth).sum(2)  # (B, K - 1)
+    size = truth.sum(2)  # (B, K - 1)
+    predicted = probabilities.sum(2)  # (B, K - 1)
     dice = 2 * common / (size + predicted).clamp(min=1e-6)
-    loss = torch.where(size > 0, 1 - dice, predicted / truth.shape[2]).mean()
-    return loss + F.cross_entropy(logits, masks) if kind == "dice_ce" else loss
+    false_share = predicted / truth.shape[2]
+    loss = torch.where(size > 0, 1 - dice, false_share).mean()
+    if kind == "dice_ce":
+        loss = loss + F.cross_entropy(logits, masks)
+    return loss
 
 
-def window_weights(length: int, size: int) -> list[tuple[int, Tensor]]:
-    """Where windows of `size` begin on an axis of `length`, overlapping by half, and their weights (size,).
-
-    Weights are bells (sigma an eighth of the window) that add up to one at every voxel. An axis shorter than
-    the window lies in its middle.
-    """
-    count = max(1, math.ceil((length - size) / max(1, size // 2)) + 1)
-    starts = [round(k * (length - size) / max(1, count - 1)) for k in range(count)]
-    if length <= size:
-        starts = [(length - size) // 2]
-    bell = torch.exp(-0.5 * ((torch.arange(size) - (size - 1) / 2) / (size / 8)).square())
-    total = torch.zeros(length + 2 * size)
-    for start in starts:
-        total[start + size : start + 2 * size] += bell
-    return [(start, bell / total[start + size : start + 2 * size]) for start in starts]
+# --- whole volumes ---
 
 
 @torch.no_grad()
 def predict_volume(
-    model: nn.Module, image: np.ndarray, patch: list[int], slice_axis: int, device: torch.device,
-    amp: torch.dtype | None, batch_size: int, mirror: bool = False
-) -> Tensor:  # fmt: skip
+    model: nn.Module,
+    image: np.ndarray,
+    patch: list[int],
+    slice_axis: int,
+    device: torch.device,
+    amp: torch.dtype | None,
+    batch_size: int,
+    mirror: bool = False,
+) -> Tensor:
     """Class probabilities float16 (K, X, Y, Z), on the CPU, of a volume (C, X, Y, Z).
 
-    Windows have the size of the patch; with a patch of two axes they are whole slices. As the windows lie
-    on a lattice, their weights are known beforehand to add up to one, so that one array of the result's size
-    is all that is kept. `mirror` averages over all ways to flip the axes.
+    The model sees overlapping windows of the size of the patch, `batch_size` at a time; with a
+    patch of two axes they are whole slices. `mirror` averages each window over all ways to flip its
+    axes.
+
+    Windows lie on a lattice, so their weights are known beforehand to add up to one: a single array
+    of the result's size is all that is kept, no array of weights to divide by at the end.
     """
-    size, dims = window_size(patch, slice_axis), len(patch)
-    flat = slice_axis - 3 if dims == 2 else None
-    if flat is not None:
-        size = [1 if k == slice_axis else max(s, image.shape[k + 1]) for k, s in enumerate(size)]
-    windows = list(
-        itertools.product(
-            *(window_weights(n, s) for n, s in zip(image.shape[1:], size, strict=True))
-        )
-    )
-    flips = [
-        axes for n in range(dims + 1) for axes in itertools.combinations(range(2, dims + 2), n)
-    ]
+    shape = image.shape[1:]
+    is_slice = len(patch) == 2
+    thin = slice_axis - 3  # the axis of one voxel that a slice does not have, counted from the end
+    size = window_size(patch, slice_axis)  # voxels in x, y and z
+    if is_slice:
+        for axis in range(3):
+            if axis != slice_axis:
+                size[axis] = max(size[axis], shape[axis])
+    along_axes = [window_weights(length, side) for length, side in zip(shape, size, strict=True)]
+    windows = list(itertools.product(*along_axes))
+
     result = None
     for batch in in_batches(windows, batch_size):
-        cuts = np.stack([cut(image, [start for start, _ in window], size) for window in batch])
-        images = torch.from_numpy(cuts).to(device, non_blocking=True).float()
-        images, mean = images if flat is None else images.squeeze(flat), 0
-        for axes in flips if mirror else [()]:
-            with torch.autocast(device.type, amp, enabled=amp is not None):
-                logits = model(images.flip(axes))
-            mean = mean + logits.float().softmax(1).flip(axes) / (len(flips) if mirror else 1)
-        mean = (mean if flat is None else mean.unsqueeze(flat)).cpu()
-        if result is None:
-            result = torch.zeros(mean.shape[1], *image.shape[1:], dtype=torch.float16)
-        for window, probabilities in zip(batch, mean, strict=True):
-            (x, a), (y, b), (z, c) = window
-            inside, place = box_slices([x, y, z], size, image.shape[1:])
-            weighted = probabilities * (a[:, None, None] * b[:, None] * c)
-            result[(slice(None), *inside)] += weighted[(slice(None), *place)].half()
+        cuts = []
+        for window in batch:
+            corner = [start for start, _ in window]
+            cuts.append(cut(image, corner, size))  # (C, *size)
+        images = torch.from_numpy(np.stack(cuts))  # (B, C, *size)
+        images = images.to(device, non_blocking=True).float()
+        if is_slice:
+            images = images.squeeze(thin)  # (B, C, *S)
+        probabilities = predict_batch(model, images, amp, mirror)  # (B, K, *S)
+        if is_slice:
+            probabilities = probabilities.unsqueeze(thin)  # (B, K, *size)
+        probabilities = probabilities.cpu()
+        if result is None:  # only the output tells the number of classes
+            result = torch.zeros(probabilities.shape[1], *shape, dtype=torch.float16)
+        for window, one in zip(batch, probabilities, strict=True):
+            add_window(result, window, one)
     return result
+
+
+def window_weights(length: int, size: int) -> list[tuple[int, Tensor]]:
+    """Where windows of `size` begin on an axis of `length` voxels, each with its weights (size,).
+
+    Windows overlap by half. Weights are bells, because a network is worst at the edge of what it
+    sees; they add up to one at every voxel of the axis. An axis shorter than the window lies in the
+    window's middle.
+    """
+    if length <= size:
+        starts = [(length - size) // 2]  # negative: the window begins before the axis
+    else:
+        step = max(1, size // 2)
+        count = math.ceil((length - size) / step) + 1
+        starts = [round(k * (length - size) / (count - 1)) for k in range(count)]
+
+    distance = torch.arange(size) - (size - 1) / 2  # voxels from the window's middle
+    sigma = size / 8  # as in nnU-Net
+    bell = torch.exp(-0.5 * (distance / sigma).square())  # (size,)
+    # Sum of all bells, with a margin on both sides for windows that reach out of the axis.
+    total = torch.zeros(length + 2 * size)
+    for start in starts:
+        total[start + size : start + 2 * size] += bell
+
+    windows = []
+    for start in starts:
+        weights = bell / total[start + size : start + 2 * size]
+        windows.append((start, weights))
+    return windows
+
+
+def predict_batch(
+    model: nn.Module, images: Tensor, amp: torch.dtype | None, mirror: bool
+) -> Tensor:
+    """Class probabilities float32 (B, K, *S) of images float32 (B, C, *S), averaged if mirrored."""
+    flips = [()]  # the axes to flip
+    if mirror:
+        axes = range(2, images.ndim)
+        for count in range(1, len(axes) + 1):
+            flips += itertools.combinations(axes, count)
+    mean = 0
+    for axes in flips:
+        with torch.autocast(images.device.type, amp, enabled=amp is not None):
+            logits = model(images.flip(axes))  # (B, K, *S)
+        probabilities = logits.float().softmax(1)
+        mean = mean + probabilities.flip(axes) / len(flips)
+    return mean
+
+
+def add_window(
+    result: Tensor, window: tuple[tuple[int, Tensor], ...], probabilities: Tensor
+) -> None:
+    """Add the probabilities of a window, (K, *size), to those of the volume, (K, X, Y, Z).
+
+    `window` has the start and the weights for each of x, y and z.
+    """
+    (x, weights_x), (y, weights_y), (z, weights_z) = window
+    weights = weights_x[:, None, None] * weights_y[:, None] * weights_z  # (*size)
+    inside, place = box_slices([x, y, z], list(weights.shape), result.shape[1:])
+    weighted = probabilities * weights  # (K, *size)
+    result[(slice(None), *inside)] += weighted[(slice(None), *place)].half()

@@ -1,4 +1,4 @@
-"""segmentation/preprocess.py, dataset.py and model.py: tiny NIfTI and DICOM files, hand-made values."""
+"""segmentation/preprocess.py, dataset.py and model.py: tiny files, values made by hand."""
 
 import csv
 import gzip
@@ -40,13 +40,20 @@ from segmentation.preprocess import (
 )
 
 CPU = torch.device("cpu")
-META = {"classes": ["background", "a", "b"], "values": [0, 1, 2], "channels": ["MRI"], "resample": False,
-        "spacing": [1.0, 1.0, 1.0], "slice_axis": 2, "shape": [9, 8, 7], "normalisation": [None]}  # fmt: skip
-ORIENTATIONS = [
-    np.array(list(zip(axes, signs, strict=True)))
-    for axes in itertools.permutations(range(3))
-    for signs in itertools.product((1, -1), repeat=3)
-]
+META = {
+    "classes": ["background", "a", "b"],
+    "values": [0, 1, 2],
+    "channels": ["MRI"],
+    "resample": False,
+    "spacing": [1.0, 1.0, 1.0],
+    "slice_axis": 2,
+    "shape": [9, 8, 7],
+    "normalisation": [None],
+}
+# Every way to order and to flip three axes, as nibabel writes it: (axis, 1 or -1) for each.
+ORDERS = itertools.permutations(range(3))
+SIGNS = itertools.product((1, -1), repeat=3)
+ORIENTATIONS = [np.column_stack(pair) for pair in itertools.product(ORDERS, SIGNS)]
 
 
 def oblique(spacing: tuple = (1.0, 1.5, 2.5), degrees: float = 12) -> np.ndarray:
@@ -55,7 +62,8 @@ def oblique(spacing: tuple = (1.0, 1.5, 2.5), degrees: float = 12) -> np.ndarray
     z = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
     x = np.array([[1, 0, 0], [0, np.cos(b), -np.sin(b)], [0, np.sin(b), np.cos(b)]])
     affine = np.eye(4)
-    affine[:3, :3], affine[:3, 3] = z @ x * spacing, (-20, 31, 7)
+    affine[:3, :3] = z @ x * spacing
+    affine[:3, 3] = (-20, 31, 7)
     return affine
 
 
@@ -105,10 +113,8 @@ def run(raw: Path, out: Path, *options: str) -> tuple[dict, list[dict]]:
 def test_all_48_axis_orders_there_and_back(resampled):
     image, mask = block()
     meta = META | ({"resample": True, "spacing": [1.3, 1.1, 1.7]} if resampled else {})
-    expected, labels = (
-        to_grid(image[..., None], oblique(), meta),
-        mask_to_grid(mask, oblique(), meta),
-    )
+    expected = to_grid(image[..., None], oblique(), meta)
+    labels = mask_to_grid(mask, oblique(), meta)
     chances = np.eye(3, dtype=np.float16)[labels].transpose(3, 0, 1, 2)
     back = from_grid(chances, mask.shape, oblique())
     assert resampled or np.array_equal(back, mask)
@@ -238,7 +244,9 @@ def test_label_styles_channels_and_official_test_cases(tmp_path):
 def bad_cases(raw: Path) -> dict[str, str]:
     """One case for each thing that can be wrong, and a part of its message."""
     image, mask = block()
-    nan, scaled, turned = image.copy(), 255 * (mask > 0).astype(np.uint8), oblique()
+    nan = image.copy()
+    scaled = 255 * (mask > 0).astype(np.uint8)
+    turned = oblique()
     nan[3, 3, 3] = np.nan
     turned[0, 3] += 2
     write(raw, "nan", nan, mask)
@@ -257,12 +265,21 @@ def bad_cases(raw: Path) -> dict[str, str]:
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2] if name == "short" else content)
     (raw / "labelsTr" / "lost.nii.gz").write_bytes(gzip.compress(b""))
-    return {"nan": "1 voxels are NaN", "flat": "no contrast",
-            "shape": "shape (11, 10, 8), expected (12, 10, 8)",
-            "values": "mask values [0, 255], expected [0, 1, 2]", "between": "between the integers",
-            "alone": "no file of that name in labelsTr", "two": "2 channels, expected ['MRI']",
-            "plane": "expected 3D", "moved": "2 mm apart", "zero": "zero bytes", "text": "text.nii.gz",
-            "short": "short.nii.gz", "lost": "no file of that name in imagesTr"}  # fmt: skip
+    return {
+        "nan": "1 voxels are NaN",
+        "flat": "no contrast",
+        "shape": "shape (11, 10, 8), expected (12, 10, 8)",
+        "values": "mask values [0, 255], expected [0, 1, 2]",
+        "between": "between the integers",
+        "alone": "no file of that name in labelsTr",
+        "two": "2 channels, expected ['MRI']",
+        "plane": "expected 3D",
+        "moved": "2 mm apart",
+        "zero": "zero bytes",
+        "text": "text.nii.gz",
+        "short": "short.nii.gz",
+        "lost": "no file of that name in imagesTr",
+    }
 
 
 def test_every_bad_case_is_named_in_one_run(tmp_path, capsys):
@@ -301,7 +318,7 @@ def test_without_description_gaps_in_the_values_are_refused(tmp_path):
 
 
 def series(folder: Path, volume: np.ndarray, affine: np.ndarray) -> Path:
-    """A CT series, int16 stored with an intercept, with file names against the order of the slices."""
+    """A CT series, int16 with an intercept, file names against the order of the slices."""
     folder.mkdir()
     lps = np.diag([-1, -1, 1, 1]) @ affine
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
@@ -309,19 +326,22 @@ def series(folder: Path, volume: np.ndarray, affine: np.ndarray) -> Path:
         ds = pydicom.Dataset()
         ds.file_meta = pydicom.dataset.FileMetaDataset()
         ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        ds.SOPClassUID, ds.SOPInstanceUID, ds.SeriesInstanceUID = (
-            CTImageStorage,
-            f"1.2.{k + 1}",
-            "1.2",
-        )
+        ds.SOPClassUID = CTImageStorage
+        ds.SOPInstanceUID = f"1.2.{k + 1}"
+        ds.SeriesInstanceUID = "1.2"
         ds.ImageOrientationPatient = [*(lps[:3, 0] / spacing[0]), *(lps[:3, 1] / spacing[1])]
         ds.ImagePositionPatient = list(lps[:3] @ [0, 0, k, 1])
         ds.PixelSpacing = [spacing[1], spacing[0]]
-        ds.RescaleSlope, ds.RescaleIntercept = 1, -1024
+        ds.RescaleSlope = 1
+        ds.RescaleIntercept = -1024
         pixels = np.rint(volume[:, :, k].T + 1024).astype(np.uint16)
-        ds.Rows, ds.Columns, ds.SamplesPerPixel = *pixels.shape, 1
-        ds.PhotometricInterpretation, ds.PixelRepresentation = "MONOCHROME2", 0
-        ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 16, 15
+        ds.Rows, ds.Columns = pixels.shape
+        ds.SamplesPerPixel = 1
+        ds.PhotometricInterpretation = "MONOCHROME2"
+        ds.PixelRepresentation = 0
+        ds.BitsAllocated = 16
+        ds.BitsStored = 16
+        ds.HighBit = 15
         ds.PixelData = pixels.tobytes()
         ds["PixelData"].VR = "OW"
         ds.save_as(folder / f"{99 - k}.dcm", enforce_file_format=True)
@@ -409,13 +429,14 @@ def test_augment_moves_image_and_mask_together(shape):
         assert image[one == 1].mean() > image[one == 0].mean() + 1
     again = augment(images, mask, np.random.default_rng(0), spacing, 1.0, True)
     assert torch.equal(again[0], moved) and torch.equal(again[1], masks)
-    still = augment(images, mask, np.random.default_rng(0), spacing, 0.0)
+    still = augment(images, mask, np.random.default_rng(0), spacing, 0.0, False)
     assert torch.equal(still[0], images) and torch.equal(still[1], mask)
 
 
 def test_rotation_is_in_millimetres():
     """A disc stays a disc in mm, though it is an ellipse in voxels."""
-    spacing, shape = [1.0, 3.0], (60, 20)
+    spacing = [1.0, 3.0]
+    shape = (60, 20)
     x, y = (np.arange(n) * s - (n - 1) * s / 2 for n, s in zip(shape, spacing, strict=True))
     disc = torch.from_numpy((x[:, None] ** 2 + y**2 < 20**2).astype(np.uint8)).expand(32, *shape)
 
@@ -431,7 +452,7 @@ def test_rotation_is_in_millimetres():
         def integers(self, n: int) -> int:
             return 0
 
-    _, turned = augment(disc[:, None].float(), disc, OnlyTurns(), spacing)
+    _, turned = augment(disc[:, None].float(), disc, OnlyTurns(), spacing, 1.0, False)
     assert (turned != disc).flatten(1).float().mean(1).max() < 0.04  # in voxels it would be 0.1
 
 

@@ -17,7 +17,7 @@ OWN = {
     | {"draw_phantom", "write_dicom", "write_demo"},
     "model": {"build_model"},
     "train": {"parse_args", "make_demo", "load_data", "print_setup", "evaluate", "main"},
-    "eval": {"parse_args", "load_models", "check_same", "predict", "named"}
+    "eval": {"parse_args", "load_models", "check_same", "predict", "list_cases", "load_image"}
     | {"evaluate_split", "predict_images"},
 }  # fmt: skip
 PATCHES = {
