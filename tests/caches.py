@@ -1,4 +1,4 @@
-"""Small caches drawn without raw files, and the commands on them: for tests of train.py and eval.py."""
+"""Small caches drawn without raw files, and the commands on them, to test train.py and eval.py."""
 
 import csv
 import importlib
@@ -75,7 +75,7 @@ def draw_images(cache: Path, task: str) -> Path:
 
 
 def draw_volumes(cache: Path, empty: bool = False) -> Path:
-    """Noise with a bright cube of class 1 (value 2 in the file), or none; folds 0, 1, 2 and test."""
+    """Noise with a bright cube of class 1 (2 in the file), or none; folds 0, 1, 2 and test."""
     (cache / "volumes").mkdir(parents=True)
     rows = []
     for k in range(8):
@@ -91,8 +91,16 @@ def draw_volumes(cache: Path, empty: bool = False) -> Path:
         fold = ("0", "1", "2", "test")[k % 4]
         rows.append({"id": f"v{k}", "group": f"g{k}", "fold": fold, "image": "", "mask": ""})
     write_index(cache, rows)
-    meta = {"classes": ["background", "cube"], "values": [0, 2], "channels": ["MRI"], "resample": False,
-            "spacing": [1, 1, 1], "slice_axis": 2, "shape": [8, 8, 8], "normalisation": [None]}  # fmt: skip
+    meta = {
+        "classes": ["background", "cube"],
+        "values": [0, 2],
+        "channels": ["MRI"],
+        "resample": False,
+        "spacing": [1, 1, 1],
+        "slice_axis": 2,
+        "shape": [8, 8, 8],
+        "normalisation": [None],
+    }
     (cache / "meta.json").write_text(json.dumps(meta))
     return cache
 

@@ -4,10 +4,10 @@
   python tests/mutants.py common/metrics.py --sample 50
   python tests/mutants.py segmentation/eval.py --line 320  # all places of that line
 
-Run by hand: it takes from seconds to minutes a place. A place is an operator, a number, a condition, a
-keyword argument or a statement; it is exchanged, dropped or negated in a copy of the repository, where the
-tests of the module run until the first one fails. Those that compare the text of the folders are left out,
-because they fail for any change; so are messages.
+Run by hand: it takes from seconds to minutes a place. A place is an operator, a number, a
+condition, a keyword argument or a statement; it is exchanged, dropped or negated in a copy of the
+repository, where the tests of the module run until the first one fails. Those that compare the text
+of the folders are left out, because they fail for any change; so are messages.
 """
 
 import argparse
@@ -43,11 +43,28 @@ TESTS = {
     "segmentation/eval.py": ["test_safety", "test_segmentation", "test_volumes"],
 }
 OTHER_OPERATOR = {
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
-    ast.Mod: ast.Mult, ast.Pow: ast.Mult, ast.And: ast.Or, ast.Or: ast.And, ast.Lt: ast.LtE, ast.LtE: ast.Lt,
-    ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.In: ast.NotIn,
-    ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
-}  # fmt: skip
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.Mult,
+    ast.Pow: ast.Mult,
+    ast.And: ast.Or,
+    ast.Or: ast.And,
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.BitAnd: ast.BitOr,
+    ast.BitOr: ast.BitAnd,
+}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -91,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def find_mutants(source: str) -> Iterator[tuple[int, str, str]]:
-    """Line number, what was done, and the whole text, for every place in a module that can be broken."""
+    """Line number, what was done, and the whole text, for every place that can be broken."""
     tree = ast.parse(source)
     messages = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
     passed_over = {id(part) for message in messages for part in ast.walk(message)}
@@ -157,7 +174,7 @@ def replace(source: str, node: ast.AST, text: str) -> str:
 
 
 def is_noticed(module: str, mutated: str, timeout: int) -> bool:
-    """Whether the tests of a module fail in a copy of the repository with this text in its place."""
+    """Whether the tests of a module fail in a copy of the repository with this text in place."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder) / "work"
         shutil.copytree(

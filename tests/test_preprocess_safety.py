@@ -1,4 +1,4 @@
-"""preprocess.py of all tasks: no cache is lost or mixed, and what a file claims is not believed blindly."""
+"""preprocess.py: no cache is lost or mixed, and what a file claims is not believed blindly."""
 
 import gzip
 import importlib

@@ -1,4 +1,4 @@
-"""Nothing misleading is printed, nothing of the user's is lost: train.py and eval.py on caches drawn here."""
+"""Nothing misleading is printed and nothing of the user's is lost: train.py and eval.py."""
 
 import csv
 import json
@@ -161,12 +161,15 @@ def test_resume_without_best_writes_it_again(caches, tmp_path, monkeypatch):
 # --- what a checkpoint belongs to ---
 
 
-@pytest.mark.parametrize("task, change, message", [
-    ("classification", {"fit": "pad"}, "fit squash (now pad)"),
-    ("classification", {"std": 0.3}, "std 0.2 (now 0.3)"),
-    ("detection", {"mean": 0.1}, "mean 0.2 (now 0.1)"),
-    ("segmentation", {"spacing": [1, 1, 2]}, "spacing [1, 1, 1] (now [1, 1, 2])"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "task, change, message",
+    [
+        ("classification", {"fit": "pad"}, "fit squash (now pad)"),
+        ("classification", {"std": 0.3}, "std 0.2 (now 0.3)"),
+        ("detection", {"mean": 0.1}, "mean 0.2 (now 0.1)"),
+        ("segmentation", {"spacing": [1, 1, 2]}, "spacing [1, 1, 1] (now [1, 1, 2])"),
+    ],
+)
 def test_resume_refuses_images_prepared_in_another_way(
     caches, runs, tmp_path, task, change, message
 ):
@@ -274,8 +277,14 @@ def test_older_checkpoints_are_evaluated_with_a_note(caches, runs, tmp_path, tas
 @pytest.fixture(scope="module")
 def table(caches, runs, tmp_path_factory) -> list[dict]:
     out = tmp_path_factory.mktemp("compare")
-    evaluate("classification", caches["classification"], "--checkpoint", runs["classification"] / "best.pt",
-             "--out", out)  # fmt: skip
+    evaluate(
+        "classification",
+        caches["classification"],
+        "--checkpoint",
+        runs["classification"] / "best.pt",
+        "--out",
+        out,
+    )
     with open(out / "predictions.csv", newline="") as file:
         return list(csv.DictReader(file))
 
@@ -308,11 +317,18 @@ def missing(rows: list[dict]) -> None:
     rows.pop()
 
 
-@pytest.mark.parametrize("change, message", [
-    (other_set, "1 of 6 images are missing, and 1 are others"), (swapped_label, "i1 is no"),
-    (of_the_test_set, "of test, expected no of val"), (not_a_number, "add up to 1"),
-    (beyond_one, "add up to 1"), (doubled, "7 rows for 6 images"), (missing, "1 of 6 images are missing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (other_set, "1 of 6 images are missing, and 1 are others"),
+        (swapped_label, "i1 is no"),
+        (of_the_test_set, "of test, expected no of val"),
+        (not_a_number, "add up to 1"),
+        (beyond_one, "add up to 1"),
+        (doubled, "7 rows for 6 images"),
+        (missing, "1 of 6 images are missing"),
+    ],
+)
 def test_another_table_is_refused(caches, runs, tmp_path, table, change, message):
     rows = [dict(row) for row in table]
     change(rows)
@@ -607,8 +623,10 @@ def test_what_the_user_cannot_help_is_one_line_and_a_bug_keeps_its_traceback(cap
         return caught.value
 
     killed = outcome(RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"))
-    assert killed.code == ("error: DataLoader worker (pid(s) 7) exited unexpectedly "
-                           "(out of memory? use fewer --workers)")  # fmt: skip
+    assert killed.code == (
+        "error: DataLoader worker (pid(s) 7) exited unexpectedly "
+        "(out of memory? use fewer --workers)"
+    )
     assert outcome(CheckpointError("a\nb\x1b[31mc")).code == r"error: a b\x1b[31mc"
     assert outcome(OSError(28, "No space left on device", "x.npy")).code.endswith("device: 'x.npy'")
     assert outcome(KeyboardInterrupt()).code == 130
@@ -694,16 +712,43 @@ def other_shape(cache: Path) -> None:
 ANY = [cut_array, long_array, other_dtype, cut_row, empty_meta, list_meta, nested_meta, no_index]
 ANY += [binary_index, set_row(fold="5"), set_row(fold=""), set_row(id="")]
 CACHES = {
-    "classification": [row_less, set_row(label="2"), set_row(label="-1"), set_row(label="x"), set_meta(std=0),
-                       set_meta(mean=math.nan), set_meta(size=31), set_meta(size="32"),
-                       set_meta(classes=["no"]), set_meta(fit="crop")],
-    "detection": [row_less, set_row(xmin="nan"), set_row(xmax="40"), set_row(ymin="20", ymax="10"),
-                  set_row(spacing="1"), set_row(width="x"), set_meta(std=0), set_meta(size=64)],
-    "segmentation": [infinite_voxel, unknown_class, points_outside, other_shape, set_row(id="../v1"),
-                     set_row(id="v99"), set_meta(spacing=[1, 1]), set_meta(channels=["a", "b"]),
-                     set_meta(normalisation=[{"low": 0, "high": 1, "mean": 0, "std": 0}]),
-                     set_meta(values=[0, 1, 2]), set_meta(slice_axis=3), set_meta(shape=[8, 8, 0])],
-}  # fmt: skip
+    "classification": [
+        row_less,
+        set_row(label="2"),
+        set_row(label="-1"),
+        set_row(label="x"),
+        set_meta(std=0),
+        set_meta(mean=math.nan),
+        set_meta(size=31),
+        set_meta(size="32"),
+        set_meta(classes=["no"]),
+        set_meta(fit="crop"),
+    ],
+    "detection": [
+        row_less,
+        set_row(xmin="nan"),
+        set_row(xmax="40"),
+        set_row(ymin="20", ymax="10"),
+        set_row(spacing="1"),
+        set_row(width="x"),
+        set_meta(std=0),
+        set_meta(size=64),
+    ],
+    "segmentation": [
+        infinite_voxel,
+        unknown_class,
+        points_outside,
+        other_shape,
+        set_row(id="../v1"),
+        set_row(id="v99"),
+        set_meta(spacing=[1, 1]),
+        set_meta(channels=["a", "b"]),
+        set_meta(normalisation=[{"low": 0, "high": 1, "mean": 0, "std": 0}]),
+        set_meta(values=[0, 1, 2]),
+        set_meta(slice_axis=3),
+        set_meta(shape=[8, 8, 0]),
+    ],
+}
 
 
 @pytest.mark.parametrize(
@@ -716,8 +761,14 @@ def test_a_bad_cache_is_one_line(caches, tmp_path, task, k):
     assert str(cache) in found and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("task, other", [("classification", "detection"), ("detection", "segmentation"),
-                                         ("segmentation", "classification")])  # fmt: skip
+@pytest.mark.parametrize(
+    "task, other",
+    [
+        ("classification", "detection"),
+        ("detection", "segmentation"),
+        ("segmentation", "classification"),
+    ],
+)
 def test_a_cache_or_checkpoint_of_another_task_is_one_line(caches, runs, tmp_path, task, other):
     assert "preprocess" in refusal(train, task, caches[other], tmp_path / "run")
     found = refusal(evaluate, task, caches[task], "--checkpoint", runs[other] / "best.pt")
@@ -742,16 +793,35 @@ def drop(name: str):
 
 
 CHECKPOINTS = {
-    "classification": [drop("settings"), drop("meta"), drop("figures"), drop("threshold"),
-                       change_settings(arch="resnet9"), change_settings(amp="fp8"), change_settings(fold="0"),
-                       change_settings(batch_size=0), change_settings(index=3),
-                       lambda c: c["meta"].update(std=0), lambda c: c["meta"].update(classes=3),
-                       lambda c: c["model"].update({"fc.bias": torch.zeros(5)}),
-                       lambda c: c["model"].update({"fc.bias": "x"}), lambda c: c["model"].update({3: 4})],
-    "detection": [change_settings(channels=0), change_settings(head="none"), change_settings(channels="8")],
-    "segmentation": [change_settings(patch=[8]), change_settings(patch=[0, 8]), change_settings(patch="88"),
-                     change_settings(channels=10**9), change_settings(mirror=None)],
-}  # fmt: skip
+    "classification": [
+        drop("settings"),
+        drop("meta"),
+        drop("figures"),
+        drop("threshold"),
+        change_settings(arch="resnet9"),
+        change_settings(amp="fp8"),
+        change_settings(fold="0"),
+        change_settings(batch_size=0),
+        change_settings(index=3),
+        lambda c: c["meta"].update(std=0),
+        lambda c: c["meta"].update(classes=3),
+        lambda c: c["model"].update({"fc.bias": torch.zeros(5)}),
+        lambda c: c["model"].update({"fc.bias": "x"}),
+        lambda c: c["model"].update({3: 4}),
+    ],
+    "detection": [
+        change_settings(channels=0),
+        change_settings(head="none"),
+        change_settings(channels="8"),
+    ],
+    "segmentation": [
+        change_settings(patch=[8]),
+        change_settings(patch=[0, 8]),
+        change_settings(patch="88"),
+        change_settings(channels=10**9),
+        change_settings(mirror=None),
+    ],
+}
 
 
 @pytest.mark.parametrize(
@@ -769,12 +839,18 @@ def first_moment(checkpoint: dict) -> None:
     checkpoint["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
 
 
-@pytest.mark.parametrize("change, message", [
-    (drop("optimizer"), "a copy of best.pt cannot be resumed"), (drop("log"), "log is None"),
-    (lambda c: c.update(epoch=7), "epoch 7 and a log of 1 epochs"), (drop("best"), "best is None"),
-    (lambda c: c["optimizer"].update(param_groups=[]), "optimizer's state does not fit"),
-    (first_moment, "optimizer's state does not fit"), (lambda c: c.update(settings=3), "settings is 3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (drop("optimizer"), "a copy of best.pt cannot be resumed"),
+        (drop("log"), "log is None"),
+        (lambda c: c.update(epoch=7), "epoch 7 and a log of 1 epochs"),
+        (drop("best"), "best is None"),
+        (lambda c: c["optimizer"].update(param_groups=[]), "optimizer's state does not fit"),
+        (first_moment, "optimizer's state does not fit"),
+        (lambda c: c.update(settings=3), "settings is 3"),
+    ],
+)
 def test_a_last_that_cannot_be_resumed_is_one_line(caches, runs, tmp_path, change, message):
     checkpoint = load_checkpoint(runs["segmentation"] / "last.pt")
     change(checkpoint)
@@ -797,9 +873,17 @@ def test_a_flipped_bit_in_the_weights_is_found(runs, tmp_path):
 
 
 @TASKS
-@pytest.mark.parametrize("option, value", [("--seed", 2**64), ("--augment", 1000), ("--lr", "inf"),
-                                           ("--lr", "nan"), ("--weight-decay", "inf"),
-                                           ("--batch-size", 0)])  # fmt: skip
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("--seed", 2**64),
+        ("--augment", 1000),
+        ("--lr", "inf"),
+        ("--lr", "nan"),
+        ("--weight-decay", "inf"),
+        ("--batch-size", 0),
+    ],
+)
 def test_options_beyond_their_bounds_exit_with_status_2(task, option, value, capsys):
     with pytest.raises(SystemExit) as stop:
         module(task, "train").main(["--data", "x", option, str(value)])

@@ -74,7 +74,7 @@ def test_training_scripts_can_be_compared_line_by_line():
 
 
 def bodies(task: str) -> list[tuple[str, str]]:
-    """Name and body, without its docstring, of every function of a folder that does more than one thing."""
+    """Name and body, without docstring, of every function that does more than one thing."""
     found = []
     for script in OWN:
         for node in ast.walk(ast.parse((ROOT / task / f"{script}.py").read_text())):

@@ -1,4 +1,4 @@
-"""What a training does at every step, and what eval.py makes of its networks: values, on small caches."""
+"""What a training does at every step and what eval.py makes of its networks, by values."""
 
 import csv
 import json
