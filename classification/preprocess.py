@@ -103,14 +103,14 @@ NO_FINDING = re.compile(
 
 
 class DataError(ValueError):
-    """What the user can mend: shown as one line with exit status 1, without a traceback."""
+    """An error the user can fix: shown as one line with exit status 1, without a traceback."""
 
     def __str__(self) -> str:
         return one_line(super().__str__())
 
 
 def one_line(text: object) -> str:
-    """Text for a terminal: on one line, control characters escaped, a long one cut in its middle."""
+    """Text for a terminal: one line, control characters escaped, cut in the middle if long."""
     line = re.sub(r"\s*[\r\n]\s*", " ", str(text).strip())
     line = "".join(repr(c)[1:-1] if unicodedata.category(c)[0] == "C" else c for c in line)
     return line if len(line) <= 300 else f"{line[:150]} ... {line[-145:]}"
@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def default_workers() -> int:
-    """As many threads as this process may use, at most 8: each holds an image as large as its file says."""
+    """As many threads as this process may use, but at most 8: each holds a whole image."""
     if hasattr(os, "sched_getaffinity"):  # on a shared node fewer than os.cpu_count()
         return min(8, len(os.sched_getaffinity(0)))
     return min(8, os.cpu_count() or 1)
@@ -533,7 +533,7 @@ def list_class(raw: Path, split: str, class_folder: Path, regex: str | None) -> 
 
 
 def match_patient(regex: str, text: str) -> str:
-    """What a regular expression finds in a file name: its first group, or all of it; "" for no match."""
+    """What a regular expression matches: its first group, or all of it; "" for no match."""
     match = re.search(regex, text)
     if match is None:
         return ""
@@ -704,14 +704,15 @@ def positive_class(classes: list[str]) -> str | None:
 
 @contextmanager
 def open_output(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder to write into, which becomes OUT at the end: a run that is stopped leaves OUT as it was.
+    """A folder to write into, which becomes OUT at the end: a stopped run leaves OUT as it was.
 
-    Raises DataError if OUT holds anything but a cache (--overwrite never deletes what is not ours), if
-    another run writes to it (the lock ends with the process), or if something cannot be written.
+    Raises DataError if OUT holds anything but a cache (--overwrite never deletes what is not
+    ours), if another run writes to it (the lock ends with the process), or if something cannot be
+    written.
     """
-    partial, old, lock = (
-        out.with_name(f".{out.name}.{kind}") for kind in ("partial", "old", "lock")
-    )
+    partial = out.with_name(f".{out.name}.partial")
+    old = out.with_name(f".{out.name}.old")
+    lock = out.with_name(f".{out.name}.lock")
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, "w") as file:
         try:
@@ -743,15 +744,16 @@ def open_output(out: Path, overwrite: bool) -> Iterator[Path]:
 
 def check_output(out: Path, overwrite: bool) -> None:
     """Raise DataError if OUT holds anything but a cache, or a cache that nobody said may go."""
-    found = (
-        {p.name for p in out.iterdir()} if out.is_dir() else {"a file"} if out.exists() else set()
-    )
+    names = set()
+    if out.is_dir():
+        names = {path.name for path in out.iterdir()}
+    elif out.exists():
+        names = {"a file"}
     ours = {"images.npy", "volumes", "index.csv", "meta.json", "skipped.csv"}
-    if found and not {"meta.json"} <= found <= ours:
-        raise DataError(
-            f"{out}: holds {min(found - ours or found)}, expected a new folder or a cache"
-        )
-    if found and not overwrite:
+    if names and not {"meta.json"} <= names <= ours:
+        foreign = min(names - ours or names)
+        raise DataError(f"{out}: holds {foreign}, expected a new folder or a cache")
+    if names and not overwrite:
         raise DataError(f"{out}: exists already; use --overwrite, or another --out")
 
 
@@ -796,7 +798,10 @@ def write_header(file: BinaryIO, count: int, size: int) -> None:
 
 
 def in_threads(function: Callable, items: list, workers: int) -> Iterator:
-    """`map` in threads (decoding and resizing release the GIL), in chunks, so that results do not pile up."""
+    """`map` in threads (decoding and resizing release the GIL), in the order of the items.
+
+    In chunks, so that results do not pile up in memory.
+    """
     with ThreadPoolExecutor(max(1, workers)) as pool:
         for start in range(0, len(items), 256):
             yield from pool.map(function, items[start : start + 256])
@@ -1425,7 +1430,10 @@ def choose_patients(cases: list[Case]) -> list[str]:
 
 
 def group_patients(patients: list[str], digests: list[str]) -> list[str]:
-    """A group per row: patients who share a pixel-identical image are one, named by their smallest id."""
+    """A group per row: patients who share a pixel-identical image are one group.
+
+    It is named by the smallest of their ids (union-find by name, so the order does not matter).
+    """
     parent = {patient: patient for patient in patients}
 
     def root(patient: str) -> str:
@@ -1433,10 +1441,11 @@ def group_patients(patients: list[str], digests: list[str]) -> list[str]:
             patient = parent[patient]
         return patient
 
-    first: dict[str, str] = {}
+    first: dict[str, str] = {}  # by digest: the first patient with this image
     for patient, digest in zip(patients, digests, strict=True):
-        a, b = sorted((root(patient), root(first.setdefault(digest, patient))))
-        parent[b] = a
+        other = first.setdefault(digest, patient)
+        smaller, larger = sorted((root(patient), root(other)))
+        parent[larger] = smaller
     return [root(patient) for patient in patients]
 
 
@@ -1460,18 +1469,20 @@ def assign_folds(patients: list[str], splits: list[str], test_fraction: float) -
 
 
 def assign_fold(group: str, split: str, has_val: bool, test_fraction: float) -> str:
-    """Fold of a group: a hash of its name decides, so that it never depends on the other rows or their order.
+    """Fold of a group: a hash of its name decides, so it never depends on other rows.
 
     Official splits are kept: val is fold 0 (train then has 1-4), test is test.
     """
     digest = hashlib.sha256(f"0:{group}".encode()).hexdigest()
-    if split == "test" or (not split and int(digest[:8], 16) < test_fraction * 2**32):
+    is_drawn = int(digest[:8], 16) < test_fraction * 2**32
+    if split == "test" or (not split and is_drawn):
         return "test"
     if split == "val":
         return "0"
-    return str(
-        1 + int(digest[8:16], 16) % (FOLDS - 1) if has_val else int(digest[8:16], 16) % FOLDS
-    )
+    number = int(digest[8:16], 16)
+    if has_val:
+        return str(1 + number % (FOLDS - 1))
+    return str(number % FOLDS)
 
 
 def report_overlaps(cases: list[Case], patients: list[str]) -> dict[str, int]:
@@ -1530,16 +1541,18 @@ def mean_and_std(cases: list[Case], folds: list[str]) -> tuple[float, float]:
 
 
 def check_outputs(outputs: list[Path], inputs: list[Path]) -> None:
-    """Raise DataError if an output is an input by whatever name (links too), or a folder that holds one."""
+    """Raise DataError if an output is an input, or a folder that holds one.
+
+    By whatever name: symbolic and hard links count.
+    """
     targets = {path.resolve() for path in outputs}
-    files = {
-        (status.st_dev, status.st_ino)
-        for status in (path.stat() for path in targets if path.is_file())
-    }
+    existing = [path.stat() for path in targets if path.is_file()]
+    inodes = {(status.st_dev, status.st_ino) for status in existing}
     for path in inputs:
         real = path.resolve()
         status = real.stat() if real.exists() else None
-        if targets & {real, *real.parents} or (status and (status.st_dev, status.st_ino) in files):
+        is_linked = status is not None and (status.st_dev, status.st_ino) in inodes
+        if is_linked or targets & {real, *real.parents}:
             raise DataError(f"{path}: would be overwritten by a result; give another --out")
 
 
@@ -1547,13 +1560,13 @@ def check_outputs(outputs: list[Path], inputs: list[Path]) -> None:
 
 
 def run_command(main: Callable, *errors: type) -> None:
-    """Run a script's main: what the user can mend, or stopped, is one line; a bug keeps its traceback."""
-    sys.stdout.reconfigure(
-        errors="backslashreplace"
-    )  # a screen may lack the letters of a file's name
-    warnings.filterwarnings(
-        "ignore", module=r"pydicom|PIL|nibabel"
-    )  # header slips, some for every file
+    """Run a script's main: what the user can fix, or stopped, is one line.
+
+    A bug keeps its traceback.
+    """
+    # A screen may lack the letters of a file's name; headers have slips, some in every file.
+    sys.stdout.reconfigure(errors="backslashreplace")
+    warnings.filterwarnings("ignore", module=r"pydicom|PIL|nibabel")
     try:
         main()
     except (DataError, OSError, *errors) as error:

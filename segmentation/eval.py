@@ -129,10 +129,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = choose_device(args.device)
     models, checkpoints = load_models(args.checkpoint, device)
-    out = args.out or args.checkpoint[0].parent / (
-        f"eval_{args.split}" if args.data else "predictions"
-    )
-    (evaluate_split if args.data else predict_images)(args, models, checkpoints, device, out)
+    name = f"eval_{args.split}" if args.data else "predictions"
+    out = args.out or args.checkpoint[0].parent / name
+    if args.data:
+        evaluate_split(args, models, checkpoints, device, out)
+    else:
+        predict_images(args, models, checkpoints, device, out)
 
 
 # --- the models ---
@@ -292,7 +294,10 @@ def evaluate_split(
 
 
 def choose_rows(cache: Path, split: str, paths: list[Path], checkpoints: list[dict]) -> list[int]:
-    """Row numbers of the split. Raises DataError if it is empty, or if a checkpoint was trained on it."""
+    """Row numbers of the split.
+
+    Raises DataError if there are none, or if a checkpoint was trained on one of them.
+    """
     meta, index = open_cache(cache)
     check_same(meta, checkpoints[0]["meta"], cache, paths[0])
     folds = {checkpoint["settings"]["fold"] for checkpoint in checkpoints}
@@ -304,7 +309,7 @@ def choose_rows(cache: Path, split: str, paths: list[Path], checkpoints: list[di
             )
         if len(folds) > 1:
             raise DataError(
-                f"checkpoints of folds {sorted(folds)}: they trained on each other's validation images"
+                f"checkpoints of folds {sorted(folds)}: each was trained on the other's validation set"
             )
     wanted = "test" if split == "test" else str(folds.pop())
     rows = [k for k, row in enumerate(index) if row["fold"] == wanted]
@@ -317,39 +322,41 @@ def choose_rows(cache: Path, split: str, paths: list[Path], checkpoints: list[di
 
 
 def check_leakage(cache: Path, rows: list[int], paths: list[Path], checkpoints: list[dict]) -> None:
-    """Raise DataError if a checkpoint, or its --init, was trained on images or patients of these rows.
+    """Raise DataError if a checkpoint, or its --init, was trained on some of these rows.
 
-    Patients whom an official split has on both sides are only counted: such splits are kept as they are.
+    Images and patients count. Patients whom an official split has on both sides are told, but not
+    refused: such splits are kept as they are.
     """
-    index, overlaps = read_index(cache), read_meta(cache).get("overlaps", {})
+    index = read_index(cache)
+    overlaps = read_meta(cache).get("overlaps", {})
     patients, images = fingerprints(cache, rows)
     for path, checkpoint in zip(paths, checkpoints, strict=True):
-        if not checkpoint.get("trained_on"):
+        trained_on = checkpoint.get("trained_on")
+        if not trained_on:
             print(
-                f"note: {path} does not say what it was trained on: make sure that it was on other images"
+                f"note: {path} does not say what it was trained on: keep that out of the test set"
             )
             continue
-        settings, official = checkpoint["settings"], set()
+        settings = checkpoint["settings"]
+        official = set()  # hashes of training patients, where the split is an official one
         of_this_cache = settings["index"] == file_sha256(cache / "index.csv")
         if of_this_cache and overlaps.get("patients on both sides of an official split"):
-            others = [
-                k
-                for k, row in enumerate(index)
-                if row["fold"] not in ("test", str(settings["fold"]))
-            ]
+            held_out = ("test", str(settings["fold"]))
+            others = [k for k, row in enumerate(index) if row["fold"] not in held_out]
             official = set(fingerprints(cache, others)[0])
-        seen = count_trained_on(checkpoint["trained_on"], patients, images)
+        seen = count_trained_on(trained_on, patients, images)
         refused = [k for k in seen if patients[k] not in official]
-        if len(seen) > len(refused):
-            count = len(seen) - len(refused)
+        kept = len(seen) - len(refused)
+        if kept:
             print(
-                f"note: {count} of {len(rows)} images are of patients in training, by the official split"
+                f"note: {kept} of {len(rows)} images: the official split has their patients in training"
             )
         if refused:
             name = index[rows[refused[0]]]["id"]
-            found = f"{path}: trained on {len(refused)} of these {len(rows)} images or patients ({name})"
+            count = f"{len(refused)} of these {len(rows)} images or patients ({name})"
             raise DataError(
-                f"{found}; take others, or, if only names are alike, change them in index.csv"
+                f"{path}: trained on {count}; "
+                "take others, or, if only names are alike, change them in index.csv"
             )
 
 
