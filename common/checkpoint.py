@@ -1,6 +1,7 @@
 """Checkpoints and other files of a run: written atomically, loaded without running their code."""
 
 import argparse
+import atexit
 import csv
 import hashlib
 import json
@@ -113,12 +114,13 @@ def lock_folder(folder: Path) -> TextIO | None:
         file.close()
         message = f"{folder}: another run writes here; wait for it, or use another --out"
         raise CheckpointError(message) from error
+    atexit.register(unlock_folder, file)  # a run that fails leaves no .lock
     return file
 
 
 def unlock_folder(file: TextIO | None) -> None:
     """Let others write to the folder again."""
-    if file is not None:
+    if file is not None and not file.closed:
         Path(file.name).unlink(missing_ok=True)
         file.close()
 

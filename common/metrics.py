@@ -236,8 +236,8 @@ def segmentation_metrics(
         lengths = [n * mm for n, mm in zip(truth.shape, spacing, strict=True)]
         diagonal = math.hypot(*lengths)
         metrics |= {"hd95_mm": diagonal, "assd_mm": diagonal}
-    voxel_ml = math.prod(spacing) / 1000
-    return metrics | {"volume_error_ml": abs(true_size - predicted_size) * voxel_ml}
+    error_ml = abs(true_size - predicted_size) * math.prod(spacing) / 1000
+    return metrics | {"volume_error_ml": error_ml}
 
 
 def overlap(truth: Tensor, prediction: Tensor) -> dict[str, float]:

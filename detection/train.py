@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
             row |= {"seconds": time.perf_counter() - start}
             saved |= {"figures": metrics}
             run.save(row, metrics["mean_iou"], saved, model, optimizer, scaler)
-    finish(args.out, cache, is_main, world_size)
+    finish(run, cache, is_main, world_size)
 
 
 def within(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -396,12 +396,13 @@ def gather(batches: list[Tensor]) -> list[Tensor]:
     return [batch for part in parts for batch in part]
 
 
-def finish(out: Path, cache: Path, is_main: bool, world_size: int) -> None:
-    """Leave the process group and print the command to type next."""
+def finish(run: Run, cache: Path, is_main: bool, world_size: int) -> None:
+    """Leave the process group and the folder, and print the command to type next."""
     if world_size > 1:
         dist.destroy_process_group()
     if is_main:
-        best = f"--checkpoint {out}/best.pt"
+        checkpoint.unlock_folder(run.lock)
+        best = f"--checkpoint {run.out}/best.pt"
         print(f"next: python detection/eval.py --data {cache} {best} --split val")
 
 

@@ -309,7 +309,7 @@ def choose_rows(cache: Path, split: str, paths: list[Path], checkpoints: list[di
             )
         if len(folds) > 1:
             raise DataError(
-                f"checkpoints of folds {sorted(folds)}: each was trained on the other's validation set"
+                f"checkpoints of folds {sorted(folds)}: one was trained on what another left out"
             )
     wanted = "test" if split == "test" else str(folds.pop())
     rows = [k for k, row in enumerate(index) if row["fold"] == wanted]
@@ -349,7 +349,8 @@ def check_leakage(cache: Path, rows: list[int], paths: list[Path], checkpoints: 
         kept = len(seen) - len(refused)
         if kept:
             print(
-                f"note: {kept} of {len(rows)} images: the official split has their patients in training"
+                f"note: {kept} of {len(rows)} images are of patients in training, "
+                "by the official split"
             )
         if refused:
             name = index[rows[refused[0]]]["id"]

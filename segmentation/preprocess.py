@@ -1792,14 +1792,15 @@ def check_outputs(outputs: list[Path], inputs: list[Path]) -> None:
 
 @contextmanager
 def open_output(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder to write into, which becomes OUT at the end: a run that is stopped leaves OUT as it was.
+    """A folder to write into, which becomes OUT at the end: a stopped run leaves OUT as it was.
 
-    Raises DataError if OUT holds anything but a cache (--overwrite never deletes what is not ours), if
-    another run writes to it (the lock ends with the process), or if something cannot be written.
+    Raises DataError if OUT holds anything but a cache (--overwrite never deletes what is not
+    ours), if another run writes to it (the lock ends with the process), or if something cannot be
+    written.
     """
-    partial, old, lock = (
-        out.with_name(f".{out.name}.{kind}") for kind in ("partial", "old", "lock")
-    )
+    partial = out.with_name(f".{out.name}.partial")
+    old = out.with_name(f".{out.name}.old")
+    lock = out.with_name(f".{out.name}.lock")
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, "w") as file:
         try:
@@ -1996,7 +1997,7 @@ class DataError(ValueError):
 
 
 def one_line(text: object) -> str:
-    """Text for a terminal: on one line, control characters escaped, a long one cut in its middle."""
+    """Text for a terminal: one line, control characters escaped, cut in the middle if long."""
     line = re.sub(r"\s*[\r\n]\s*", " ", str(text).strip())
     line = "".join(repr(c)[1:-1] if unicodedata.category(c)[0] == "C" else c for c in line)
     return line if len(line) <= 300 else f"{line[:150]} ... {line[-145:]}"

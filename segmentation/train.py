@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
             row |= {"train_seconds": train_seconds, "seconds": time.perf_counter() - start}
             saved |= {"figures": metrics}
             run.save(row, score_of(metrics), saved, model, optimizer, scaler)
-    finish(args.out, cache, is_main, world_size)
+    finish(run, cache, is_main, world_size)
 
 
 def within(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -409,12 +409,13 @@ def score_of(metrics: dict[str, float]) -> float:
     return 1.0 if math.isnan(metrics["dice"]) else metrics["dice"]
 
 
-def finish(out: Path, cache: Path, is_main: bool, world_size: int) -> None:
-    """Leave the process group and print the command to type next."""
+def finish(run: Run, cache: Path, is_main: bool, world_size: int) -> None:
+    """Leave the process group and the folder, and print the command to type next."""
     if world_size > 1:
         dist.destroy_process_group()
     if is_main:
-        best = f"--checkpoint {out}/best.pt"
+        checkpoint.unlock_folder(run.lock)
+        best = f"--checkpoint {run.out}/best.pt"
         print(f"next: python segmentation/eval.py --data {cache} {best} --split val")
 
 

@@ -102,7 +102,7 @@ def test_training_stops_where_the_network_gives_nan(caches, tmp_path, task, monk
     assert "the network gives NaN or infinite values; lower --lr" in refusal(
         train, task, caches[task], tmp_path
     )
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} <= {".lock"}  # goes with the process
 
 
 @TASKS
