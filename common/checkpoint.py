@@ -1,13 +1,13 @@
 """Checkpoints and other files of a run: written atomically, loaded without running their code."""
 
 import argparse
-import atexit
 import csv
 import hashlib
 import json
 import math
 import os
 import pickle
+import weakref
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -114,7 +114,8 @@ def lock_folder(folder: Path) -> TextIO | None:
         file.close()
         message = f"{folder}: another run writes here; wait for it, or use another --out"
         raise CheckpointError(message) from error
-    atexit.register(unlock_folder, file)  # a run that fails leaves no .lock
+    # also if it is never unlocked: a command that ends with an error leaves no such file
+    weakref.finalize(file, Path.unlink, folder / ".lock", missing_ok=True)
     return file
 
 
