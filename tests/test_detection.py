@@ -1,6 +1,5 @@
 """detection/: boxes and pixels stay together, tables are read as written, and the real commands run."""
 
-import csv
 import functools
 import importlib
 import json
@@ -15,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from caches import write_index
+from conftest import assert_same_training, read_table
 from PIL import Image
 
 from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -28,11 +29,6 @@ from tests.test_preprocess import dicom
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--epochs", "2", "--batch-size", "8", "--workers", "0", "--device", "cpu"]
 CPU = torch.device("cpu")
-
-
-def read_table(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -346,29 +342,6 @@ def test_the_phantoms_box_lies_on_its_heart():
 # --- train.py and eval.py ---
 
 
-def same(a: object, b: object) -> bool:
-    """Equal to the bit, tensors in nested dicts included; NaN is equal to NaN."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    if isinstance(a, torch.Tensor):
-        return (
-            a.dtype == b.dtype
-            and a.shape == b.shape
-            and torch.equal(a.nan_to_num(), b.nan_to_num())
-        )
-    return a == b or (a != a and b != b)
-
-
-def assert_same_training(a: Path, b: Path) -> None:
-    first, second = load_checkpoint(a / "last.pt"), load_checkpoint(b / "last.pt")
-    for row in first["log"] + second["log"]:
-        row.pop("seconds")
-    for name in ("model", "optimizer", "log", "best", "figures"):
-        assert same(first[name], second[name]), name
-
-
 def test_stop_and_resume_equal_the_straight_run_with_any_workers(cache, trained, tmp_path):
     command = ["--data", str(cache), "--out", str(tmp_path), *TINY]
     train.main([*command, "--stop-after", "1", "--workers", "2"])
@@ -434,16 +407,26 @@ def test_compile_has_no_graph_breaks(cache, tmp_path, monkeypatch):
 
 
 def test_overfits_eight_images(cache, tmp_path):
-    rows, images = read_table(cache / "index.csv"), np.load(cache / "images.npy")
-    np.save(
-        tmp_path / "images.npy", np.concatenate([images[:8]] * 6)
-    )  # validated on what it has seen
-    with open(tmp_path / "index.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(row | {"fold": fold} for fold in (1, 1, 1, 1, 1, 0) for row in rows[:8])
+    rows = read_table(cache / "index.csv")[:8]
+    images = np.load(cache / "images.npy")[:8]
+    np.save(tmp_path / "images.npy", np.concatenate([images] * 6))
+    index = []
+    for fold in ("1", "1", "1", "1", "1", "0"):  # the validation set is what the network has seen
+        index += [row | {"fold": fold} for row in rows]
+    write_index(tmp_path, index)
     (tmp_path / "meta.json").write_text((cache / "meta.json").read_text())
-    options = ["--epochs", "18", "--augment", "0", "--batch-size", "8", "--workers", "0"]
+    options = [
+        "--epochs",
+        "18",
+        "--augment",
+        "0",
+        "--batch-size",
+        "8",
+        "--workers",
+        "0",
+        "--channels",
+        "16",
+    ]
     train.main(["--data", str(tmp_path), "--out", str(tmp_path / "run"), *options])
     log = load_checkpoint(tmp_path / "run" / "last.pt")["log"]
     assert log[-1]["val_mean_iou"] > 0.95 > log[0]["val_mean_iou"]
