@@ -300,7 +300,7 @@ def move_boxes(boxes: Tensor, affine: Tensor) -> Tensor:
     shift = affine[:, :, 2]  # (B, 2)
     forward = inverse(matrix)  # (B, 2, 2)
     center = (forward @ (center - shift)[:, :, None])[:, :, 0]  # (B, 2)
-    # A x maps a circle of these radii to an ellipse; along an axis it reaches the norm of the row.
+    # The ellipse becomes another one, which reaches this far along the axes.
     radius = (forward * radius[:, None]).square().sum(2).sqrt()  # (B, 2)
     corners = torch.cat([center - radius, center + radius], 1)  # (B, 4)
     return ((corners + 1) / 2).clamp(0, 1)

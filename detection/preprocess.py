@@ -999,7 +999,7 @@ def display_values(
     ds: pydicom.Dataset, values: np.ndarray, padding: np.ndarray, path: Path, notes: list[str]
 ) -> np.ndarray:
     """Modality values (H, W) to gray float32 in 0..1 by VOI LUT, window or range (PS3.3 C.11.2)."""
-    # Only one of VOI LUT and window may be applied (C.11.2.1); the first is the richer of the two.
+    # Only one of VOI LUT and window may be applied (C.11.2); the LUT is the richer of the two.
     every_value = modality_values(ds, stored_range(ds), path)
     table = None
     if has_lut(ds, "VOILUTSequence"):
