@@ -457,7 +457,8 @@ def describe_folder(folder: Path) -> str:
 def list_folders(folder: Path) -> list[Path]:
     """The folders in a folder, without hidden ones and what macOS adds to archives."""
     names = sorted(folder.iterdir())  # sorted: file systems give names in any order
-    return [p for p in names if p.is_dir() and not p.name.startswith(".") and p.name != "__MACOSX"]
+    folders = [path for path in names if path.is_dir() and path.name != "__MACOSX"]
+    return [path for path in folders if not path.name.startswith(".")]
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -584,7 +585,11 @@ def check_output(out: Path, overwrite: bool) -> None:
 
 
 def write_images(
-    path: Path, size: int, cases: list[Case], load_case: Callable, workers: int
+    path: Path,
+    size: int,
+    cases: list[Case],
+    load_case: Callable,
+    workers: int,
 ) -> tuple[list[Case], list[tuple[str, str]], list[tuple[str, str]]]:
     """Write every image that can be read to an .npy file, uint8 (N, size, size).
 
@@ -996,7 +1001,11 @@ def first_input(first: int, count: int, inputs: np.ndarray) -> int:
 
 
 def display_values(
-    ds: pydicom.Dataset, values: np.ndarray, padding: np.ndarray, path: Path, notes: list[str]
+    ds: pydicom.Dataset,
+    values: np.ndarray,
+    padding: np.ndarray,
+    path: Path,
+    notes: list[str],
 ) -> np.ndarray:
     """Modality values (H, W) to gray float32 in 0..1 by VOI LUT, window or range (PS3.3 C.11.2)."""
     # Only one of VOI LUT and window may be applied (C.11.2); the LUT is the richer of the two.
@@ -1057,7 +1066,8 @@ def read_window(ds: pydicom.Dataset) -> pydicom.Dataset | None:
 def stretch(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """Map low..high to 0..1, float32, and clip what lies outside."""
     # float(): a NumPy scalar would promote float32 values to float64.
-    return ((values - float(low)) / (float(high - low) or 1.0)).clip(0, 1).astype(np.float32)
+    width = float(high - low) or 1.0
+    return ((values - float(low)) / width).clip(0, 1).astype(np.float32)
 
 
 def hash_pixels(pixels: np.ndarray) -> str:
@@ -1146,7 +1156,9 @@ def read_deep_colour(image: Image.Image, path: Path) -> np.ndarray | None:
     """
     if image.mode[0] in "IF" or not image.tile:
         return None
-    raw_modes = [tile.args if isinstance(tile.args, str) else tile.args[0] for tile in image.tile]
+    raw_modes = []  # one a tile, mostly one in all
+    for tile in image.tile:
+        raw_modes.append(tile.args if isinstance(tile.args, str) else tile.args[0])
     depths = getattr(image, "tag_v2", {}).get(Tag.BitsPerSample, (8,))
     if max(depths) == 16 and raw_modes[0] == "R":  # planar: a raw mode for each channel
         order = "L" if image.tag_v2.prefix == b"II" else "B"
