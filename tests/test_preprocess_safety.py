@@ -176,7 +176,7 @@ def test_an_interrupt_is_one_line_and_leaves_nothing(tmp_path):
         tmp_path / "out",
     ]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / ".out.partial" / "images.npy").exists():
+    while not (tmp_path / ".out.partial" / "images.npy").exists() and running.poll() is None:
         time.sleep(0.01)
     running.send_signal(signal.SIGINT)
     _, error = running.communicate(timeout=60)

@@ -604,8 +604,7 @@ def test_an_interrupted_training_keeps_its_epochs(caches, tmp_path):
     ]
     command = [sys.executable, script, *options, "--device", "cpu"]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not running.stdout.readline().startswith("epoch 2 "):
-        pass
+    assert any(line.startswith("epoch 2 ") for line in running.stdout)  # until then, or its end
     time.sleep(0.3)
     running.send_signal(signal.SIGINT)
     _, error = running.communicate(timeout=60)
