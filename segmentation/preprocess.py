@@ -664,10 +664,14 @@ def in_threads(function: Callable, items: list, workers: int) -> Iterator:
 
     In chunks, so that results do not pile up in memory.
     """
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+    pool = ThreadPoolExecutor(max(1, workers))
+    try:
         for start in range(0, len(items), 256):
             yield from pool.map(function, items[start : start + 256])
             progress(f"read {min(start + 256, len(items))}/{len(items)}")
+    finally:
+        # Without waiting: Ctrl-C may come while the pool holds a lock that its threads want.
+        pool.shutdown(wait=False, cancel_futures=True)
     progress("")
 
 

@@ -600,7 +600,7 @@ def test_an_interrupted_training_keeps_its_epochs(caches, tmp_path):
         "--channels",
         "2",
         "--workers",
-        "1",
+        "0",
     ]
     command = [sys.executable, script, *options, "--device", "cpu"]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
