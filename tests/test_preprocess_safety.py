@@ -176,8 +176,9 @@ def test_an_interrupt_is_one_line_and_leaves_nothing(tmp_path):
         tmp_path / "out",
     ]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / ".out.partial" / "images.npy").exists() and running.poll() is None:
-        time.sleep(0.01)
+    images = tmp_path / ".out.partial" / "images.npy"
+    while running.poll() is None and not (images.exists() and images.stat().st_size > 1000):
+        time.sleep(0.01)  # until the first of them are written
     running.send_signal(signal.SIGINT)
     _, error = running.communicate(timeout=60)
     assert running.returncode == 130 and error == "interrupted\n"
