@@ -26,6 +26,7 @@ from detection.model import build_model, edge_positions, narrow
 from detection.preprocess import DataError
 from tests.test_preprocess import dicom
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--epochs", "2", "--batch-size", "8", "--workers", "0", "--device", "cpu"]
 CPU = torch.device("cpu")

@@ -19,6 +19,7 @@ from PIL import Image
 from pydicom.encaps import encapsulate
 from pydicom.uid import ComputedRadiographyImageStorage, RLELossless
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = pytest.mark.parametrize("task", ["classification", "detection", "segmentation"])
 XRAYS = pytest.mark.parametrize("task", ["classification", "detection"])

@@ -69,6 +69,7 @@ def test_the_first_command_is_the_training_that_is_tested_below():
     assert first.split(" && ")[-1].split() == ["python", "classification/train.py"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task, options, figure, low, picture", [
     ("classification", "", "auroc", 0.8, "mistakes"),
     ("detection", "--epochs 4", "mean_iou", 0.6, "gallery"),  # of 30 epochs

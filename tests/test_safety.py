@@ -41,6 +41,7 @@ from common.checkpoint import (
 from detection.dataset import inverse
 from segmentation.preprocess import META
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = pytest.mark.parametrize("task", ["classification", "detection", "segmentation"])
 XRAYS = pytest.mark.parametrize("task", ["classification", "detection"])

@@ -20,6 +20,7 @@ from segmentation import dataset, preprocess, train
 from segmentation import eval as evaluation
 from segmentation.preprocess import DataError
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--epochs", "2", "--workers", "0", "--device", "cpu", "--channels", "4"]
 DIMS = pytest.mark.parametrize("dims", ["2", "3"])
@@ -110,9 +111,13 @@ def test_resume_refuses_other_settings(cache, trained):
 def test_two_processes_and_eval(cache, tmp_path):
     script = str(ROOT / "segmentation" / "train.py")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    done = run(*command, "--data", str(cache), *TINY, "--out", "a", cwd=tmp_path)
+    command += ["--data", str(cache), *TINY]
+    done = run(*command, "--out", "a", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 2 ") == 1  # only rank 0 speaks
+    assert run(*command, "--out", "b", "--stop-after", "1", cwd=tmp_path).returncode == 0
+    assert run(*command, "--out", "b", "--resume", cwd=tmp_path).returncode == 0
+    assert_same_training(tmp_path / "a", tmp_path / "b")
     printed = load_checkpoint(tmp_path / "a" / "last.pt")["figures"]["dice"]
     evaluation.main(
         ["--data", str(cache), "--checkpoint", str(tmp_path / "a" / "last.pt"), "--samples", "2"]

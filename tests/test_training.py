@@ -23,6 +23,7 @@ from caches import (
 
 from common.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.slow
 TASKS = pytest.mark.parametrize("task", ["classification", "detection", "segmentation"])
 XRAYS = pytest.mark.parametrize("task", ["classification", "detection"])
 
