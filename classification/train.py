@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--arch", choices=ARCHITECTURES, default="resnet18", help="(default: %(default)s)")
     add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
     add("--init", type=Path, metavar="CHECKPOINT", help="start from the weights of another run")
-    add("--epochs", type=within(int, 1), help="(default: 15; synthetic set: 5)")
+    add("--epochs", type=within(int, 1), help="(default: 15; synthetic set: 8)")
     add("--batch-size", type=within(int, 2), default=32, help="per process (default: %(default)s)")
     add("--lr", type=within(float, 1e-15, 1e9), default=1e-3, help="peak (default: %(default)s)")
     add("--weight-decay", type=within(float, 0, 1e9), default=0.05, help="(default: %(default)s)")
@@ -78,7 +78,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--stop-after", type=within(int, 1), metavar="N", help="stop after epoch N of --epochs")
     add("--overwrite", action="store_true", help="replace the run in --out")
     args = parser.parse_args(argv)
-    args.epochs = args.epochs or (15 if args.data else 5)
+    args.epochs = args.epochs or (15 if args.data else 8)
     if args.init and args.pretrained:
         parser.error("--init and --pretrained both set the first weights: choose one")
     return args
