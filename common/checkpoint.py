@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import sys
 import weakref
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -278,6 +279,8 @@ class Run:
         On a tie keep the later epoch, whose learning rate is lower. In this order a crash leaves a
         last.pt that is older than best.pt, and never one whose best.pt is missing.
         """
+        if sys.stdout.isatty():
+            print("\r\033[K", end="")  # the line of progress makes room
         print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
         self.epoch = row["epoch"]
         self.log.append(row)

@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from caches import change_rows, copy, small_network, write_index
-from conftest import assert_same_training, read_table, same
 from PIL import Image
 from torch import nn
 from torchvision.models.resnet import BasicBlock
@@ -26,6 +24,8 @@ from classification.dataset import write_demo
 from classification.preprocess import DataError
 from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from detection.model import narrow
+from tests.caches import change_rows, copy, small_network, write_index
+from tests.conftest import assert_same_training, read_table, same
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from caches import write_index
-from conftest import assert_same_training, read_table
 from PIL import Image
 
 from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -24,6 +22,8 @@ from detection import preprocess, train
 from detection.dataset import augment, draw_phantom, move_boxes, to_input, write_demo, write_dicom
 from detection.model import build_model, edge_positions, narrow
 from detection.preprocess import DataError
+from tests.caches import write_index
+from tests.conftest import assert_same_training, read_table
 from tests.test_preprocess import dicom
 
 pytestmark = pytest.mark.slow

@@ -15,7 +15,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from caches import (
+
+from common import checkpoint as checkpoints
+from common.checkpoint import (
+    CheckpointError,
+    hold_folder,
+    load_checkpoint,
+    save_checkpoint,
+    written,
+)
+from detection.dataset import inverse
+from segmentation.preprocess import META
+from tests.caches import (
     change_meta,
     change_rows,
     copy,
@@ -29,17 +40,6 @@ from caches import (
     train,
     write_index,
 )
-
-from common import checkpoint as checkpoints
-from common.checkpoint import (
-    CheckpointError,
-    hold_folder,
-    load_checkpoint,
-    save_checkpoint,
-    written,
-)
-from detection.dataset import inverse
-from segmentation.preprocess import META
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,7 +10,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from caches import (
+
+from common.checkpoint import load_checkpoint
+from tests.caches import (
     change_rows,
     copy,
     draw_cache,
@@ -20,8 +22,6 @@ from caches import (
     small_network,
     train,
 )
-
-from common.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.slow
 TASKS = pytest.mark.parametrize("task", ["classification", "detection", "segmentation"])
