@@ -401,6 +401,7 @@ def gather(batches: list[Tensor]) -> list[Tensor]:
 def finish(run: Run, cache: Path, is_main: bool, world_size: int) -> None:
     """Leave the process group and the folder, and print the command to type next."""
     if world_size > 1:
+        dist.barrier()  # gloo's threads may still hold tensors, which aborts a process that ends
         dist.destroy_process_group()
     if is_main:
         checkpoint.unlock_folder(run.lock)
