@@ -195,7 +195,8 @@ def main(argv: list[str] | None = None) -> None:
         report_patients(patients)
         # An official split is kept. Nothing of another hospital is for training.
         splits = ["test" if like else case.split for case in good]
-        folds = assign_folds(patients, splits, args.test_fraction)
+        labels = [str(case.label) for case in good]
+        folds = assign_folds(patients, labels, splits, args.test_fraction)
         if not like and set(folds) == {"test"}:
             problem = "only test images; for an external test set use --like TRAIN_CACHE"
             raise DataError(f"{args.data}: {problem}")
@@ -1479,30 +1480,46 @@ def report_patients(patients: list[str]) -> None:
         print(f"note: one patient has {largest} of {len(patients)} images: folds are uneven")
 
 
-def assign_folds(patients: list[str], splits: list[str], test_fraction: float) -> list[str]:
-    """Fold of every image, by its patient and its official split ("" for none)."""
-    has_val = "val" in splits
-    folds = []
-    for patient, split in zip(patients, splits, strict=True):
-        folds.append(assign_fold(patient, split, has_val, test_fraction))
-    return folds
+def assign_folds(
+    groups: list[str], strata: list[str], splits: list[str], test_fraction: float
+) -> list[str]:
+    """Fold of every row, "0" to "4" or "test": that of its patient group.
 
-
-def assign_fold(group: str, split: str, has_val: bool, test_fraction: float) -> str:
-    """Fold of a group: a hash of its name decides, so it never depends on other rows.
-
-    Official splits are kept: val is fold 0 (train then has 1-4), test is test.
+    A given split is kept: "test", "val" is fold 0 (then nothing else is), "0" to "4" are folds.
+    Other groups are dealt, stratum (label, site, classes of the mask) by stratum, each to the fold
+    with the fewest rows of its stratum, so that a group is the most by which folds differ.
+    Hashes of the names decide the rest: the order of rows changes nothing.
     """
-    digest = hashlib.sha256(f"0:{group}".encode()).hexdigest()
-    is_drawn = int(digest[:8], 16) < test_fraction * 2**32
-    if split == "test" or (not split and is_drawn):
-        return "test"
-    if split == "val":
-        return "0"
-    number = int(digest[8:16], 16)
-    if has_val:
-        return str(1 + number % (FOLDS - 1))
-    return str(number % FOLDS)
+    given = {"test": "test", "val": "0"} | {str(k): str(k) for k in range(FOLDS)}
+    first = 1 if "val" in splits else 0
+    folds = [str(k) for k in range(first, FOLDS)]
+    stratum_sizes = Counter(strata)
+    sizes: Counter = Counter()  # rows of each group
+    stratum_of = {}  # of each group: the rarest of its rows
+    for group, stratum, split in zip(groups, strata, splits, strict=True):
+        if split not in given:
+            sizes[group] += 1
+            rank = (stratum_sizes[stratum], stratum)
+            stratum_of[group] = min(rank, stratum_of.get(group, rank))
+
+    fold_of = {}
+    hashes = {group: hashlib.sha256(f"0:{group}".encode()).hexdigest() for group in sizes}
+    order = sorted(sizes, key=lambda group: (stratum_of[group], hashes[group]))
+    for number, group in enumerate(order):  # every tenth, if test_fraction is 0.1
+        if int((number + 1) * test_fraction) > int(number * test_fraction):
+            fold_of[group] = "test"
+
+    counts: Counter = Counter()  # rows by fold, and by fold and stratum
+    # The largest group of a stratum first: small ones even out what it leaves.
+    for group in sorted(order, key=lambda group: (stratum_of[group], -sizes[group])):
+        stratum = stratum_of[group]
+        if group not in fold_of:
+            fold = min(folds, key=lambda fold: (counts[fold, stratum], counts[fold], fold))
+            fold_of[group] = fold
+            counts[fold, stratum] += sizes[group]
+            counts[fold] += sizes[group]
+    pairs = zip(groups, splits, strict=True)
+    return [given[split] if split in given else fold_of[group] for group, split in pairs]
 
 
 def report_overlaps(cases: list[Case], patients: list[str]) -> dict[str, int]:

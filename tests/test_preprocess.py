@@ -21,7 +21,7 @@ from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian,
 from classification import preprocess
 from classification.preprocess import (
     DataError,
-    assign_fold,
+    assign_folds,
     group_patients,
     main,
     read_image,
@@ -352,13 +352,74 @@ def test_medmnist_refused(tmp_path, reason, split, images, labels):
     refused(r"a\.npz: (BadZipFile|EOFError)", path)
 
 
+def fold_counts(folds: list[str], chosen: list[bool]) -> list[int]:
+    """Rows in folds 0 to 4, of those that are chosen."""
+    return [sum(f == str(k) and c for f, c in zip(folds, chosen, strict=True)) for k in range(5)]
+
+
+def test_folds_are_balanced_in_every_stratum():
+    groups = [f"p{k}" for k in range(53)]
+    strata = ["rare" if k % 7 == 0 else "often" for k in range(53)]  # 8 and 45
+    folds = assign_folds(groups, strata, [""] * 53, 0)
+    assert sorted(fold_counts(folds, [s == "rare" for s in strata])) == [1, 1, 2, 2, 2]
+    assert fold_counts(folds, [s == "often" for s in strata]) == [9] * 5
+
+
+def test_a_patient_with_many_images_does_not_drive_the_other_label_out_of_his_fold():
+    groups = ["many"] * 10 + [f"p{k}" for k in range(20)]
+    strata = ["a"] * 10 + ["b"] * 20
+    folds = assign_folds(groups, strata, [""] * 30, 0)
+    assert fold_counts(folds, [s == "b" for s in strata]) == [4] * 5
+
+
+def test_the_largest_patient_is_what_folds_differ_by_at_most():
+    rng = np.random.default_rng(0)
+    groups = [f"p{k}" for k in range(40) for _ in range(rng.integers(1, 20))]
+    folds = assign_folds(groups, [""] * len(groups), [""] * len(groups), 0)
+    counts = fold_counts(folds, [True] * len(groups))
+    assert max(counts) - min(counts) <= 2  # small ones even out what large ones leave
+    assert len({(group, fold) for group, fold in zip(groups, folds, strict=True)}) == 40
+
+
+def test_test_fraction_is_that_of_the_groups():
+    groups = [f"p{k}" for k in range(200)]
+    strata = ["ab"[k % 4 == 0] for k in range(200)]
+    folds = assign_folds(groups, strata, [""] * 200, 0.1)
+    tests = [stratum for stratum, fold in zip(strata, folds, strict=True) if fold == "test"]
+    assert sorted(tests) == ["a"] * 15 + ["b"] * 5
+
+
+def test_order_of_rows_does_not_change_folds():
+    groups = [f"p{k % 30}" for k in range(100)]
+    strata = ["xyz"[k % 30 % 3] for k in range(100)]
+    folds = assign_folds(groups, strata, [""] * 100, 0.2)
+    turned = assign_folds(groups[::-1], strata[::-1], [""] * 100, 0.2)
+    assert turned[::-1] == folds
+
+
+def test_official_splits_and_given_folds_are_kept():
+    groups = list("abcdefgh")
+    splits = ["val", "test", "train", "train", "train", "train", "train", "train"]
+    folds = assign_folds(groups, ["x"] * 8, splits, 0)
+    assert folds[:2] == ["0", "test"]
+    assert sorted(folds[2:]) == ["1", "1", "2", "2", "3", "4"]  # fold 0 is val alone
+    given = ["3", "3", "0", "test", "1", "2", "4", "4"]
+    assert assign_folds(groups, ["x"] * 8, given, 0) == given
+
+
+def test_fewer_than_five_patients_are_a_fold_each():
+    assert sorted(assign_folds(list("aabc"), list("xxyx"), [""] * 4, 0)) == ["0", "1", "1", "2"]
+
+
+def test_a_patient_counts_as_the_rarest_of_his_labels():
+    groups = [f"p{k // 2}" for k in range(40)]  # two images each, one in four shows the rare label
+    strata = ["rare" if k % 8 == 0 else "often" for k in range(40)]
+    folds = assign_folds(groups, strata, [""] * 40, 0)
+    assert fold_counts(folds, [s == "rare" for s in strata]) == [1] * 5
+    assert fold_counts(folds, [True] * 40) == [8] * 5
+
+
 def test_hash_folds(tmp_path):
-    folds = [assign_fold(f"p{k}", "", False, 0.2) for k in range(2000)]
-    shares = [folds.count(fold) / 2000 for fold in ("test", "0", "1", "2", "3", "4")]
-    np.testing.assert_allclose(shares, [0.2] + [0.16] * 5, atol=0.03)
-    assert assign_fold("p7", "", False, 0) == str(
-        int(hashlib.sha256(b"0:p7").hexdigest()[8:16], 16) % 5
-    )
     index = []
     for seed, rows in (("1", "a,,0 b,,1 c,,0"), ("2", "c,,0 b,,1 a,,0")):
         raw = rsna(tmp_path / seed / "raw", rows, "a b c")
