@@ -8,11 +8,14 @@
 
 Layouts of RAW, recognised by what lies in it:
   RSNA challenge   stage_2_train_images/* and stage_2_train_labels.csv (or stage_1_...)
+  table of labels  labels.csv, or a CSV file as RAW: image,label and, if you like, patient, fold (0
+                   to 4, test) or split (train, val, test); further columns are kept
   class folders    RAW/CLASS/* or RAW/{train,val,test}/CLASS/*; a folder below CLASS is a patient
   MedMNIST         a .npz file, or a folder with one
 Images are DICOM, JPEG, PNG or TIFF, known by their content.
 
-Written to OUT: images.npy uint8 (N, S, S); index.csv (id, patient, fold, label, source); meta.json.
+Written to OUT: images.npy uint8 (N, S, S); index.csv (id, patient, fold, label, what else a table
+says, source); meta.json.
 
 The code follows main:
   find    the layout of RAW, its classes and its cases
@@ -39,7 +42,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -91,6 +94,8 @@ SPLITS = {
     "test": "test",
     "testing": "test",
 }
+# The columns of index.csv that mean something to train.py and eval.py
+INDEX_COLUMNS = ("id", "patient", "fold", "label", "source")
 MORE_DECODERS = "more decoders: pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
 FOLDS = 5
 MAX_PIXELS = 2**27  # of an image: five times the largest X-rays
@@ -126,7 +131,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--fit", choices=("squash", "pad"), help="images that are not square (default: squash)")
     order = "class names in order; the last is the positive one"
     add("--classes", nargs="+", metavar="NAME", help=order)
-    patient = "class folders: finds the patient in a file name, as its first group if any"
+    patient = "finds the patient in the name of a file, as its first group if any"
     add("--patient-regex", help=patient)
     fraction = "part of the patients kept as test (default: 0)"
     add("--test-fraction", type=float, default=0.0, help=fraction)
@@ -179,7 +184,8 @@ def main(argv: list[str] | None = None) -> None:
     out = args.out.resolve()
     with open_output(out, args.overwrite) as folder:
         # read: every image once. What fails is collected, so that one run names it all.
-        load_case = partial(load, raw=args.data, size=size, fit=fit)
+        raw = args.data if args.data.is_dir() else args.data.parent  # what sources are relative to
+        load_case = partial(load, raw=raw, size=size, fit=fit)
         good, bad, notes = write_images(folder / "images.npy", size, cases, load_case, args.workers)
         report_bad(bad)
         report_notes(notes)
@@ -287,8 +293,9 @@ class Case:
     source: str  # path below RAW
     label: int
     patient: str  # by the layout or --patient-regex; "" = the DICOM PatientID, else the file stem
-    split: str = ""  # official split: train, val, test, or "" for none
+    split: str = ""  # official split: train, val, test, a fold 0 to 4, or "" for none
     pixels: np.ndarray | None = None
+    more: dict[str, str] = field(default_factory=dict)  # further columns of a table
     # Filled when the image is read:
     digest: str = ""  # SHA-256 of the stored pixels: tells copies
     patient_id: str = ""  # hash of the DICOM PatientID, "" where there is none
@@ -306,23 +313,27 @@ def find_cases(raw: Path, regex: str | None) -> tuple[str, list[str], list[Case]
     layout = recognise_layout(raw)
     if layout == "RSNA challenge":
         return layout, *find_rsna(raw)
+    if layout == "table of labels":
+        return layout, *find_label_table(raw, regex)
     if layout == "MedMNIST":
         return layout, *find_medmnist(raw)
     if layout == "class folders":
         return layout, *find_class_folders(raw, regex)
     raise DataError(
         f"{raw}: {describe_folder(raw)}; expected stage_2_train_images/ and "
-        "stage_2_train_labels.csv (RSNA), CLASS/*.png or {train,val,test}/CLASS/*.png "
-        "(class folders), or a MedMNIST .npz"
+        "stage_2_train_labels.csv (RSNA), labels.csv (image,label), CLASS/*.png or "
+        "{train,val,test}/CLASS/*.png (class folders), or a MedMNIST .npz"
     )
 
 
 def recognise_layout(raw: Path) -> str:
     """The name of the layout in a folder (or file), by what lies in it, or ""."""
     if raw.is_file():
-        return "MedMNIST" if raw.suffix == ".npz" else ""
+        return {".npz": "MedMNIST", ".csv": "table of labels"}.get(raw.suffix.lower(), "")
     if any(raw.glob("stage_[12]_train_*")):
         return "RSNA challenge"
+    if (raw / "labels.csv").is_file():
+        return "table of labels"
     if any(raw.glob("*.npz")):
         return "MedMNIST"
     folders = list_folders(raw)
@@ -391,20 +402,26 @@ def read_rsna_labels(table: Path) -> dict[str, int]:
 def read_rows(table: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
     """Place (file:line) and values of every row of a CSV table that has these columns.
 
-    Raises DataError that names the line: for a quote that is not closed, which would swallow all
-    rows below, and for more fields than there are columns, as decimal commas make them.
+    Commas, semicolons or tabs separate them: what the first line has most of. Raises DataError that
+    names the line: for a quote that is not closed, which would swallow all rows below, and for more
+    fields than there are columns, as decimal commas make them.
     """
     if not table.is_file():
         raise DataError(f"{table}: not a file")
     # Excel writes a byte order mark. Python 3.10's csv stops at NUL.
     text = table.read_text(encoding="utf-8-sig", errors="replace").replace("\0", "")
-    reader = csv.DictReader(text.splitlines(), skipinitialspace=True, strict=True)
+    lines = text.splitlines()
+    separator = max(",;\t", key="".join(lines[:1]).count)
+    reader = csv.DictReader(lines, delimiter=separator, skipinitialspace=True, strict=True)
     line = 1  # where the current row began
     try:
         reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
         missing = set(columns) - set(reader.fieldnames)
         if missing:
             raise DataError(f"{table}: no column {sorted(missing)}, found {reader.fieldnames}")
+        for name, count in Counter(reader.fieldnames).items():
+            if name and count > 1:
+                raise DataError(f"{table}: {count} columns are called {name}, expected one")
         line = reader.line_num + 1
         for row in reader:
             place = f"{table}:{reader.line_num}"
@@ -416,6 +433,167 @@ def read_rows(table: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{table}:{line}: {error}, expected a closing quote") from error
+
+
+def find_label_table(raw: Path, regex: str | None) -> tuple[list[str], list[Case]]:
+    """A table with the columns image and label; patient, fold or split, and others if it has them.
+
+    The images lie beside the table, in images/ or below. Labels are numbers or words, classes in
+    their order.
+    """
+    table = raw / "labels.csv" if raw.is_dir() else raw
+    labelled = []
+    unlabelled = []
+    for place, row in read_rows(table, ("image", "label")):
+        row = {name: (value or "").strip() for name, value in row.items()}
+        if not row["label"]:
+            unlabelled.append(place)
+        elif row["image"]:
+            labelled.append((place, row))
+        else:
+            raise DataError(f"{place}: a label without an image")
+    if unlabelled:
+        print(f"note: {len(unlabelled)} rows without a label left out, such as {unlabelled[0]}")
+    decisive = ("label", "patient", "fold", "split")
+    cases = []
+    names = []  # the class of each case, whose number is known when all classes are
+    classes_of = defaultdict(set)  # the classes of each split
+    for source, (place, row) in match_rows(table, labelled, "image", decisive).items():
+        split = read_split(place, row)
+        more = further_columns(row, ("image", *decisive))
+        patient = row.get("patient", "")
+        if regex and not patient:
+            patient = match_patient(regex, source)
+        cases.append(Case(source, source, -1, patient, split, more=more))
+        names.append(row["label"])
+        classes_of[split].add(row["label"])
+    check_matched(table.parent, cases, regex)
+    check_class_names(table, classes_of)
+    classes = sort_classes(set(names))
+    if len(classes) > MAX_CLASSES:
+        raise DataError(f"{table}: {len(classes)} different labels, expected at most {MAX_CLASSES}")
+    for case, name in zip(cases, names, strict=True):
+        case.label = classes.index(name)
+    report_renamed(cases)
+    return classes, cases
+
+
+def match_rows(
+    table: Path,
+    rows: list[tuple[str, dict[str, str]]],
+    column: str,
+    decisive: tuple[str, ...],
+) -> dict[str, tuple[str, dict[str, str]]]:
+    """The place and row of every image of a table, by the image's path below the table's folder.
+
+    `rows` are places and rows, `column` the one that names the image. Raises DataError for a name
+    that fits several files, and for rows of one image that differ in the `decisive` columns. Rows
+    without an image and images without a row are left out, with a note.
+    """
+    folder = table.parent
+    by_path, by_name = files_by_name(folder)
+    matched = {}
+    lost = []
+    repeated = []
+    for place, row in rows:
+        name = row[column]
+        sources = find_named(name, by_path, by_name)
+        if not sources:
+            lost.append(name)
+            continue
+        if len(sources) > 1:
+            problem = f"{name} may be {sources[0]} or {sources[1]}"
+            raise DataError(f"{place}: {problem}; write the path below {folder} into the table")
+        first_place, first = matched.setdefault(sources[0], (place, row))
+        if first is row:
+            continue
+        repeated.append(name)
+        for key in decisive:
+            if row.get(key) != first.get(key):
+                problem = f"{name} has the {key} {row[key]!r}"
+                raise DataError(f"{place}: {problem}, but {first[key]!r} in {first_place}")
+    if not matched:
+        content = count_files(list_files(folder), folder) or "nothing"
+        problem = f"none of the images in its {len(rows)} rows is in {folder}"
+        example = f", such as {lost[0]}" if lost else ""
+        raise DataError(f"{table}: {problem}{example}; found {content}")
+    if lost:
+        print(f"note: {len(lost)} rows without a file left out, such as {min(lost)}")
+    if repeated:
+        print(f"note: {len(repeated)} repeated rows left out, such as {min(repeated)}")
+    report_left_out(folder, {table.name, *matched})
+    # Sorted, so that the cache does not depend on the order of the rows
+    return dict(sorted(matched.items()))
+
+
+def files_by_name(folder: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """The images below a folder by their paths and by their names, with and without the suffix."""
+    by_path = defaultdict(list)
+    by_name = defaultdict(list)
+    for path in find_images(folder):
+        below = path.relative_to(folder)
+        source = below.as_posix()
+        for key in {source, below.with_suffix("").as_posix()}:
+            by_path[key].append(source)
+        for key in {path.name, path.stem}:
+            by_name[key].append(source)
+    return by_path, by_name
+
+
+def find_named(
+    name: str, by_path: dict[str, list[str]], by_name: dict[str, list[str]]
+) -> list[str]:
+    """The images that a table may mean by a name.
+
+    A path is one below the folder, whole or without folders at its beginning: those of another
+    computer, or of a folder that was renamed. A name without folders may lie anywhere.
+    """
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    if len(parts) == 1:
+        return by_path.get(name) or by_path.get(f"images/{name}") or by_name.get(name, [])
+    for start in range(len(parts) - 1):
+        path = "/".join(parts[start:])
+        sources = by_path.get(path) or by_path.get(f"images/{path}")
+        if sources:
+            return sources
+    return []
+
+
+def read_split(place: str, row: dict[str, str]) -> str:
+    """The fold (0 to 4, test) or the split (train, val, test) that a table gives, "" for none."""
+    fold = row.get("fold", "")
+    split = row.get("split", "")
+    if fold and split:
+        raise DataError(f"{place}: fold {fold!r} and split {split!r}, expected one of the two")
+    if fold and fold not in ("0", "1", "2", "3", "4", "test"):
+        raise DataError(f"{place}: fold {fold!r}, expected 0 to 4 or test")
+    if split and split.lower() not in SPLITS:
+        raise DataError(f"{place}: split {split!r}, expected train, val or test")
+    return fold or SPLITS.get(split.lower(), "")
+
+
+def further_columns(row: dict[str, str], used: tuple[str, ...]) -> dict[str, str]:
+    """What else a table says of an image, under names that index.csv has no other use for."""
+    more = {}
+    for name, value in row.items():
+        if name and name not in used:  # some tables end every line with a comma
+            more[f"table_{name}" if name in INDEX_COLUMNS else name] = value
+    return more
+
+
+def report_renamed(cases: list[Case]) -> None:
+    """Say which further columns have got another name."""
+    renamed = [name for name in INDEX_COLUMNS if f"table_{name}" in cases[0].more]
+    if renamed:
+        print(f"note: columns of the table that are called table_... now: {', '.join(renamed)}")
+
+
+def sort_classes(names: set[str]) -> list[str]:
+    """Numbers by their value, words by the alphabet."""
+    try:
+        return sorted(names, key=float)
+    except ValueError:
+        return sorted(names)
 
 
 def find_medmnist(raw: Path) -> tuple[list[str], list[Case]]:
@@ -480,10 +658,7 @@ def find_class_folders(raw: Path, regex: str | None) -> tuple[list[str], list[Ca
             cases.append(case)
             names.append(folder.name)
             classes_of[split].add(folder.name)
-    unmatched = [case for case in cases if regex and not case.patient]
-    if unmatched:
-        problem = f"finds nothing in {len(unmatched)} names"
-        raise DataError(f"--patient-regex {regex!r} {problem}: {raw / unmatched[0].source}")
+    check_matched(raw, cases, regex)
     if not cases:
         content = count_files(list_files(raw), raw) or "nothing"
         raise DataError(f"{raw}: no images in its folders ({content})")
@@ -533,6 +708,14 @@ def list_class(raw: Path, split: str, class_folder: Path, regex: str | None) -> 
     return cases
 
 
+def check_matched(raw: Path, cases: list[Case], regex: str | None) -> None:
+    """Raise DataError if --patient-regex was given and finds no patient in a name."""
+    unmatched = [case for case in cases if regex and not case.patient]
+    if unmatched:
+        problem = f"finds nothing in {len(unmatched)} names"
+        raise DataError(f"--patient-regex {regex!r} {problem}: {raw / unmatched[0].source}")
+
+
 def match_patient(regex: str, text: str) -> str:
     """What a regular expression matches: its first group, or all of it; "" for no match."""
     match = re.search(regex, text)
@@ -547,19 +730,26 @@ def check_class_names(raw: Path, classes_of: dict[str, set[str]]) -> None:
     for split, classes in classes_of.items():
         if any(map(has_control, classes)):
             problem = f"control characters in a class of {sorted(classes)}"
-            raise DataError(f"{raw}: {problem}: rename the folder")
+            raise DataError(f"{raw}: {problem}: rename it")
         if train and classes - train:
             problem = f"{split} has the classes {sorted(classes - train)}, which train has not"
-            raise DataError(f"{raw}: {problem}: expected {sorted(train)}, so rename the folders")
-        # No_Finding and "no finding" are one class that was unpacked twice.
+            raise DataError(f"{raw}: {problem}: expected {sorted(train)}, so rename them")
+        # No_Finding and "no finding" are one class that was unpacked twice, and so are 1 and 1.0.
         spellings = defaultdict(list)
         for name in sorted(classes):
-            letters = re.sub(r"[\W_]+", "", name).casefold()
-            spellings[letters].append(name)
+            spellings[normal_spelling(name)].append(name)
         for names in spellings.values():
             if len(names) > 1:
                 problem = f"{' and '.join(names)} look like one class"
-                raise DataError(f"{raw}: {problem}: merge or rename the folders")
+                raise DataError(f"{raw}: {problem}: merge or rename them")
+
+
+def normal_spelling(name: str) -> str:
+    """What is the same for two spellings of one class."""
+    try:
+        return str(float(name))
+    except ValueError:
+        return re.sub(r"[\s_.-]+", "", name).casefold()
 
 
 def has_control(text: str) -> bool:
@@ -669,10 +859,12 @@ def order_classes(
 ) -> list[str]:
     """Put the cases into the wanted class order and return it.
 
-    The classes of folders are matched by name; those of the other layouts are numbers that get
-    names. Raises DataError if the wanted ones are not those of the data.
+    The classes of folders and tables are matched by name; those of the other layouts are numbers
+    that get names. Raises DataError if the wanted ones are not those of the data.
     """
     if len(wanted or classes) < 2:
+        if layout == "table of labels":
+            raise DataError(f"{raw}: every label is {classes[0]!r}, expected two or more classes")
         expected = "a folder for each of two or more classes"
         raise DataError(f"{raw}: {describe_folder(raw)}; expected {expected}")
     if wanted is None:
@@ -680,7 +872,8 @@ def order_classes(
         return classes
     if len(set(wanted)) != len(wanted):
         raise DataError(f"--classes {' '.join(wanted)}: expected each class once")
-    by_name = layout == "class folders"  # the other layouts have numbers, and any names will do
+    # The other layouts have numbers, and any names will do.
+    by_name = layout in ("class folders", "table of labels")
     has_unknown = by_name and not set(classes) <= set(wanted)
     if has_unknown or len(classes) > len(wanted):
         raise DataError(f"{raw}: classes in the data {classes}, expected {wanted}")
@@ -1559,10 +1752,11 @@ def write_index(
     counts: dict[str, Counter] = defaultdict(Counter)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(("id", "patient", "fold", "label", "source"))
+        writer.writerow(("id", "patient", "fold", "label", *cases[0].more, "source"))
         # The order is that of images.npy: row k is image k.
         for case, fold, patient in zip(cases, folds, patients, strict=True):
-            writer.writerow((case.id, patient, fold, case.label, case.source))
+            more = case.more.values()
+            writer.writerow((case.id, patient, fold, case.label, *more, case.source))
             counts[fold][classes[case.label]] += 1
     for fold in sorted(counts):
         cells = [f"{counts[fold][name]:8d} {name}" for name in classes]

@@ -360,20 +360,26 @@ def read_table(
 def read_rows(table: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
     """Place (file:line) and values of every row of a CSV table that has these columns.
 
-    Raises DataError that names the line: for a quote that is not closed, which would swallow all
-    rows below, and for more fields than there are columns, as decimal commas make them.
+    Commas, semicolons or tabs separate them: what the first line has most of. Raises DataError that
+    names the line: for a quote that is not closed, which would swallow all rows below, and for more
+    fields than there are columns, as decimal commas make them.
     """
     if not table.is_file():
         raise DataError(f"{table}: not a file")
     # Excel writes a byte order mark. Python 3.10's csv stops at NUL.
     text = table.read_text(encoding="utf-8-sig", errors="replace").replace("\0", "")
-    reader = csv.DictReader(text.splitlines(), skipinitialspace=True, strict=True)
+    lines = text.splitlines()
+    separator = max(",;\t", key="".join(lines[:1]).count)
+    reader = csv.DictReader(lines, delimiter=separator, skipinitialspace=True, strict=True)
     line = 1  # where the current row began
     try:
         reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
         missing = set(columns) - set(reader.fieldnames)
         if missing:
             raise DataError(f"{table}: no column {sorted(missing)}, found {reader.fieldnames}")
+        for name, count in Counter(reader.fieldnames).items():
+            if name and count > 1:
+                raise DataError(f"{table}: {count} columns are called {name}, expected one")
         line = reader.line_num + 1
         for row in reader:
             place = f"{table}:{reader.line_num}"
