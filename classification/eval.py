@@ -3,12 +3,14 @@
   python classification/eval.py --data data/rsna --checkpoint runs/rsna/best.pt
   python classification/eval.py --data data/other --split test \\
       --checkpoint runs/a/best.pt runs/b/best.pt
+  python classification/eval.py --data CACHE --checkpoint runs/fold_?/best.pt --by fold
   python classification/eval.py --checkpoint runs/rsna/best.pt --images scan.dcm folder_of_images
 
 Labelled: metrics.json with 95 % bootstrap intervals (over patients), predictions.csv, roc.csv, and
 pictures: confusion_matrix.png, roc.png, mistakes.png. New images: predictions.csv, overlays of
-class activation maps. The probabilities of several checkpoints are averaged. Batch size and mixed
-precision are those of the run, so that the score it printed comes out again.
+class activation maps. The probabilities of several checkpoints are averaged; those of several
+folds predict the fold that they left out each, and the metrics are of all these images together.
+Batch size and mixed precision are those of the run, so that the score it printed comes out again.
 
 In the shapes below N is the number of images, C that of classes, S the side of an image in pixels.
 """
@@ -18,6 +20,7 @@ import csv
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -71,11 +74,14 @@ from common.metrics import (
     classification_metrics,
     confusion_matrix,
     roc_curve,
+    split_by,
+    tabulate,
     write_report,
     youden_threshold,
 )
 
 TILE = 256  # pixels of one picture in a gallery
+MOST_VALUES = 50  # of a column of --by
 WORST = 12  # pictures in mistakes.png
 # What a labelled split leaves in --out; metrics.json is written last.
 RESULTS = (
@@ -107,13 +113,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("data").add_argument
     add("--checkpoint", type=Path, nargs="+", required=True, help="one or more of train.py's")
     add("--data", type=Path, metavar="CACHE", help="written by preprocess.py")
-    split = "val (default): the validation fold of the run"
+    split = "val (default): the validation fold of the run, of several all that they left out"
     add("--split", choices=("val", "test"), default="val", help=split)
     images = "new images without labels: files and folders"
     add("--images", type=Path, nargs="+", metavar="PATH", help=images)
     compare = "predictions.csv of another model for the same images"
     add("--compare", type=Path, metavar="CSV", help=compare)
-    out = "(default: eval_val, eval_test or predictions beside the checkpoint)"
+    by = "metrics for each value of a column of index.csv, such as fold"
+    add("--by", metavar="COLUMN", help=by)
+    out = "(default: eval_val, eval_folds, eval_test or predictions, beside the first run)"
     add("--out", type=Path, help=out)
     add = parser.add_argument_group("run").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
@@ -125,6 +133,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give either --data CACHE (labelled) or --images PATH ... (new images)")
     if args.compare and not args.data:
         parser.error("--compare needs labels: give --data")
+    if args.by and not args.data:
+        parser.error("--by needs known cases: give --data")
     if args.workers < 0 or args.samples < 1:
         parser.error("expected --workers >= 0 and --samples >= 1")
     return args
@@ -134,8 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = choose_device(args.device)
     models, checkpoints = load_models(args.checkpoint, device)
-    name = f"eval_{args.split}" if args.data else "predictions"
-    out = args.out or args.checkpoint[0].parent / name
+    out = args.out or args.checkpoint[0].parent / name_results(args, checkpoints)
     if args.data:
         evaluate_split(args, models, checkpoints, device, out)
     else:
@@ -171,6 +180,16 @@ def check_same(meta: dict, expected: dict, path: Path, other: Path) -> None:
             raise CheckpointError(f"{path}: {name} {meta[name]}, but {other} has {expected[name]}")
 
 
+def name_results(args: argparse.Namespace, checkpoints: list[dict]) -> str:
+    """The default folder of the results, beside the first checkpoint."""
+    if not args.data:
+        return "predictions"
+    folds = {checkpoint["settings"]["fold"] for checkpoint in checkpoints}
+    if args.split == "val" and len(folds) > 1:
+        return "eval_folds"  # beside eval_val, which is that of the first fold alone
+    return f"eval_{args.split}"
+
+
 # --- a labelled split ---
 
 
@@ -185,25 +204,33 @@ def evaluate_split(
     # Predict the split: row k of everything below is row_numbers[k] of the cache
     meta = checkpoints[0]["meta"]
     classes = meta["classes"]
-    row_numbers = choose_rows(args.data, args.split, args.checkpoint, checkpoints)
-    probabilities, labels = predict_rows(args, row_numbers, models, checkpoints, device)
-    predictions = probabilities.argmax(1)  # (N,)
-    threshold = None
-    if len(classes) == 2:
-        predictions = (probabilities[:, 1] >= 0.5).long()  # argmax would make 0.5 negative
-        threshold = choose_threshold(args, models, checkpoints, device)
+    rows_by_fold = choose_rows(args.data, args.split, args.checkpoint, checkpoints)
+    row_numbers = list(chain.from_iterable(rows_by_fold.values()))
     index = read_index(args.data)
     rows = [index[k] for k in row_numbers]
+    labelled = [row | {"label": classes[int(row["label"])]} for row in rows]
+    by = choose_groups(labelled, args.by)
+    probabilities, labels = predict_folds(args, rows_by_fold, models, checkpoints, device)
+    predictions = probabilities.argmax(1)  # (N,)
+    thresholds = None  # of every image, float64 (N,)
+    tuned = None  # threshold by fold
+    if len(classes) == 2:
+        predictions = (probabilities[:, 1] >= 0.5).long()  # argmax would make 0.5 negative
+        tuned = choose_thresholds(args, rows_by_fold, models, checkpoints, device)
+        thresholds = torch.tensor([tuned[row["fold"]] for row in rows], dtype=torch.float64)
     cases = list_cases(rows, args.split, classes, labels, probabilities, predictions)
     if args.compare:  # a table that does not fit is refused before the bootstrap takes its time
         theirs = read_predictions(args.compare, cases, classes)
 
     # Metrics of the split, and of the bootstrap's samples of its patients
     def metrics(chosen: Tensor) -> dict[str, float]:
-        return classification_metrics(labels[chosen], probabilities[chosen], threshold)
+        own = None if thresholds is None else thresholds[chosen]
+        return classification_metrics(labels[chosen], probabilities[chosen], own)
 
     patients = [case["patient"] for case in cases]
+    folds = [case["fold"] for case in cases]
     summary = bootstrap(metrics, patients, args.samples)
+    tables = tabulate(metrics, folds, patients, by, args.samples)
     if args.compare:
         summary |= compare_models(labels, probabilities, theirs, patients, args.samples)
     positive = positive_class(classes)
@@ -212,12 +239,16 @@ def evaluate_split(
     run = describe_run(args, len(row_numbers)) | {
         "classes": classes,
         "positive_class": positive,
-        "threshold_tuned": threshold,
+        # Several folds have no threshold in common.
+        "threshold_tuned": tuned[folds[0]] if tuned and len(tuned) == 1 else None,
     }
+    if tuned and len(tuned) > 1:
+        run["thresholds_tuned"] = tuned
 
     # Pictures
     wrong = (predictions != labels).nonzero()[:, 0]  # numbers of images, (n,)
-    mistakes = draw_mistakes(args.data, models[0], meta, row_numbers, cases, probabilities, wrong)
+    drawn = {fold: of_fold(fold, models, checkpoints)[0] for fold in rows_by_fold}
+    mistakes = draw_mistakes(args.data, drawn, meta, row_numbers, cases, probabilities, wrong)
     counts = confusion_matrix(labels, predictions, len(classes))
 
     # Results, in place of earlier ones
@@ -229,36 +260,55 @@ def evaluate_split(
         if mistakes:
             grid = torchvision.utils.make_grid(mistakes, nrow=3)
             save_picture(out / "mistakes.png", to_pil_image(grid))
-        write_report(out, summary, patients, cases, run)
+        write_report(out, summary, patients, cases, run, tables)
     print(f"{len(rows)} images, {len(wrong)} wrong; metrics and pictures in {out}")
 
 
-def choose_rows(cache: Path, split: str, paths: list[Path], checkpoints: list[dict]) -> list[int]:
-    """Row numbers of the split.
+def choose_rows(
+    cache: Path, split: str, paths: list[Path], checkpoints: list[dict]
+) -> dict[str, list[int]]:
+    """Row numbers of the split by fold: of "test", or of each fold that a checkpoint left out.
 
-    Raises DataError if there are none, or if a checkpoint was trained on one of them.
+    Raises DataError if there are none, or if one that predicts them was trained on one of them.
     """
     meta, index = open_cache(cache)
     check_same(meta, checkpoints[0]["meta"], cache, paths[0])
-    folds = {checkpoint["settings"]["fold"] for checkpoint in checkpoints}
+    folds = ["test"]
     if split == "val":
+        left_out = {checkpoint["settings"]["fold"] for checkpoint in checkpoints}
+        folds = [str(fold) for fold in sorted(left_out)]
         sha256 = file_sha256(cache / "index.csv")
         if any(checkpoint["settings"]["index"] != sha256 for checkpoint in checkpoints):
             raise DataError(
                 f"{cache}: not the cache of the training, so its folds differ; use --split test"
             )
-        if len(folds) > 1:
+    rows_by_fold = {}
+    for fold in folds:
+        rows = [k for k, row in enumerate(index) if row["fold"] == fold]
+        if not rows:
             raise DataError(
-                f"checkpoints of folds {sorted(folds)}: one was trained on what another left out"
+                f"{cache}: no {split} rows; preprocess.py makes them by --test-fraction or --like"
             )
-    wanted = "test" if split == "test" else str(folds.pop())
-    rows = [k for k, row in enumerate(index) if row["fold"] == wanted]
-    if not rows:
-        raise DataError(
-            f"{cache}: no {split} rows; preprocess.py makes them by --test-fraction or --like"
-        )
-    check_leakage(cache, rows, paths, checkpoints)
-    return rows
+        own = of_fold(fold, checkpoints, checkpoints)
+        check_leakage(cache, rows, of_fold(fold, paths, checkpoints), own)
+        rows_by_fold[fold] = rows
+    missing = [row["fold"] for row in index if row["fold"] not in ("test", *folds)]
+    if len(folds) > 1 and missing:
+        names = ", ".join(sorted(set(missing)))
+        print(f"note: no checkpoint of fold {names}: {len(missing)} rows are left out")
+    return rows_by_fold
+
+
+def of_fold(fold: str, items: list, checkpoints: list[dict]) -> list:
+    """Of items that belong to a checkpoint each, those whose training left the fold out.
+
+    All of them for the fold "test".
+    """
+    chosen = []
+    for item, checkpoint in zip(items, checkpoints, strict=True):
+        if fold in ("test", str(checkpoint["settings"]["fold"])):
+            chosen.append(item)
+    return chosen
 
 
 def check_leakage(cache: Path, rows: list[int], paths: list[Path], checkpoints: list[dict]) -> None:
@@ -301,6 +351,46 @@ def check_leakage(cache: Path, rows: list[int], paths: list[Path], checkpoints: 
             )
 
 
+def choose_groups(
+    rows: list[dict[str, str]], column: str | None
+) -> tuple[str, dict[str, list[int]]] | None:
+    """--by as `tabulate` takes it: the column, and the numbers of the rows that have each value.
+
+    Raises DataError without such a column, or if it has too many values to be one of groups.
+    """
+    if column is None:
+        return None
+    names = ", ".join(rows[0])
+    if column not in rows[0]:
+        raise DataError(f"--by {column}: no such column in index.csv, expected one of {names}")
+    rows_of = split_by([row[column] for row in rows], bands=column != "fold")
+    if len(rows_of) > MOST_VALUES:
+        found = f"{len(rows_of)} values in {len(rows)} rows"
+        raise DataError(
+            f"--by {column}: {found}, expected at most {MOST_VALUES}; the columns are {names}"
+        )
+    return column, rows_of
+
+
+def predict_folds(
+    args: argparse.Namespace,
+    rows_by_fold: dict[str, list[int]],
+    models: list[nn.Module],
+    checkpoints: list[dict],
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """`predict_rows` of one fold after the other, each by the models that left it out."""
+    outputs = []
+    targets = []
+    for fold, row_numbers in rows_by_fold.items():
+        own_models = of_fold(fold, models, checkpoints)
+        own = of_fold(fold, checkpoints, checkpoints)
+        output, target = predict_rows(args, row_numbers, own_models, own, device)
+        outputs.append(output)
+        targets.append(target)
+    return torch.cat(outputs), torch.cat(targets)
+
+
 def predict_rows(
     args: argparse.Namespace,
     row_numbers: list[int],
@@ -336,6 +426,31 @@ def predict(
     return torch.stack(probabilities).mean(0), labels
 
 
+def choose_thresholds(
+    args: argparse.Namespace,
+    rows_by_fold: dict[str, list[int]],
+    models: list[nn.Module],
+    checkpoints: list[dict],
+    device: torch.device,
+) -> dict[str, float]:
+    """The threshold of the metrics called _tuned, for each fold.
+
+    Of several folds each has the mean threshold of the checkpoints of the others.
+    """
+    if len(rows_by_fold) == 1:
+        return dict.fromkeys(rows_by_fold, choose_threshold(args, models, checkpoints, device))
+    # A checkpoint's own one was tuned on the very images that it predicts here.
+    print("note: the tuned threshold of each fold is the mean of those of the other folds")
+    tuned = {}
+    for fold in rows_by_fold:
+        others = []
+        for checkpoint in checkpoints:
+            if str(checkpoint["settings"]["fold"]) != fold:
+                others.append(checkpoint["threshold"])
+        tuned[fold] = sum(others) / len(others)
+    return tuned
+
+
 def choose_threshold(
     args: argparse.Namespace,
     models: list[nn.Module],
@@ -354,8 +469,8 @@ def choose_threshold(
     indexes = {checkpoint["settings"]["index"] for checkpoint in checkpoints}
     folds = {checkpoint["settings"]["fold"] for checkpoint in checkpoints}
     if indexes == {file_sha256(args.data / "index.csv")} and len(folds) == 1:
-        row_numbers = choose_rows(args.data, "val", args.checkpoint, checkpoints)
-        probabilities, labels = predict_rows(args, row_numbers, models, checkpoints, device)
+        rows_by_fold = choose_rows(args.data, "val", args.checkpoint, checkpoints)
+        probabilities, labels = predict_folds(args, rows_by_fold, models, checkpoints, device)
         return youden_threshold(labels, probabilities[:, 1])
     print("note: no validation images in common: the tuned threshold is the mean of their own ones")
     return sum(own) / len(own)
@@ -375,6 +490,7 @@ def list_cases(
         case = {
             "id": row["id"],
             "patient": row["patient"],
+            "fold": row["fold"],
             "label": classes[labels[k]],
             "prediction": classes[predictions[k]],
         }
@@ -473,7 +589,7 @@ def describe_run(args: argparse.Namespace, count: int) -> dict:
 
 def draw_mistakes(
     cache: Path,
-    model: nn.Module,
+    models: dict[str, nn.Module],
     meta: dict,
     row_numbers: list[int],
     cases: list[dict],
@@ -482,7 +598,8 @@ def draw_mistakes(
 ) -> list[Tensor]:
     """The most confident mistakes, with what the model looked at: uint8 (3, H, W) each.
 
-    `wrong` holds numbers of `cases`, `row_numbers` their rows in the cache.
+    `wrong` holds numbers of `cases`, `row_numbers` their rows in the cache, `models` the network of
+    each fold.
     """
     confidence = probabilities.amax(1)  # (N,)
     worst = wrong[confidence[wrong].argsort(descending=True)][:WORST]
@@ -494,7 +611,7 @@ def draw_mistakes(
         answer = f"predicted {case['prediction']} {confidence[k]:.3f}"
         caption = [case["id"], f"{case['label']}, {answer}"]
         target = meta["classes"].index(case["prediction"])
-        tiles.append(draw_activation(model, meta, image, target, caption))
+        tiles.append(draw_activation(models[case["fold"]], meta, image, target, caption))
     return tiles
 
 

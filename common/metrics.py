@@ -6,6 +6,7 @@ class only, nothing predicted, no cases at all, a score that is NaN) is NaN, nev
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,23 @@ from torch import Tensor
 from common.checkpoint import write_json
 
 FEW_GROUPS = 10  # below this, an interval promises more than it holds
+FEW_CASES = 5  # below this, a value of --by has no metrics
+# Columns of the printed table of folds: those of them that a task has
+FOLD_COLUMNS = (
+    "accuracy",
+    "balanced_accuracy",
+    "auroc",
+    "sensitivity",
+    "specificity",
+    "mean_iou",
+    "iou_75",
+    "mae_px",
+    "mae_mm",
+    "dice",
+    "iou",
+    "hd95_mm",
+    "assd_mm",
+)
 # 97.5 % quantiles of Student's t for 1 to 18 degrees of freedom
 STUDENT = """
     12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262
@@ -30,10 +48,11 @@ def divide(a: float, b: float) -> float:
 
 
 def classification_metrics(
-    labels: Tensor, probabilities: Tensor, threshold: float | None = None
+    labels: Tensor, probabilities: Tensor, threshold: float | Tensor | None = None
 ) -> dict[str, float]:
     """All metrics of a split. Binary: at 0.5 and, with the suffix _tuned, at `threshold`.
 
+    `threshold` is one for all images, or float64 (N,), one for each (folds have their own).
     More than two classes: the prediction is the largest probability, and auroc, average_precision,
     sensitivity, specificity, precision and f1 are means over the classes, each against the others
     (macro); NaN if they are not defined for one of the classes.
@@ -55,9 +74,12 @@ def classification_metrics(
     return {**metrics, "brier": brier(labels, probabilities)}
 
 
-def binary_metrics(labels: Tensor, scores: Tensor, threshold: float = 0.5) -> dict[str, float]:
-    """Metrics at one threshold (1 where score >= threshold)."""
-    predictions = (scores.double() >= threshold).long()  # float32 would round the threshold
+def binary_metrics(
+    labels: Tensor, scores: Tensor, threshold: float | Tensor = 0.5
+) -> dict[str, float]:
+    """Metrics at one threshold (1 where score >= threshold), or at one for each score (N,)."""
+    threshold = torch.as_tensor(threshold, dtype=torch.float64)  # float32 would round it
+    predictions = (scores.double() >= threshold).long()
     (tn, fp), (fn, tp) = confusion_matrix(labels, predictions, 2).tolist()
     sensitivity = divide(tp, tp + fn)
     specificity = divide(tn, tn + fp)
@@ -69,7 +91,7 @@ def binary_metrics(labels: Tensor, scores: Tensor, threshold: float = 0.5) -> di
         "precision": divide(tp, tp + fp),
         "f1": divide(2 * tp, 2 * tp + fp + fn),
     }
-    if scores.isnan().any() or math.isnan(threshold):
+    if scores.isnan().any() or threshold.isnan().any():
         return dict.fromkeys(metrics, math.nan)
     return metrics
 
@@ -395,13 +417,218 @@ def tail_probability(groups: int) -> float:
     return 0.5 * math.erfc(z / math.sqrt(2))
 
 
-def write_report(out: Path, summary: dict, groups: list[str], cases: list[dict], run: dict) -> None:
+def split_by(values: list[str], bands: bool = True) -> dict[str, list[int]]:
+    """Numbers of the rows that have each value of a column, numbers in rising order, "" last.
+
+    With `bands` more than 8 different numbers are cut at their quartiles; each band is called by
+    its smallest and its largest member.
+    """
+    rows_of = defaultdict(list)
+    for k, value in enumerate(values):
+        is_empty = value.strip().lower() in ("", "nan")
+        rows_of["(empty)" if is_empty else value].append(k)
+    empty = rows_of.pop("(empty)", [])
+    if all(is_number(value) for value in rows_of):
+        rows_of = {value: rows_of[value] for value in sorted(rows_of, key=float)}
+        if bands and len(rows_of) > 8:
+            rows_of = cut_into_bands(rows_of)
+    else:
+        rows_of = {value: rows_of[value] for value in sorted(rows_of)}
+    if empty:
+        rows_of["(empty)"] = empty
+    return rows_of
+
+
+def is_number(text: str) -> bool:
+    """Whether a cell of a table is a finite number."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def cut_into_bands(rows_of: dict[str, list[int]]) -> dict[str, list[int]]:
+    """The rows of rising numbers in four bands of about as many rows each; ties stay together."""
+    count = sum(len(rows) for rows in rows_of.values())
+    members = defaultdict(list)  # numbers in each band
+    before = 0
+    for value, rows in rows_of.items():
+        middle = before + len(rows) / 2
+        members[int(4 * middle / count)].append(value)
+        before += len(rows)
+    bands = {}
+    for numbers in members.values():
+        name = f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else numbers[0]
+        bands[name] = []
+        for number in numbers:
+            bands[name] += rows_of[number]
+    return bands
+
+
+def tabulate(
+    function: Callable[[Tensor], dict[str, float]],
+    folds: list[str],
+    groups: list[str],
+    by: tuple[str, dict[str, list[int]]] | None = None,
+    samples: int = 1000,
+) -> dict:
+    """What metrics.json holds of parts of the cases: "folds" if there are several, "by" with --by.
+
+    `folds` and `groups` have the fold and the patient of every case, `function` is that of
+    `bootstrap`, `by` a column and what `split_by` gives for it.
+    """
+    tables = {}
+    if len(set(folds)) > 1:
+        tables["folds"] = []
+        for fold, rows in split_by(folds, bands=False).items():
+            row = {"fold": fold, "n": len(rows)}
+            tables["folds"].append(row | function(torch.tensor(rows)))
+    if by:
+        column, rows_of = by
+        tables["by"] = summarise_by(function, column, rows_of, groups, samples)
+    return tables
+
+
+def summarise_by(
+    function: Callable[[Tensor], dict[str, float]],
+    column: str,
+    rows_of: dict[str, list[int]],
+    groups: list[str],
+    samples: int,
+) -> dict:
+    """Every metric for each value of a column, and the largest difference between two values.
+
+    Values of fewer than FEW_CASES rows have NaN. Of two values the difference has the interval of
+    bootstrap samples of the patients of both, at least FEW_GROUPS of each. Of more it has none: the
+    two were chosen because they are far apart, which an interval would have to make up for.
+    """
+    values = []
+    for value, rows in rows_of.items():
+        patients = [groups[k] for k in rows]
+        of_value = restrict(function, torch.tensor(rows))
+        summary = bootstrap(of_value, patients, samples if len(rows) >= FEW_CASES else 0)
+        if len(rows) < FEW_CASES:
+            for metric in summary.values():
+                metric["value"] = math.nan
+        row = {"value": value, "n": len(rows), "patients": len(set(patients))}
+        values.append(row | {"summary": summary})
+
+    intervals = {}
+    large = [row for row in values if row["n"] >= FEW_CASES]
+    if len(large) == 2 and min(row["patients"] for row in large) >= FEW_GROUPS:
+        first, second = (rows_of[row["value"]] for row in large)
+        intervals = bootstrap_difference(function, first, second, groups, samples)
+    differences = {}
+    for name in values[0]["summary"]:
+        defined = {}  # the metric of each value that has it
+        for row in values:
+            if math.isfinite(row["summary"][name]["value"]):
+                defined[row["value"]] = row["summary"][name]["value"]
+        differences[name] = largest_difference(defined, intervals.get(name))
+    return {"column": column, "values": values, "differences": differences}
+
+
+def largest_difference(defined: dict[str, float], interval: dict[str, float] | None) -> dict:
+    """The highest minus the lowest of some metrics, and their names.
+
+    `interval` is that of the first one minus the second.
+    """
+    difference = {"value": math.nan, "low": math.nan, "high": math.nan}
+    if len(defined) < 2:
+        return difference
+    highest = max(defined, key=defined.get)
+    lowest = min(defined, key=defined.get)
+    difference["value"] = defined[highest] - defined[lowest]
+    if interval and highest == next(iter(defined)):
+        difference |= {"low": interval["low"], "high": interval["high"]}
+    elif interval:
+        difference |= {"low": -interval["high"], "high": -interval["low"]}
+    return difference | {"highest": highest, "lowest": lowest}
+
+
+def restrict(function: Callable, rows: Tensor) -> Callable[[Tensor], dict[str, float]]:
+    """`function` of row numbers that count within `rows`."""
+    return lambda chosen: function(rows[chosen])
+
+
+def bootstrap_difference(
+    function: Callable[[Tensor], dict[str, float]],
+    first: list[int],
+    second: list[int],
+    groups: list[str],
+    samples: int,
+) -> dict[str, dict[str, float]]:
+    """`bootstrap` of the metrics of some rows minus those of others, which may share patients."""
+    rows = torch.tensor(first + second)
+    is_first = torch.arange(len(rows)) < len(first)
+
+    def difference(chosen: Tensor) -> dict[str, float]:
+        ours = function(rows[chosen[is_first[chosen]]])
+        theirs = function(rows[chosen[~is_first[chosen]]])
+        return {name: value - theirs[name] for name, value in ours.items()}
+
+    return bootstrap(difference, [groups[k] for k in first + second], samples)
+
+
+def write_report(
+    out: Path,
+    summary: dict,
+    groups: list[str],
+    cases: list[dict],
+    run: dict,
+    tables: dict | None = None,
+) -> None:
     """Print the metrics of `bootstrap` and write metrics.json: {"summary", "cases", "run"}.
 
-    `cases` has a row per case, in the order of `groups` (its patient); `run` says how they arose.
+    `cases` has a row per case, in the order of `groups` (its patient); `run` says how they arose;
+    `tables` is what `tabulate` gives of parts of the cases.
     """
+    tables = tables or {}
+    if "folds" in tables:
+        print_folds(tables["folds"])
     print_summary(summary, groups)
-    write_json(out / "metrics.json", {"summary": summary, "cases": cases, "run": run})
+    if "by" in tables:
+        print_by(tables["by"])
+    report = {"summary": summary, **tables, "cases": cases, "run": run}
+    write_json(out / "metrics.json", report)
+
+
+def print_folds(folds: list[dict]) -> None:
+    """Print the main metrics of each fold, a row a fold."""
+    names = [name for name in FOLD_COLUMNS if name in folds[0]]
+    print("fold       n" + "".join(f"  {name:>8}" for name in names))
+    for row in folds:
+        cells = [f"  {show(row[name]):>{max(8, len(name))}}" for name in names]
+        print(f"{row['fold']:5} {row['n']:6}" + "".join(cells))
+
+
+def show(value: float) -> str:
+    """A metric in four digits, "-" where it is not defined."""
+    return f"{value:.4f}" if math.isfinite(value) else "-"
+
+
+def print_by(by: dict) -> None:
+    """Print every metric for each value of a column, and the largest difference."""
+    print(f"\nby {by['column']}{'n':>{38 - len(by['column'])}}")
+    for name, difference in by["differences"].items():
+        print(name)
+        for row in by["values"]:
+            print(f"  {row['value'][:30]:30} {row['n']:8}  {with_interval(row['summary'][name])}")
+        if difference["value"] > 0:  # not with one value only, which has NaN
+            pair = f"{difference['highest']} above {difference['lowest']}"
+            print(f"  {'largest difference':39}  {with_interval(difference)}  {pair}")
+    few = [row for row in by["values"] if row["patients"] < FEW_GROUPS]
+    if few:
+        names = ", ".join(f"{row['value']} ({row['patients']})" for row in few)
+        print(f"note: fewer than {FEW_GROUPS} patients, which show little: {names}")
+
+
+def with_interval(metric: dict[str, float]) -> str:
+    """A metric with its interval, if it has one."""
+    text = show(metric["value"])
+    if math.isfinite(metric["low"]):
+        text += f"  ({metric['low']:.4f} to {metric['high']:.4f})"
+    return text
 
 
 def print_summary(summary: dict[str, dict[str, float]], groups: list[str]) -> None:

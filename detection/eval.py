@@ -3,12 +3,14 @@
   python detection/eval.py --data data/heart --checkpoint runs/heart/best.pt
   python detection/eval.py --data data/other --split test \\
       --checkpoint runs/a/best.pt runs/b/best.pt
+  python detection/eval.py --data CACHE --checkpoint runs/fold_?/best.pt --by fold
   python detection/eval.py --checkpoint runs/heart/best.pt --images scan.dcm folder_of_images
 
 Known boxes: metrics.json with 95 % bootstrap intervals (over patients), predictions.csv in pixels
 of the original images, and gallery.png with the worst boxes first. New images: predictions.csv, and
-every image with its box. The boxes of several checkpoints are averaged. Batch size and mixed
-precision are those of the run, so that the score it printed comes out again.
+every image with its box. The boxes of several checkpoints are averaged; those of several folds
+predict the fold that they left out each, and the metrics are of all these images together. Batch
+size and mixed precision are those of the run, so that the score it printed comes out again.
 
 In the shapes below N is the number of images, S their side in pixels. Boxes are xmin, ymin, xmax,
 ymax in fractions of the image unless they are said to be in pixels.
@@ -20,6 +22,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +44,14 @@ from common.checkpoint import (
     write_csv,
     written,
 )
-from common.metrics import bootstrap, box_iou, detection_metrics, write_report
+from common.metrics import (
+    bootstrap,
+    box_iou,
+    detection_metrics,
+    split_by,
+    tabulate,
+    write_report,
+)
 from detection.dataset import (
     BOX,
     XrayDataset,
@@ -72,6 +82,7 @@ from detection.preprocess import (
 from detection.train import AMP, check_finite, choose_device, evaluate
 
 TILE = 384  # pixels of one picture in a gallery
+MOST_VALUES = 50  # of a column of --by
 WORST = 24  # pictures in gallery.png
 # What a split leaves in --out; metrics.json is written last.
 RESULTS = ("metrics.json", "predictions.csv", "gallery.png")
@@ -85,11 +96,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("data").add_argument
     add("--checkpoint", type=Path, nargs="+", required=True, help="one or more of train.py's")
     add("--data", type=Path, metavar="CACHE", help="written by preprocess.py")
-    split = "val (default): the validation fold of the run"
+    split = "val (default): the validation fold of the run, of several all that they left out"
     add("--split", choices=("val", "test"), default="val", help=split)
     images = "new images without boxes: files and folders"
     add("--images", type=Path, nargs="+", metavar="PATH", help=images)
-    out = "(default: eval_val, eval_test or predictions beside the checkpoint)"
+    by = "metrics for each value of a column of index.csv, such as fold"
+    add("--by", metavar="COLUMN", help=by)
+    out = "(default: eval_val, eval_folds, eval_test or predictions, beside the first run)"
     add("--out", type=Path, help=out)
     add = parser.add_argument_group("run").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
@@ -99,6 +112,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.data is None) == (args.images is None):
         parser.error("give either --data CACHE (known boxes) or --images PATH ... (new images)")
+    if args.by and not args.data:
+        parser.error("--by needs known cases: give --data")
     if args.workers < 0 or args.samples < 1:
         parser.error("expected --workers >= 0 and --samples >= 1")
     return args
@@ -108,8 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = choose_device(args.device)
     models, checkpoints = load_models(args.checkpoint, device)
-    name = f"eval_{args.split}" if args.data else "predictions"
-    out = args.out or args.checkpoint[0].parent / name
+    out = args.out or args.checkpoint[0].parent / name_results(args, checkpoints)
     if args.data:
         evaluate_split(args, models, checkpoints, device, out)
     else:
@@ -143,6 +157,16 @@ def check_same(meta: dict, expected: dict, path: Path, other: Path) -> None:
         raise CheckpointError(f"{path}: {sizes}")
 
 
+def name_results(args: argparse.Namespace, checkpoints: list[dict]) -> str:
+    """The default folder of the results, beside the first checkpoint."""
+    if not args.data:
+        return "predictions"
+    folds = {checkpoint["settings"]["fold"] for checkpoint in checkpoints}
+    if args.split == "val" and len(folds) > 1:
+        return "eval_folds"  # beside eval_val, which is that of the first fold alone
+    return f"eval_{args.split}"
+
+
 # --- images with known boxes ---
 
 
@@ -155,10 +179,12 @@ def evaluate_split(
 ) -> None:
     """Metrics, table and gallery of images with known boxes."""
     # Predict the split: row k of everything below is row_numbers[k] of the cache
-    row_numbers = choose_rows(args.data, args.split, args.checkpoint, checkpoints)
-    pred, boxes = predict_rows(args, row_numbers, models, checkpoints, device)  # (N, 4)
+    rows_by_fold = choose_rows(args.data, args.split, args.checkpoint, checkpoints)
+    row_numbers = list(chain.from_iterable(rows_by_fold.values()))
     index = read_index(args.data)
     rows = [index[k] for k in row_numbers]
+    by = choose_groups(rows, args.by)
+    pred, boxes = predict_folds(args, rows_by_fold, models, checkpoints, device)  # (N, 4)
     _, scale = read_boxes(rows)  # (N, 4): pixels
     iou = box_iou(pred, boxes)  # (N,)
     error_px = ((pred - boxes) * scale).abs()  # (N, 4)
@@ -168,18 +194,23 @@ def evaluate_split(
 
     # Metrics of the split, and of the bootstrap's samples of its patients
     def metrics(chosen: Tensor) -> dict[str, float]:
+        values = detection_metrics(pred[chosen], boxes[chosen])
+        values["mae_px"] = error_px[chosen].mean().item()
+        if error_mm.isfinite().any():
+            values["mae_mm"] = error_mm[chosen].nanmean().item()
+        return values
+
+    def metrics_by_site(chosen: Tensor) -> dict[str, float]:
         values = {}
         for suffix, is_member in members.items():
-            k = chosen[is_member[chosen]]  # of the sample, those of the site
-            of_site = detection_metrics(pred[k], boxes[k])
-            of_site["mae_px"] = error_px[k].mean().item()
-            if error_mm.isfinite().any():
-                of_site["mae_mm"] = error_mm[k].nanmean().item()
+            of_site = metrics(chosen[is_member[chosen]])  # of the sample, those of the site
             values |= {f"{name}{suffix}": value for name, value in of_site.items()}
         return values
 
     patients = [row["patient"] for row in rows]
-    summary = bootstrap(metrics, patients, args.samples)
+    folds = [row["fold"] for row in rows]
+    summary = bootstrap(metrics_by_site, patients, args.samples)
+    tables = tabulate(metrics, folds, patients, by, args.samples)
     run = describe_run(args, len(rows))
 
     # Pictures, the worst first
@@ -197,36 +228,55 @@ def evaluate_split(
         clear_results(out, RESULTS)
         write_csv(out / "predictions.csv", cases)
         save_picture(out / "gallery.png", gallery)
-        write_report(out, summary, patients, cases, run)
+        write_report(out, summary, patients, cases, run, tables)
     print(f"{len(rows)} images; metrics and pictures in {out}")
 
 
-def choose_rows(cache: Path, split: str, paths: list[Path], checkpoints: list[dict]) -> list[int]:
-    """Row numbers of the split.
+def choose_rows(
+    cache: Path, split: str, paths: list[Path], checkpoints: list[dict]
+) -> dict[str, list[int]]:
+    """Row numbers of the split by fold: of "test", or of each fold that a checkpoint left out.
 
-    Raises DataError if there are none, or if a checkpoint was trained on one of them.
+    Raises DataError if there are none, or if one that predicts them was trained on one of them.
     """
     meta, index = open_cache(cache)
     check_same(meta, checkpoints[0]["meta"], cache, paths[0])
-    folds = {checkpoint["settings"]["fold"] for checkpoint in checkpoints}
+    folds = ["test"]
     if split == "val":
+        left_out = {checkpoint["settings"]["fold"] for checkpoint in checkpoints}
+        folds = [str(fold) for fold in sorted(left_out)]
         sha256 = file_sha256(cache / "index.csv")
         if any(checkpoint["settings"]["index"] != sha256 for checkpoint in checkpoints):
             raise DataError(
                 f"{cache}: not the cache of the training, so its folds differ; use --split test"
             )
-        if len(folds) > 1:
+    rows_by_fold = {}
+    for fold in folds:
+        rows = [k for k, row in enumerate(index) if row["fold"] == fold]
+        if not rows:
             raise DataError(
-                f"checkpoints of folds {sorted(folds)}: one was trained on what another left out"
+                f"{cache}: no {split} rows; preprocess.py makes them by --test-fraction or --like"
             )
-    wanted = "test" if split == "test" else str(folds.pop())
-    rows = [k for k, row in enumerate(index) if row["fold"] == wanted]
-    if not rows:
-        raise DataError(
-            f"{cache}: no {split} rows; preprocess.py makes them by --test-fraction or --like"
-        )
-    check_leakage(cache, rows, paths, checkpoints)
-    return rows
+        own = of_fold(fold, checkpoints, checkpoints)
+        check_leakage(cache, rows, of_fold(fold, paths, checkpoints), own)
+        rows_by_fold[fold] = rows
+    missing = [row["fold"] for row in index if row["fold"] not in ("test", *folds)]
+    if len(folds) > 1 and missing:
+        names = ", ".join(sorted(set(missing)))
+        print(f"note: no checkpoint of fold {names}: {len(missing)} rows are left out")
+    return rows_by_fold
+
+
+def of_fold(fold: str, items: list, checkpoints: list[dict]) -> list:
+    """Of items that belong to a checkpoint each, those whose training left the fold out.
+
+    All of them for the fold "test".
+    """
+    chosen = []
+    for item, checkpoint in zip(items, checkpoints, strict=True):
+        if fold in ("test", str(checkpoint["settings"]["fold"])):
+            chosen.append(item)
+    return chosen
 
 
 def check_leakage(cache: Path, rows: list[int], paths: list[Path], checkpoints: list[dict]) -> None:
@@ -267,6 +317,46 @@ def check_leakage(cache: Path, rows: list[int], paths: list[Path], checkpoints: 
                 f"{path}: trained on {count}; "
                 "take others, or, if only names are alike, change them in index.csv"
             )
+
+
+def choose_groups(
+    rows: list[dict[str, str]], column: str | None
+) -> tuple[str, dict[str, list[int]]] | None:
+    """--by as `tabulate` takes it: the column, and the numbers of the rows that have each value.
+
+    Raises DataError without such a column, or if it has too many values to be one of groups.
+    """
+    if column is None:
+        return None
+    names = ", ".join(rows[0])
+    if column not in rows[0]:
+        raise DataError(f"--by {column}: no such column in index.csv, expected one of {names}")
+    rows_of = split_by([row[column] for row in rows], bands=column != "fold")
+    if len(rows_of) > MOST_VALUES:
+        found = f"{len(rows_of)} values in {len(rows)} rows"
+        raise DataError(
+            f"--by {column}: {found}, expected at most {MOST_VALUES}; the columns are {names}"
+        )
+    return column, rows_of
+
+
+def predict_folds(
+    args: argparse.Namespace,
+    rows_by_fold: dict[str, list[int]],
+    models: list[nn.Module],
+    checkpoints: list[dict],
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """`predict_rows` of one fold after the other, each by the models that left it out."""
+    outputs = []
+    targets = []
+    for fold, row_numbers in rows_by_fold.items():
+        own_models = of_fold(fold, models, checkpoints)
+        own = of_fold(fold, checkpoints, checkpoints)
+        output, target = predict_rows(args, row_numbers, own_models, own, device)
+        outputs.append(output)
+        targets.append(target)
+    return torch.cat(outputs), torch.cat(targets)
 
 
 def predict_rows(
@@ -323,6 +413,7 @@ def list_cases(
         case = {
             "id": row["id"],
             "patient": row["patient"],
+            "fold": row["fold"],
             "site": row["site"],
             "iou": round(iou[k].item(), 4),
         }

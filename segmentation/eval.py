@@ -2,13 +2,15 @@
 
   python segmentation/eval.py --data data/hippocampus --checkpoint runs/hippocampus/best.pt
   python segmentation/eval.py --data data/other --checkpoint a/best.pt b/best.pt --split test
+  python segmentation/eval.py --data CACHE --checkpoint runs/fold_?/best.pt --by fold
   python segmentation/eval.py --checkpoint runs/a/best.pt --images scan.nii.gz dicom_folder
 
 With masks, written to --out: metrics.json with 95 % bootstrap intervals (over patients), cases.csv,
 predictions/ID.nii.gz, worst.png (image, truth, prediction on the slice with the most errors, worst
 case first) and worst.gif. All metrics are taken on the grid of the original file, but for
-dice_cache, on the grid of the cache: it is the score that train.py printed. Several checkpoints:
-their probabilities are averaged.
+dice_cache, on the grid of the cache: it is the score that train.py printed. The probabilities of
+several checkpoints are averaged; those of several folds predict the fold that they left out each,
+and the metrics are of all these cases together.
 
 New images (.nii, .nii.gz, folders of them, or a folder with one DICOM series): NIfTI masks,
 volumes.csv and pictures. nnU-Net's NAME_0000.nii.gz, NAME_0001.nii.gz, ... are the channels of one
@@ -26,6 +28,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import nibabel as nib
@@ -49,7 +52,14 @@ from common.checkpoint import (
     write_csv,
     written,
 )
-from common.metrics import bootstrap, dice_scores, segmentation_metrics, write_report
+from common.metrics import (
+    bootstrap,
+    dice_scores,
+    segmentation_metrics,
+    split_by,
+    tabulate,
+    write_report,
+)
 from segmentation.dataset import (
     check_case,
     fingerprints,
@@ -93,6 +103,7 @@ from segmentation.train import AMP, check_finite, choose_device
 
 # Stands in the header of masks of new images: they may be replaced, other files may not.
 PREDICTION = b"prediction of segmentation/eval.py"
+MOST_VALUES = 50  # of a column of --by
 TILE = 256  # pixels of the longer side of one picture in a gallery
 GAP = 2  # pixels between two pictures of a tile
 LINE = 20  # pixels of a line of text
@@ -106,12 +117,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("data").add_argument
     add("--checkpoint", type=Path, nargs="+", required=True, help="one or more of train.py's")
     add("--data", type=Path, metavar="CACHE", help="what preprocess.py wrote")
-    split_help = "val (default): the fold left out in training"
+    split_help = "val (default): the fold left out in training, of several runs all of them"
     add("--split", choices=("val", "test"), default="val", help=split_help)
     images_help = "new images without masks: files and folders"
     add("--images", type=Path, nargs="+", metavar="PATH", help=images_help)
     add("--tta", action="store_true", help="average over mirrored copies; for runs with --mirror")
-    out_help = "(default: eval_val, eval_test or predictions beside the checkpoint)"
+    by_help = "metrics for each value of a column of index.csv, such as fold"
+    add("--by", metavar="COLUMN", help=by_help)
+    out_help = "(default: eval_val, eval_folds, eval_test or predictions, beside the first run)"
     add("--out", type=Path, help=out_help)
     add = parser.add_argument_group("run").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
@@ -120,6 +133,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.data is None) == (args.images is None):
         parser.error("give either --data CACHE (with masks) or --images PATH ... (new images)")
+    if args.by and not args.data:
+        parser.error("--by needs known cases: give --data")
     if args.samples < 1:
         parser.error("expected --samples >= 1")
     return args
@@ -129,8 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = choose_device(args.device)
     models, checkpoints = load_models(args.checkpoint, device)
-    name = f"eval_{args.split}" if args.data else "predictions"
-    out = args.out or args.checkpoint[0].parent / name
+    out = args.out or args.checkpoint[0].parent / name_results(args, checkpoints)
     if args.data:
         evaluate_split(args, models, checkpoints, device, out)
     else:
@@ -229,6 +243,16 @@ def name_memory_error(path: Path) -> Iterator[None]:
         raise explain(path, MemoryError(reason)) from error
 
 
+def name_results(args: argparse.Namespace, checkpoints: list[dict]) -> str:
+    """The default folder of the results, beside the first checkpoint."""
+    if not args.data:
+        return "predictions"
+    folds = {checkpoint["settings"]["fold"] for checkpoint in checkpoints}
+    if args.split == "val" and len(folds) > 1:
+        return "eval_folds"  # beside eval_val, which is that of the first fold alone
+    return f"eval_{args.split}"
+
+
 # --- a split of a cache ---
 
 
@@ -238,9 +262,11 @@ def evaluate_split(
     """Metrics, tables, masks and pictures of a split."""
     meta = checkpoints[0]["meta"]
     classes = meta["classes"]
-    rows = choose_rows(args.data, args.split, args.checkpoint, checkpoints)
+    rows_by_fold = choose_rows(args.data, args.split, args.checkpoint, checkpoints)
     index = read_index(args.data)
-    names = [index[row]["id"] for row in rows]
+    rows = [index[k] for k in chain.from_iterable(rows_by_fold.values())]
+    by = choose_groups(rows, args.by)
+    names = [row["id"] for row in rows]
     check_split_outputs(out, args, names)
     for name in names:
         check_case(args.data, name, meta)
@@ -254,11 +280,13 @@ def evaluate_split(
         (out / "predictions").mkdir(exist_ok=True)
         for number, row in enumerate(rows, 1):
             # The image and its mask are on the grid of the cache, the truth on that of its file.
-            name = index[row]["id"]
+            name = row["id"]
+            own_models = of_fold(row["fold"], models, checkpoints)
+            own = of_fold(row["fold"], checkpoints, checkpoints)
             image, mask = open_case(args.data, name)
             truth, affine, header = read_truth(args.data, name, meta["values"])
             with name_memory_error(args.data / "volumes" / f"{name}.image.npy"):
-                probabilities = predict(models, checkpoints, image, device, args.amp, args.tta)
+                probabilities = predict(own_models, own, image, device, args.amp, args.tta)
                 check_finite(probabilities, name)
                 prediction = from_grid(probabilities.numpy(), truth.shape, affine)
             with written(out / "predictions" / f"{name}.nii.gz") as path:
@@ -272,7 +300,7 @@ def evaluate_split(
             on_grid = probabilities.argmax(0).byte()  # (X, Y, Z) of the cache
             scores = dice_scores(torch.from_numpy(np.array(mask)), on_grid, len(classes))
             metrics["dice_cache"] = scores.nanmean().item()
-            cases.append({"id": name, "group": index[row]["group"]} | metrics)
+            cases.append({"id": name, "group": row["group"], "fold": row["fold"]} | metrics)
 
             maps = {"truth": mask, "prediction": on_grid.numpy()}
             position = fullest(mask != maps["prediction"], meta["slice_axis"])
@@ -288,37 +316,56 @@ def evaluate_split(
         order = dice.nan_to_num(2.0).argsort()[:12]  # NaN, nothing there and nothing found: last
         write_gallery(out / "worst.png", [tiles[k] for k in order.tolist()])
         write_gif(out / "worst.gif", *worst)
-        summarise(args, cases, classes, structures, out)
+        summarise(args, cases, by, classes, structures, out)
     absent = f"{structures[0]} structures absent in both, {structures[1]} in one"
     print(f"{len(rows)} cases; {absent}; all of it in {out}")
 
 
-def choose_rows(cache: Path, split: str, paths: list[Path], checkpoints: list[dict]) -> list[int]:
-    """Row numbers of the split.
+def choose_rows(
+    cache: Path, split: str, paths: list[Path], checkpoints: list[dict]
+) -> dict[str, list[int]]:
+    """Row numbers of the split by fold: of "test", or of each fold that a checkpoint left out.
 
-    Raises DataError if there are none, or if a checkpoint was trained on one of them.
+    Raises DataError if there are none, or if one that predicts them was trained on one of them.
     """
     meta, index = open_cache(cache)
     check_same(meta, checkpoints[0]["meta"], cache, paths[0])
-    folds = {checkpoint["settings"]["fold"] for checkpoint in checkpoints}
+    folds = ["test"]
     if split == "val":
+        left_out = {checkpoint["settings"]["fold"] for checkpoint in checkpoints}
+        folds = [str(fold) for fold in sorted(left_out)]
         sha256 = file_sha256(cache / "index.csv")
         if any(checkpoint["settings"]["index"] != sha256 for checkpoint in checkpoints):
             raise DataError(
                 f"{cache}: not the cache of the training, so its folds differ; use --split test"
             )
-        if len(folds) > 1:
+    rows_by_fold = {}
+    for fold in folds:
+        rows = [k for k, row in enumerate(index) if row["fold"] == fold]
+        if not rows:
             raise DataError(
-                f"checkpoints of folds {sorted(folds)}: one was trained on what another left out"
+                f"{cache}: no {split} rows; preprocess.py makes them by --test-fraction or --like"
             )
-    wanted = "test" if split == "test" else str(folds.pop())
-    rows = [k for k, row in enumerate(index) if row["fold"] == wanted]
-    if not rows:
-        raise DataError(
-            f"{cache}: no {split} rows; preprocess.py makes them by --test-fraction or --like"
-        )
-    check_leakage(cache, rows, paths, checkpoints)
-    return rows
+        own = of_fold(fold, checkpoints, checkpoints)
+        check_leakage(cache, rows, of_fold(fold, paths, checkpoints), own)
+        rows_by_fold[fold] = rows
+    missing = [row["fold"] for row in index if row["fold"] not in ("test", *folds)]
+    if len(folds) > 1 and missing:
+        names = ", ".join(sorted(set(missing)))
+        print(f"note: no checkpoint of fold {names}: {len(missing)} rows are left out")
+    return rows_by_fold
+
+
+def of_fold(fold: str, items: list, checkpoints: list[dict]) -> list:
+    """Of items that belong to a checkpoint each, those whose training left the fold out.
+
+    All of them for the fold "test".
+    """
+    chosen = []
+    for item, checkpoint in zip(items, checkpoints, strict=True):
+        if fold in ("test", str(checkpoint["settings"]["fold"])):
+            chosen.append(item)
+    return chosen
 
 
 def check_leakage(cache: Path, rows: list[int], paths: list[Path], checkpoints: list[dict]) -> None:
@@ -359,6 +406,27 @@ def check_leakage(cache: Path, rows: list[int], paths: list[Path], checkpoints: 
                 f"{path}: trained on {count}; "
                 "take others, or, if only names are alike, change them in index.csv"
             )
+
+
+def choose_groups(
+    rows: list[dict[str, str]], column: str | None
+) -> tuple[str, dict[str, list[int]]] | None:
+    """--by as `tabulate` takes it: the column, and the numbers of the rows that have each value.
+
+    Raises DataError without such a column, or if it has too many values to be one of groups.
+    """
+    if column is None:
+        return None
+    names = ", ".join(rows[0])
+    if column not in rows[0]:
+        raise DataError(f"--by {column}: no such column in index.csv, expected one of {names}")
+    rows_of = split_by([row[column] for row in rows], bands=column != "fold")
+    if len(rows_of) > MOST_VALUES:
+        found = f"{len(rows_of)} values in {len(rows)} rows"
+        raise DataError(
+            f"--by {column}: {found}, expected at most {MOST_VALUES}; the columns are {names}"
+        )
+    return column, rows_of
 
 
 def check_split_outputs(out: Path, args: argparse.Namespace, names: list[str]) -> None:
@@ -418,11 +486,16 @@ def measure_case(
 
 
 def summarise(
-    args: argparse.Namespace, cases: list[dict], classes: list[str], structures: Counter, out: Path
+    args: argparse.Namespace,
+    cases: list[dict],
+    by: tuple[str, dict[str, list[int]]] | None,
+    classes: list[str],
+    structures: Counter,
+    out: Path,
 ) -> None:
     """Write cases.csv and metrics.json, and print the means over the cases with their intervals."""
     write_csv(out / "cases.csv", cases)
-    names = [name for name in cases[0] if name not in ("id", "group")]
+    names = [name for name in cases[0] if name not in ("id", "group", "fold")]
     values = []
     for case in cases:
         values.append([case[name] for name in names])
@@ -433,7 +506,9 @@ def summarise(
         return dict(zip(names, means.tolist(), strict=True))
 
     groups = [case["group"] for case in cases]
+    folds = [case["fold"] for case in cases]
     summary = bootstrap(mean_metrics, groups, args.samples)
+    tables = tabulate(mean_metrics, folds, groups, by, args.samples)
     run = {
         "command": " ".join(sys.argv),
         "versions": {module.__name__: module.__version__ for module in (torch, nib)},
@@ -446,7 +521,7 @@ def summarise(
         "both_empty": structures[0],
         "one_empty": structures[1],
     }
-    write_report(out, summary, groups, cases, run)
+    write_report(out, summary, groups, cases, run, tables)
 
 
 # --- pictures ---

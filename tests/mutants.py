@@ -25,22 +25,22 @@ ROOT = Path(__file__).resolve().parents[1]
 # The tests that say something about a module, the quick ones first.
 TESTS = {
     "common/checkpoint.py": ["test_checkpoint", "test_safety"],
-    "common/metrics.py": ["test_metrics"],
+    "common/metrics.py": ["test_metrics", "test_folds"],
     "classification/preprocess.py": ["test_reader", "test_preprocess"],
     "classification/dataset.py": ["test_dataset_classification", "test_safety"],
     "classification/model.py": ["test_dataset_classification"],
     "classification/train.py": ["test_training", "test_safety", "test_classification"],
-    "classification/eval.py": ["test_safety", "test_classification"],
+    "classification/eval.py": ["test_folds", "test_safety", "test_classification"],
     "detection/preprocess.py": ["test_detection", "test_reader"],
     "detection/dataset.py": ["test_safety", "test_detection"],
     "detection/model.py": ["test_detection"],
     "detection/train.py": ["test_training", "test_safety", "test_detection"],
-    "detection/eval.py": ["test_safety", "test_detection"],
+    "detection/eval.py": ["test_folds", "test_safety", "test_detection"],
     "segmentation/preprocess.py": ["test_segmentation_data", "test_volumes"],
     "segmentation/dataset.py": ["test_segmentation_data", "test_safety"],
     "segmentation/model.py": ["test_segmentation_data"],
     "segmentation/train.py": ["test_training", "test_safety", "test_segmentation"],
-    "segmentation/eval.py": ["test_safety", "test_segmentation", "test_volumes"],
+    "segmentation/eval.py": ["test_folds", "test_safety", "test_segmentation", "test_volumes"],
 }
 OTHER_OPERATOR = {
     ast.Add: ast.Sub,

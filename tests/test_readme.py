@@ -1,5 +1,6 @@
 """The commands of the READMEs are understood and run, the first one from nothing to a score."""
 
+import glob
 import importlib
 import re
 import shlex
@@ -16,12 +17,37 @@ MANUALS = [
     (ROOT / task / "README.md").read_text(encoding="utf-8")
     for task in ("classification", "detection", "segmentation")
 ]
+
+
+def unroll(text: str, most: int = 9) -> str:
+    """Loops of the shell over one command as that command for each word, for the first ones."""
+
+    def repeat(loop: re.Match) -> str:
+        name, words, command = loop.groups()
+        words = words.split()[:most]
+        return "\n".join(f"    {command}".replace(f"${name}", word) for word in words)
+
+    loop = r"^ {4}for (\w+) in ([\w ]+); do\n +(.*)\n {4}done$"
+    return re.sub(loop, repeat, text, flags=re.MULTILINE)
+
+
 # In a block of their own, or in a cell of a table
 COMMANDS = re.findall(
     r"(?:^ {4}|`)python (\w+)/(\w+)\.py([^`\n]*)(?:`|$)",
-    "\n".join([README, *MANUALS]),
+    unroll("\n".join([README, *MANUALS])),
     re.MULTILINE,
 )
+
+
+def test_loops_are_unrolled():
+    loop = (
+        "    for k in 0 1; do\n        python a.py --fold $k --out r_$k\n    done\n    python b.py"
+    )
+    first = "    python a.py --fold 0 --out r_0"
+    assert unroll(loop) == f"{first}\n{first.replace('0', '1')}\n    python b.py"
+    assert unroll(loop, most=1) == f"{first}\n    python b.py"
+    trainings = [options for _, script, options in COMMANDS if script == "train"]
+    assert sum("--fold 4" in options for options in trainings) == 3
 
 
 @pytest.mark.parametrize(("task", "script", "options"), COMMANDS)
@@ -119,12 +145,15 @@ def test_the_steps_of_a_manual_run_as_they_stand(task, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small_raw(task)
     manual = (ROOT / task / "README.md").read_text(encoding="utf-8").split("Recipe")[0]
+    manual = unroll(manual, most=2)
     commands = re.findall(r"^ {4}python (\w+)/(\w+)\.py(.*)$", manual, re.MULTILINE)
     done = []
     for folder, script, options in commands:
         if re.search("other|left_atrium|acdc", options):
             continue
-        words = shlex.split(options)
+        words = []
+        for word in shlex.split(options):
+            words += sorted(glob.glob(word)) if "?" in word else [word]
         if script == "preprocess" and task != "segmentation":
             words += ["--size", "64"]
         if script == "train":
@@ -133,4 +162,5 @@ def test_the_steps_of_a_manual_run_as_they_stand(task, tmp_path, monkeypatch):
         done.append(script)
     assert done[0] == "preprocess" and done[-2:] == ["eval", "eval"] and "train" in done
     assert list(tmp_path.glob("runs/*/eval_val/metrics.json"))
+    assert list(tmp_path.glob("runs/*_0/eval_folds/metrics.json"))
     assert list(tmp_path.glob("runs/*/predictions/*.csv"))
