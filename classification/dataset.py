@@ -1,6 +1,7 @@
 """The cache of preprocess.py as batches of tensors, augmentation, and a synthetic raw set.
 
-In the shapes below N is the number of images in a cache, B that in a batch, S their side in pixels.
+In the shapes below N is the number of images in a cache, B that in a batch, S their side in pixels,
+C their channels: 1, or 3 of a cache with colour.
 """
 
 import csv
@@ -35,12 +36,15 @@ PHANTOM = 256  # pixels per side of a synthetic picture
 def open_cache(cache: Path) -> tuple[dict, list[dict[str, str]]]:
     """meta.json and the rows of index.csv. Raises DataError unless images.npy goes with them."""
     meta = read_meta(cache)
-    images = load_array(cache / "images.npy", "uint8", 3)  # (N, S, S)
+    shape = (meta["size"], meta["size"])
+    if meta.get("channels") == 3:
+        shape = (*shape, 3)
+    images = load_array(cache / "images.npy", "uint8", 1 + len(shape))  # (N, S, S), color: + (3,)
     try:
         rows = read_index(cache)
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{cache / 'index.csv'}: {error}; preprocess again") from error
-    expected = (len(rows), meta["size"], meta["size"])
+    expected = (len(rows), *shape)
     if images.shape != expected:
         problem = f"images.npy {images.shape}, expected {expected} by index.csv and meta.json"
         raise DataError(f"{cache}: {problem}; preprocess again")
@@ -103,7 +107,7 @@ def fingerprints(cache: Path, rows: list[int]) -> tuple[list[str], list[str]]:
 class XrayDataset(Dataset):
     """Raw images and labels of a cache, a batch at a time: augmentation is on the device.
 
-    `dataset[row_numbers]` gives images uint8 (B, 1, S, S) and labels int64 (B,), the number of the
+    `dataset[row_numbers]` gives images uint8 (B, C, S, S) and labels int64 (B,), the number of the
     class in meta.json. It pickles as nothing but the path: each worker maps the file itself,
     because a pickled memory map is the whole array.
     """
@@ -120,9 +124,10 @@ class XrayDataset(Dataset):
         if self.images is None:
             labels = [int(row["label"]) for row in read_index(self.cache)]
             self.labels = torch.tensor(labels)  # (N,)
-            self.images = np.load(self.cache / "images.npy", mmap_mode="r")  # (N, S, S)
-        images = torch.from_numpy(self.images[row_numbers])  # (B, S, S), a copy in memory
-        return images[:, None], self.labels[row_numbers]
+            self.images = np.load(self.cache / "images.npy", mmap_mode="r")  # (N, S, S [, 3])
+        images = torch.from_numpy(self.images[row_numbers])  # a copy in memory
+        images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+        return images, self.labels[row_numbers]  # (B, C, S, S), (B,)
 
 
 def make_loader(
@@ -204,7 +209,7 @@ def to_input(
     strength: float = 1.0,
     flip: bool = False,
 ) -> Tensor:
-    """uint8 (B, 1, S, S) to float32 on `device`, normalised, channels last: what the network takes.
+    """uint8 (B, C, S, S) to float32 on `device`, normalised, channels last: what the network takes.
 
     With `rng` the images are augmented, in 0..1, before they are normalised.
     """
@@ -221,7 +226,7 @@ def augment(
     strength: float = 1.0,
     flip: bool = False,
 ) -> Tensor:
-    """Random affine, gamma, contrast, brightness, blur and noise for float (B, 1, S, S) in 0..1.
+    """Random affine, gamma, contrast, brightness, blur and noise for float (B, C, S, S) in 0..1.
 
     Parameters are drawn per image on the CPU from `rng`, so that neither workers nor the device
     change them; only the noise is drawn on the device, from a generator that `rng` seeds. `flip`
@@ -243,7 +248,7 @@ def augment(
         sign = torch.from_numpy(rng.choice([-1, 1], batch).astype(np.float32))  # (B,)
         affine[:, :, 0] *= sign.to(device, non_blocking=True)[:, None]  # what x is multiplied by
     grid = F.affine_grid(affine, list(images.shape), align_corners=False)  # (B, S, S, 2)
-    images = F.grid_sample(images, grid, align_corners=False)  # (B, 1, S, S), black outside
+    images = F.grid_sample(images, grid, align_corners=False)  # (B, C, S, S), black outside
     if strength == 0:
         return images
     return change_gray(images, draws[6:], rng)
@@ -272,11 +277,14 @@ def make_affine(draws: Tensor, degrees: float) -> Tensor:
 
 
 def change_gray(images: Tensor, draws: Tensor, rng: np.random.Generator) -> Tensor:
-    """Gamma, contrast, brightness, blur and noise by draws (5, B); float (B, 1, S, S) in 0..1."""
+    """Gamma, contrast, brightness, blur and noise by draws (5, B); float (B, C, S, S) in 0..1.
+
+    All channels of an image change alike, but for the noise.
+    """
     gamma, contrast, brightness, sigma, noise = draws[:, :, None, None, None]  # (B, 1, 1, 1) each
     # Clamped, because the power of a value below 0 would be NaN.
     images = images.clamp(1e-4, 1) ** torch.exp(0.5 * gamma)
-    mean = images.mean((2, 3), keepdim=True)  # (B, 1, 1, 1)
+    mean = images.mean((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
     images = (images - mean) * torch.exp(0.4 * contrast) + mean
     images = images + 0.2 * brightness
     # Up to 1.2 % of the side; half of the images stay sharp, and half of them without noise.
@@ -290,14 +298,14 @@ def change_gray(images: Tensor, draws: Tensor, rng: np.random.Generator) -> Tens
 
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of (B, 1, H, W), with a sigma (B,) in pixels each, cut off at 4 pixels."""
+    """Gaussian blur of (B, C, H, W), with a sigma (B,) in pixels each, cut off at 4 pixels."""
     x = torch.arange(-4, 5, device=images.device)
     kernel = torch.exp(-0.5 * (x / sigma[:, None]).square())  # (B, 9)
     kernel = (kernel / kernel.sum(1, keepdim=True))[:, None]  # (B, 1, 9)
-    # The batch as channels, so that every image has a kernel of its own: (1, B, H + 8, W + 8)
+    # The batch as channels, so that every image has a kernel of its own: (C, B, H + 8, W + 8)
     images = F.pad(images.transpose(0, 1), (4, 4, 4, 4), mode="replicate")
-    images = F.conv2d(images, kernel[..., None], groups=len(sigma))  # down: (1, B, H, W + 8)
-    images = F.conv2d(images, kernel[:, None], groups=len(sigma))  # across: (1, B, H, W)
+    images = F.conv2d(images, kernel[..., None], groups=len(sigma))  # down: (C, B, H, W + 8)
+    images = F.conv2d(images, kernel[:, None], groups=len(sigma))  # across: (C, B, H, W)
     return images.transpose(0, 1)
 
 

@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from classification import preprocess
 from classification.dataset import (
     XrayDataset,
     fingerprints,
@@ -51,6 +50,7 @@ from classification.preprocess import (
     list_files,
     one_line,
     positive_class,
+    prepare_image,
     read_image,
     read_meta,
     report_bad,
@@ -167,7 +167,8 @@ def load_models(paths: list[Path], device: torch.device) -> tuple[list[nn.Module
         if len(meta["classes"]) == 2 and type(threshold) is not float:
             raise CheckpointError(f"{path}: threshold {threshold}, expected a number")
         # Without pretrained weights, which the checkpoint replaces
-        model = build_model(settings["arch"], len(meta["classes"]), meta["size"])
+        channels = meta.get("channels", 1)
+        model = build_model(settings["arch"], len(meta["classes"]), meta["size"], False, channels)
         load_weights(model, checkpoint, path)
         models.append(model.to(device, memory_format=torch.channels_last))
     return models, checkpoints
@@ -175,9 +176,11 @@ def load_models(paths: list[Path], device: torch.device) -> tuple[list[nn.Module
 
 def check_same(meta: dict, expected: dict, path: Path, other: Path) -> None:
     """Raise CheckpointError if images were not prepared in the same way."""
-    for name in ("classes", "size", "fit"):
-        if meta[name] != expected[name]:
-            raise CheckpointError(f"{path}: {name} {meta[name]}, but {other} has {expected[name]}")
+    for name in ("classes", "size", "fit", "channels"):
+        ours = meta.get(name, 1)  # gray images do not say their channels
+        theirs = expected.get(name, 1)
+        if ours != theirs:
+            raise CheckpointError(f"{path}: {name} {ours}, but {other} has {theirs}")
 
 
 def name_results(args: argparse.Namespace, checkpoints: list[dict]) -> str:
@@ -607,7 +610,7 @@ def draw_mistakes(
     tiles = []
     for k in worst.tolist():
         case = cases[k]
-        (image,), _ = dataset[[row_numbers[k]]]  # (1, S, S)
+        (image,), _ = dataset[[row_numbers[k]]]  # (1 or 3, S, S)
         answer = f"predicted {case['prediction']} {confidence[k]:.3f}"
         caption = [case["id"], f"{case['label']}, {answer}"]
         target = meta["classes"].index(case["prediction"])
@@ -620,11 +623,11 @@ def draw_activation(
 ) -> Tensor:
     """An image beside itself under the activation map of the class `target`, below its caption.
 
-    `image` is uint8 (1, S, S); returns uint8 (3, H, 2 * TILE).
+    `image` is uint8 (1 or 3, S, S); returns uint8 (3, H, 2 * TILE).
     """
     device = next(model.parameters()).device
     with torch.no_grad():
-        inputs = to_input(image[None], device, meta["mean"], meta["std"])  # (1, 1, S, S)
+        inputs = to_input(image[None], device, meta["mean"], meta["std"])  # (1, 1 or 3, S, S)
         _, maps = class_activation_maps(model, inputs)  # (1, C, h, w)
     gray = resize(image.float(), [TILE, TILE]).expand(3, -1, -1)  # (3, TILE, TILE)
     # What speaks against the class is left out; the strongest place covers 60 % of the image.
@@ -757,7 +760,7 @@ def predict_images(
     images, bad = read_many(files, partial(load_image, meta=meta), args.workers)
     if images:
         batch_size = checkpoints[0]["settings"]["batch_size"]
-        batches = torch.stack(list(images.values())).split(batch_size)  # (B, 1, S, S) each
+        batches = torch.stack(list(images.values())).split(batch_size)  # (B, 1 or 3, S, S) each
         # `evaluate` takes images with labels; these have none.
         unknown = [torch.zeros(len(batch), dtype=torch.long) for batch in batches]  # labels
         loader = list(zip(batches, unknown, strict=True))
@@ -840,13 +843,14 @@ def read_many(files: list[Path], load_file: Callable, workers: int) -> tuple[dic
 
 
 def load_image(path: Path, meta: dict) -> tuple[Tensor, tuple[str, ...]] | DataError:
-    """One image as in the cache of the run, uint8 (1, S, S), and notes; or why it is unusable."""
+    """One image as in the cache of the run, uint8 (1 or 3, S, S), and notes; or why not."""
     try:
         picture = read_image(path)
     except DataError as error:
         return error
-    image = preprocess.resize(picture.gray, meta["size"], meta["fit"])
-    return torch.from_numpy(image)[None], picture.notes
+    image, notes = prepare_image(picture, meta["size"], meta["fit"], meta.get("channels", 1))
+    image = torch.from_numpy(image)
+    return (image[None] if image.ndim == 2 else image.permute(2, 0, 1)), notes
 
 
 def list_predictions(out: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""A torchvision ResNet for gray images.
+"""A torchvision ResNet for gray images, or for colour.
 
 In the shapes below B is the batch, S the side of an image in pixels, C the number of classes.
 """
@@ -21,12 +21,14 @@ PRETRAINED_MEAN = 0.449
 PRETRAINED_STD = 0.226
 
 
-def build_model(arch: str, num_classes: int, size: int, pretrained: bool = False) -> nn.Module:
-    """ResNet (He et al., CVPR 2016) from gray float images (B, 1, S, S) to logits (B, C).
+def build_model(
+    arch: str, num_classes: int, size: int, pretrained: bool = False, channels: int = 1
+) -> nn.Module:
+    """ResNet (He et al., CVPR 2016) from float images (B, channels, S, S) to logits (B, C).
 
     Images of at most 64 px get a 3x3 stem without stride and pooling, which keeps their few pixels,
     as for CIFAR in the paper. `pretrained` takes torchvision's ImageNet weights, the stem's filters
-    summed over RGB. Raises DataError if it cannot.
+    summed over RGB for gray images. Raises DataError if it cannot.
     """
     is_small = size <= 64
     if pretrained and is_small:
@@ -39,14 +41,16 @@ def build_model(arch: str, num_classes: int, size: int, pretrained: bool = False
         raise DataError(f"--pretrained: {problem}") from error
     rgb_stem = model.conv1.weight  # (64, 3, 7, 7)
     if is_small:
-        model.conv1 = nn.Conv2d(1, 64, 3, stride=1, padding=1, bias=False)  # keeps (S, S)
+        model.conv1 = nn.Conv2d(channels, 64, 3, stride=1, padding=1, bias=False)  # keeps (S, S)
     else:
-        model.conv1 = nn.Conv2d(1, 64, 7, stride=2, padding=3, bias=False)  # (S / 2, S / 2)
+        model.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)  # (S / 2, S / 2)
     # As torchvision starts its convolutions
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     if is_small:
         model.maxpool = nn.Identity()
-    if pretrained:
+    if pretrained and channels == 3:
+        model.conv1.weight = rgb_stem
+    elif pretrained:
         # A gray picture has one value in all three channels: the sum gives the same response.
         gray_stem = rgb_stem.detach().sum(1, keepdim=True)  # (64, 1, 7, 7)
         model.conv1.weight = nn.Parameter(gray_stem)
@@ -76,7 +80,7 @@ def class_activation_maps(model: nn.Module, images: Tensor) -> tuple[Tensor, Ten
 
     With global pooling and a linear head the map is the head's weights times the last features; its
     mean plus the bias is the logit. Grad-CAM gives the same for this network. `images` are float
-    (B, 1, S, S), normalised; h and w are S / 32, or S / 8 with the small stem.
+    (B, channels, S, S), normalised; h and w are S / 32, or S / 8 with the small stem.
     """
     features = images
     for name, layer in model.named_children():

@@ -14,8 +14,8 @@ Layouts of RAW, recognised by what lies in it:
   MedMNIST         a .npz file, or a folder with one
 Images are DICOM, JPEG, PNG or TIFF, known by their content.
 
-Written to OUT: images.npy uint8 (N, S, S); index.csv (id, patient, fold, label, what else a table
-says, source); meta.json.
+Written to OUT: images.npy uint8 (N, S, S), or (N, S, S, 3) with --color; index.csv (id, patient,
+fold, label, what else a table says, source); meta.json.
 
 The code follows main:
   find    the layout of RAW, its classes and its cases
@@ -98,6 +98,7 @@ SPLITS = {
 INDEX_COLUMNS = ("id", "patient", "fold", "label", "source")
 MORE_DECODERS = "more decoders: pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
 FOLDS = 5
+COLOUR_LOST = "colour turned gray"  # a note
 MAX_PIXELS = 2**27  # of an image: five times the largest X-rays
 MAX_CLASSES = 256  # there is a name, a column and an output for each
 # Names of a class without a finding: normal, healthy, negative, control, no_finding, NonCOVID
@@ -129,13 +130,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, required=True, metavar="DIR", help="the cache to write")
     add("--size", type=int, help="pixels per side (default: 224; MedMNIST: as it is)")
     add("--fit", choices=("squash", "pad"), help="images that are not square (default: squash)")
+    add("--color", action="store_true", help="keep colour (default: it becomes gray)")
     order = "class names in order; the last is the positive one"
     add("--classes", nargs="+", metavar="NAME", help=order)
     patient = "finds the patient in the name of a file, as its first group if any"
     add("--patient-regex", help=patient)
     fraction = "part of the patients kept as test (default: 0)"
     add("--test-fraction", type=float, default=0.0, help=fraction)
-    like = "make a test set for the models of this cache: with its classes, size, fit, mean and std"
+    like = "make a test set for the models of this cache: with its classes, size, color and so on"
     add("--like", type=Path, metavar="CACHE", help=like)
     add = parser.add_argument_group("run").add_argument
     add("--workers", type=int, default=default_workers(), help="threads (default: %(default)s)")
@@ -146,8 +148,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--size {args.size}, expected 8 to 4096")
     if not 0 <= args.test_fraction < 1:
         parser.error(f"--test-fraction {args.test_fraction}, expected 0 <= fraction < 1")
-    if args.like and (args.size or args.fit or args.test_fraction):
-        parser.error("--like brings its size and fit and makes every row test: omit those options")
+    if args.like and (args.size or args.fit or args.color or args.test_fraction):
+        brings = "--like brings its size, fit and color and makes every row test"
+        parser.error(f"{brings}: omit those options")
     if args.like and args.like.resolve() == args.out.resolve():
         parser.error(f"--out {args.out} is the cache of --like: give another folder")
     try:
@@ -175,8 +178,10 @@ def main(argv: list[str] | None = None) -> None:
     native = 224 if cases[0].pixels is None else len(cases[0].pixels)
     size = like.get("size") or args.size or native
     fit = like.get("fit") or args.fit or "squash"
+    channels = 3 if args.color else like.get("channels", 1)
     content = f"{len(cases)} images of {' '.join(classes)}"
-    print(f"{args.data}: {layout}, {content}, to {size}x{size} ({fit})")
+    kept = f"{fit}, color" if channels == 3 else fit
+    print(f"{args.data}: {layout}, {content}, to {size}x{size} ({kept})")
     positive = positive_class(classes)
     if positive:
         print(f"positive class: {positive}")
@@ -185,8 +190,10 @@ def main(argv: list[str] | None = None) -> None:
     with open_output(out, args.overwrite) as folder:
         # read: every image once. What fails is collected, so that one run names it all.
         raw = args.data if args.data.is_dir() else args.data.parent  # what sources are relative to
-        load_case = partial(load, raw=raw, size=size, fit=fit)
-        good, bad, notes = write_images(folder / "images.npy", size, cases, load_case, args.workers)
+        load_case = partial(load, raw=raw, size=size, fit=fit, channels=channels)
+        path = folder / "images.npy"
+        shape = (size, size, 3) if channels == 3 else (size, size)
+        good, bad, notes = write_images(path, shape, cases, load_case, args.workers)
         report_bad(bad)
         report_notes(notes)
         if bad and not (args.skip_bad and good):
@@ -219,7 +226,8 @@ def main(argv: list[str] | None = None) -> None:
             "layout": layout,
             "n": len(good),
             "counts": counts,
-            # Of the training images, or those that the models of --like were trained with
+            # Of the training images, or those that the models of --like were trained with; one pair
+            # for all channels, whose differences are the colour
             "mean": like.get("mean", mean),
             "std": like.get("std", std),
             "overlaps": overlaps,
@@ -228,6 +236,8 @@ def main(argv: list[str] | None = None) -> None:
             "options": {name: str(value) for name, value in vars(args).items() if value},
             "versions": {module.__name__: module.__version__ for module in (np, PIL, pydicom)},
         }
+        if channels == 3:  # caches of gray images do not say so
+            meta["channels"] = channels
         (folder / "meta.json").write_text(json.dumps(meta, indent=1))
     command = "train.py"
     if like:
@@ -267,6 +277,7 @@ def check_meta(meta: object, where: Path) -> None:
         "classes": is_list and len(set(map(str, classes))) == len(classes) >= 2,
         "size": type(meta.get("size")) is int and 8 <= meta["size"] <= 4096,
         "fit": meta.get("fit") in ("squash", "pad"),
+        "channels": meta.get("channels", 1) in (1, 3),
         "mean": is_number(meta.get("mean")),
         "std": is_number(meta.get("std"), 0),
     }
@@ -958,14 +969,14 @@ def check_output(out: Path, overwrite: bool) -> None:
 
 def write_images(
     path: Path,
-    size: int,
+    shape: tuple[int, ...],
     cases: list[Case],
     load_case: Callable,
     workers: int,
 ) -> tuple[list[Case], list[tuple[str, str]], list[tuple[str, str]]]:
-    """Write every image that can be read to an .npy file, uint8 (N, size, size).
+    """Write every image that can be read to an .npy file, uint8 (N, *shape).
 
-    `load_case(case)` gives uint8 (size, size) and notes, or the DataError that says why not.
+    `load_case(case)` gives uint8 of this shape and notes, or the DataError that says why not.
     Returns the cases that are in the file, in its order; (source, reason) of those that are not;
     and (source, note) of what was changed or passed over in reading.
 
@@ -976,7 +987,7 @@ def write_images(
     bad = []
     notes = []
     with open(path, "wb") as file:
-        write_header(file, len(cases), size)
+        write_header(file, (len(cases), *shape))
         results = in_threads(load_case, cases, workers)
         for case, result in zip(cases, results, strict=True):
             if isinstance(result, DataError):
@@ -986,16 +997,16 @@ def write_images(
             file.write(image.tobytes())
             good.append(case)
             notes.extend((case.source, note) for note in image_notes)
-        write_header(file, len(good), size)  # some may have been bad
+        write_header(file, (len(good), *shape))  # some may have been bad
     return good, bad, notes
 
 
-def write_header(file: BinaryIO, count: int, size: int) -> None:
-    """Write the header of an .npy file of uint8 (count, size, size) at its beginning.
+def write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
+    """Write the header of an .npy file of uint8 of this shape at its beginning.
 
     numpy leaves room for the count to grow, so the header has one length for any of them.
     """
-    header = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size)}
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     file.seek(0)
     np.lib.format.write_array_header_1_0(file, header)
 
@@ -1030,15 +1041,16 @@ class Picture(NamedTuple):
 
     gray: np.ndarray  # float32 (H, W), 0 = black, 1 = white
     digest: str  # SHA-256 of the stored pixels: tells copies
+    colour: np.ndarray | None = None  # RGB float32 (H, W, 3) in 0..1, None where there is none
     patient: str = ""  # hash of the DICOM PatientID, "" where there is none
     spacing: tuple[float, ...] = ()  # mm per pixel down and across, () where unknown
     notes: tuple[str, ...] = ()  # what was left out or changed in reading
 
 
 def load(
-    case: Case, raw: Path, size: int, fit: str
+    case: Case, raw: Path, size: int, fit: str, channels: int
 ) -> tuple[np.ndarray, tuple[str, ...]] | DataError:
-    """Read and resize one case: uint8 (size, size) and notes, or why it cannot be used.
+    """Read and resize one case: uint8 (size, size) or (size, size, 3) and notes, or why not.
 
     Fills what a case learns by reading: the hashes of its pixels and its PatientID, the moments.
     """
@@ -1054,11 +1066,11 @@ def load(
             picture = read_image(raw / case.source)
         except DataError as error:
             return error
-    image = resize(picture.gray, size, fit)
+    image, notes = prepare_image(picture, size, fit, channels)
     case.digest = picture.digest
     case.patient_id = picture.patient
     case.moments = gray_moments(image)
-    return image, picture.notes
+    return image, notes
 
 
 def is_utf8(name: str) -> bool:
@@ -1074,8 +1086,23 @@ def read_array(pixels: np.ndarray) -> Picture:
     """What a file would give for uint8 pixels that are in memory, (H, W) or RGB (H, W, 3)."""
     notes = []
     channels = pixels if pixels.ndim == 3 else pixels[..., None]  # (H, W, 1 or 3)
-    gray = colour_to_gray(channels, 255, notes)  # (H, W)
-    return Picture(gray, hash_pixels(pixels), notes=tuple(notes))
+    gray = colour_to_gray(channels, 255)  # (H, W)
+    colour = find_colour(channels, 255, notes)
+    return Picture(gray, hash_pixels(pixels), colour, notes=tuple(notes))
+
+
+def prepare_image(
+    picture: Picture, size: int, fit: str, channels: int
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """What the network sees of a picture, uint8 (size, size) or (size, size, 3), and notes."""
+    if channels == 1:
+        return resize(picture.gray, size, fit), picture.notes
+    if picture.colour is None:
+        gray = resize(picture.gray, size, fit)
+        return np.stack([gray] * 3, -1), (*picture.notes, "gray, kept as three equal channels")
+    rgb = [resize(channel, size, fit) for channel in picture.colour.transpose(2, 0, 1)]
+    notes = tuple(note for note in picture.notes if note != COLOUR_LOST)
+    return np.stack(rgb, -1), notes
 
 
 def gray_moments(image: np.ndarray) -> tuple[float, float]:
@@ -1127,8 +1154,8 @@ def read_dicom(path: Path) -> Picture:
     """Read a single-frame DICOM image as it is meant to be shown (PS3.3 C.7.6.3, C.11.1, C.11.2).
 
     Modality LUT or rescale, then VOI LUT or window. Without a window, up to 8 bits keep their range
-    and deeper data are stretched from the 0.5 to the 99.5 percentile, padding left out. Colour
-    becomes gray. An optional attribute that cannot be used is passed over, with a note.
+    and deeper data are stretched from the 0.5 to the 99.5 percentile, padding left out. An optional
+    attribute that cannot be used is passed over, with a note.
     """
     ds = open_dicom(path)
     check_single_image(ds, path)  # before pixels are decoded: a header may claim any size
@@ -1137,19 +1164,23 @@ def read_dicom(path: Path) -> Picture:
         expected = f"a single image ({ds.Rows}, {ds.Columns})"
         raise DataError(f"{path}: pixels {pixels.shape}, expected {expected}")
     notes = []
+    colour = None
     if ds.PhotometricInterpretation == "PALETTE COLOR":
         rgb = palette_colours(ds, pixels)
         highest = 65535 if rgb.max() > 255 else 255  # some fill 8 of the 16 bits of an entry
-        gray = colour_to_gray(rgb, highest, notes)
+        gray = colour_to_gray(rgb, highest)
+        colour = find_colour(rgb, highest, notes)
     elif pixels.ndim == 3:
-        gray = colour_to_gray(pixels, 2**ds.BitsStored - 1, notes)
+        gray = colour_to_gray(pixels, 2**ds.BitsStored - 1)
+        colour = find_colour(pixels, 2**ds.BitsStored - 1, notes)
     else:  # (H, W), stored values -> modality values -> gray
         values = modality_values(ds, pixels, path)
         gray = display_values(ds, values, padding, path, notes)
         if ds.PhotometricInterpretation == "MONOCHROME1":  # the lowest value is white
             gray = 1 - gray
         gray[padding] = 0  # black, also after the inversion
-    return Picture(gray, hash_pixels(pixels), hash_patient(ds), pixel_spacing(ds), tuple(notes))
+    digest = hash_pixels(pixels)
+    return Picture(gray, digest, colour, hash_patient(ds), pixel_spacing(ds), tuple(notes))
 
 
 def open_dicom(path: Path) -> pydicom.Dataset:
@@ -1272,19 +1303,23 @@ def palette_colours(ds: pydicom.Dataset, pixels: np.ndarray) -> np.ndarray:
     return rgb
 
 
-def colour_to_gray(rgb: np.ndarray, highest: float, notes: list[str]) -> np.ndarray:
+def colour_to_gray(rgb: np.ndarray, highest: float) -> np.ndarray:
     """RGB (H, W, 3), or gray (H, W, 1), of the range 0..highest to gray float32 (H, W) in 0..1."""
-    note_colour(rgb, highest, notes)
     if rgb.shape[-1] == 1:
         return (rgb[..., 0] / highest).astype(np.float32)
     return (rgb @ LUMA / highest).astype(np.float32)
 
 
-def note_colour(rgb: np.ndarray, highest: float, notes: list[str]) -> None:
-    """Say so where channels differ by more than JPEG leaves between those of a gray picture."""
+def find_colour(rgb: np.ndarray, highest: float, notes: list[str]) -> np.ndarray | None:
+    """RGB (H, W, 3) of the range 0..highest as float32 in 0..1, with a note; None where it is gray.
+
+    JPEG leaves small differences between the channels of a gray picture: those are no colour.
+    """
     spread = rgb.max(-1) - rgb.min(-1)  # (H, W)
-    if spread.max() > highest / 32:
-        notes.append("colour turned gray")
+    if spread.max() <= highest / 32:
+        return None
+    notes.append(COLOUR_LOST)
+    return rgb.astype(np.float32) / float(highest)
 
 
 def modality_values(ds: pydicom.Dataset, pixels: np.ndarray, path: Path) -> np.ndarray:
@@ -1461,11 +1496,12 @@ def pixel_spacing(ds: pydicom.Dataset) -> tuple[float, ...]:
 
 
 def read_picture(path: Path, kind: str) -> Picture:
-    """Read a JPEG, PNG or TIFF as gray, turned as its orientation tag says: what viewers show.
+    """Read a JPEG, PNG or TIFF, turned as its orientation tag says: what viewers show.
 
     Up to 8 bits keep their range, deeper data are stretched from the 0.5 to the 99.5 percentile.
     """
     notes = []
+    colour = None
     # As a file object: opened by path, Pillow >= 11 scrambles an uncompressed TIFF that it turns.
     with open(path, "rb") as file, Image.open(file, formats=[kind]) as image:
         seek_main_image(image, path)
@@ -1474,15 +1510,17 @@ def read_picture(path: Path, kind: str) -> Picture:
         ImageOps.exif_transpose(image, in_place=True)
         is_signed = tags.get(Tag.SampleFormat, (1,))[0] == 2
         if deep is not None:
-            pixels = colour_to_gray(deep, max(1, deep.max()), notes)
+            highest = max(1, deep.max())
+            pixels = colour_to_gray(deep, highest)
+            colour = find_colour(deep, highest, notes)
         elif image.mode[0] in "IF" or is_signed:  # Pillow's modes of more than 8 bits
             pixels = np.asarray(image)
         else:
             if image.mode not in ("1", "L", "LA"):
-                note_colour(np.asarray(image.convert("RGB")), 255, notes)
+                colour = find_colour(np.asarray(image.convert("RGB")), 255, notes)
             pixels = np.asarray(image.convert("L"))
             gray = pixels.astype(np.float32) / 255
-            return Picture(gray, hash_pixels(pixels), notes=tuple(notes))
+            return Picture(gray, hash_pixels(pixels), colour, notes=tuple(notes))
     # Pillow has no type for these two, and hands out their bits as another.
     if pixels.dtype == np.uint8:
         pixels = pixels.view(np.int8)
@@ -1491,7 +1529,10 @@ def read_picture(path: Path, kind: str) -> Picture:
     # WhiteIsZero, which Pillow heeds in 8 bits only
     is_inverse = tags.get(Tag.PhotometricInterpretation) == 0
     black, white = np.percentile(pixels, (99.5, 0.5) if is_inverse else (0.5, 99.5))
-    return Picture(stretch(pixels, black, white), hash_pixels(pixels), notes=tuple(notes))
+    if colour is not None:
+        colour = stretch(colour, black, white)
+    gray = stretch(pixels, black, white)
+    return Picture(gray, hash_pixels(pixels), colour, notes=tuple(notes))
 
 
 def seek_main_image(image: Image.Image, path: Path) -> None:

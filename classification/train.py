@@ -97,7 +97,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # Model, loss, optimizer
     torch.manual_seed(args.seed)  # the first weights
-    model = build_model(args.arch, len(counts), meta["size"], args.pretrained and not args.resume)
+    pretrained = args.pretrained and not args.resume
+    channels = meta.get("channels", 1)
+    model = build_model(args.arch, len(counts), meta["size"], pretrained, channels)
     model = model.to(device, memory_format=torch.channels_last)
     init = checkpoint.load_init(args, model, device, is_main)
     weights = network.class_weights(args.class_weights, counts).to(device)
@@ -226,7 +228,8 @@ def load_data(
     Raises DataError if the fold leaves a class out on either side, or less than one batch.
     """
     meta, index = dataset.open_cache(cache)
-    meta = {name: meta[name] for name in ("classes", "size", "fit", "mean", "std")}
+    names = ("classes", "size", "fit", "mean", "std", "channels")
+    meta = {name: meta[name] for name in names if name in meta}
     if args.pretrained:
         meta |= {"mean": network.PRETRAINED_MEAN, "std": network.PRETRAINED_STD}
     train_rows, val_rows = split_rows(index, args.fold)

@@ -328,11 +328,14 @@ def inverse(matrix: Tensor) -> Tensor:
 
 
 def change_gray(images: Tensor, draws: Tensor, rng: np.random.Generator) -> Tensor:
-    """Gamma, contrast, brightness, blur and noise by draws (5, B); float (B, 1, S, S) in 0..1."""
+    """Gamma, contrast, brightness, blur and noise by draws (5, B); float (B, C, S, S) in 0..1.
+
+    All channels of an image change alike, but for the noise.
+    """
     gamma, contrast, brightness, sigma, noise = draws[:, :, None, None, None]  # (B, 1, 1, 1) each
     # Clamped, because the power of a value below 0 would be NaN.
     images = images.clamp(1e-4, 1) ** torch.exp(0.5 * gamma)
-    mean = images.mean((2, 3), keepdim=True)  # (B, 1, 1, 1)
+    mean = images.mean((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
     images = (images - mean) * torch.exp(0.4 * contrast) + mean
     images = images + 0.2 * brightness
     # Up to 1.2 % of the side; half of the images stay sharp, and half of them without noise.
@@ -346,14 +349,14 @@ def change_gray(images: Tensor, draws: Tensor, rng: np.random.Generator) -> Tens
 
 
 def blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of (B, 1, H, W), with a sigma (B,) in pixels each, cut off at 4 pixels."""
+    """Gaussian blur of (B, C, H, W), with a sigma (B,) in pixels each, cut off at 4 pixels."""
     x = torch.arange(-4, 5, device=images.device)
     kernel = torch.exp(-0.5 * (x / sigma[:, None]).square())  # (B, 9)
     kernel = (kernel / kernel.sum(1, keepdim=True))[:, None]  # (B, 1, 9)
-    # The batch as channels, so that every image has a kernel of its own: (1, B, H + 8, W + 8)
+    # The batch as channels, so that every image has a kernel of its own: (C, B, H + 8, W + 8)
     images = F.pad(images.transpose(0, 1), (4, 4, 4, 4), mode="replicate")
-    images = F.conv2d(images, kernel[..., None], groups=len(sigma))  # down: (1, B, H, W + 8)
-    images = F.conv2d(images, kernel[:, None], groups=len(sigma))  # across: (1, B, H, W)
+    images = F.conv2d(images, kernel[..., None], groups=len(sigma))  # down: (C, B, H, W + 8)
+    images = F.conv2d(images, kernel[:, None], groups=len(sigma))  # across: (C, B, H, W)
     return images.transpose(0, 1)
 
 

@@ -83,6 +83,7 @@ DICOM_SUFFIXES = {".dcm", ".dicom"}
 SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff"} | DICOM_SUFFIXES
 MORE_DECODERS = "more decoders: pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
 FOLDS = 5
+COLOUR_LOST = "colour turned gray"  # a note
 MAX_PIXELS = 2**27  # of an image: five times the largest X-rays
 BOX = ("xmin", "ymin", "xmax", "ymax")
 
@@ -160,7 +161,8 @@ def main(argv: list[str] | None = None) -> None:
         # read: every image once. What fails is collected, so that one run names it all.
         load_case = partial(load, raw=args.data, size=size)
         path = folder / "images.npy"
-        good, unreadable, notes = write_images(path, size, cases, load_case, args.workers)
+        shape = (size, size)
+        good, unreadable, notes = write_images(path, shape, cases, load_case, args.workers)
         total = len(cases) + len(bad)
         bad += unreadable
         report_bad(bad)
@@ -593,14 +595,14 @@ def check_output(out: Path, overwrite: bool) -> None:
 
 def write_images(
     path: Path,
-    size: int,
+    shape: tuple[int, ...],
     cases: list[Case],
     load_case: Callable,
     workers: int,
 ) -> tuple[list[Case], list[tuple[str, str]], list[tuple[str, str]]]:
-    """Write every image that can be read to an .npy file, uint8 (N, size, size).
+    """Write every image that can be read to an .npy file, uint8 (N, *shape).
 
-    `load_case(case)` gives uint8 (size, size) and notes, or the DataError that says why not.
+    `load_case(case)` gives uint8 of this shape and notes, or the DataError that says why not.
     Returns the cases that are in the file, in its order; (source, reason) of those that are not;
     and (source, note) of what was changed or passed over in reading.
 
@@ -611,7 +613,7 @@ def write_images(
     bad = []
     notes = []
     with open(path, "wb") as file:
-        write_header(file, len(cases), size)
+        write_header(file, (len(cases), *shape))
         results = in_threads(load_case, cases, workers)
         for case, result in zip(cases, results, strict=True):
             if isinstance(result, DataError):
@@ -621,16 +623,16 @@ def write_images(
             file.write(image.tobytes())
             good.append(case)
             notes.extend((case.source, note) for note in image_notes)
-        write_header(file, len(good), size)  # some may have been bad
+        write_header(file, (len(good), *shape))  # some may have been bad
     return good, bad, notes
 
 
-def write_header(file: BinaryIO, count: int, size: int) -> None:
-    """Write the header of an .npy file of uint8 (count, size, size) at its beginning.
+def write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
+    """Write the header of an .npy file of uint8 of this shape at its beginning.
 
     numpy leaves room for the count to grow, so the header has one length for any of them.
     """
-    header = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size)}
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     file.seek(0)
     np.lib.format.write_array_header_1_0(file, header)
 
@@ -665,6 +667,7 @@ class Picture(NamedTuple):
 
     gray: np.ndarray  # float32 (H, W), 0 = black, 1 = white
     digest: str  # SHA-256 of the stored pixels: tells copies
+    colour: np.ndarray | None = None  # RGB float32 (H, W, 3) in 0..1, None where there is none
     patient: str = ""  # hash of the DICOM PatientID, "" where there is none
     spacing: tuple[float, ...] = ()  # mm per pixel down and across, () where unknown
     notes: tuple[str, ...] = ()  # what was left out or changed in reading
@@ -775,8 +778,8 @@ def read_dicom(path: Path) -> Picture:
     """Read a single-frame DICOM image as it is meant to be shown (PS3.3 C.7.6.3, C.11.1, C.11.2).
 
     Modality LUT or rescale, then VOI LUT or window. Without a window, up to 8 bits keep their range
-    and deeper data are stretched from the 0.5 to the 99.5 percentile, padding left out. Colour
-    becomes gray. An optional attribute that cannot be used is passed over, with a note.
+    and deeper data are stretched from the 0.5 to the 99.5 percentile, padding left out. An optional
+    attribute that cannot be used is passed over, with a note.
     """
     ds = open_dicom(path)
     check_single_image(ds, path)  # before pixels are decoded: a header may claim any size
@@ -785,19 +788,23 @@ def read_dicom(path: Path) -> Picture:
         expected = f"a single image ({ds.Rows}, {ds.Columns})"
         raise DataError(f"{path}: pixels {pixels.shape}, expected {expected}")
     notes = []
+    colour = None
     if ds.PhotometricInterpretation == "PALETTE COLOR":
         rgb = palette_colours(ds, pixels)
         highest = 65535 if rgb.max() > 255 else 255  # some fill 8 of the 16 bits of an entry
-        gray = colour_to_gray(rgb, highest, notes)
+        gray = colour_to_gray(rgb, highest)
+        colour = find_colour(rgb, highest, notes)
     elif pixels.ndim == 3:
-        gray = colour_to_gray(pixels, 2**ds.BitsStored - 1, notes)
+        gray = colour_to_gray(pixels, 2**ds.BitsStored - 1)
+        colour = find_colour(pixels, 2**ds.BitsStored - 1, notes)
     else:  # (H, W), stored values -> modality values -> gray
         values = modality_values(ds, pixels, path)
         gray = display_values(ds, values, padding, path, notes)
         if ds.PhotometricInterpretation == "MONOCHROME1":  # the lowest value is white
             gray = 1 - gray
         gray[padding] = 0  # black, also after the inversion
-    return Picture(gray, hash_pixels(pixels), hash_patient(ds), pixel_spacing(ds), tuple(notes))
+    digest = hash_pixels(pixels)
+    return Picture(gray, digest, colour, hash_patient(ds), pixel_spacing(ds), tuple(notes))
 
 
 def open_dicom(path: Path) -> pydicom.Dataset:
@@ -920,19 +927,23 @@ def palette_colours(ds: pydicom.Dataset, pixels: np.ndarray) -> np.ndarray:
     return rgb
 
 
-def colour_to_gray(rgb: np.ndarray, highest: float, notes: list[str]) -> np.ndarray:
+def colour_to_gray(rgb: np.ndarray, highest: float) -> np.ndarray:
     """RGB (H, W, 3), or gray (H, W, 1), of the range 0..highest to gray float32 (H, W) in 0..1."""
-    note_colour(rgb, highest, notes)
     if rgb.shape[-1] == 1:
         return (rgb[..., 0] / highest).astype(np.float32)
     return (rgb @ LUMA / highest).astype(np.float32)
 
 
-def note_colour(rgb: np.ndarray, highest: float, notes: list[str]) -> None:
-    """Say so where channels differ by more than JPEG leaves between those of a gray picture."""
+def find_colour(rgb: np.ndarray, highest: float, notes: list[str]) -> np.ndarray | None:
+    """RGB (H, W, 3) of the range 0..highest as float32 in 0..1, with a note; None where it is gray.
+
+    JPEG leaves small differences between the channels of a gray picture: those are no colour.
+    """
     spread = rgb.max(-1) - rgb.min(-1)  # (H, W)
-    if spread.max() > highest / 32:
-        notes.append("colour turned gray")
+    if spread.max() <= highest / 32:
+        return None
+    notes.append(COLOUR_LOST)
+    return rgb.astype(np.float32) / float(highest)
 
 
 def modality_values(ds: pydicom.Dataset, pixels: np.ndarray, path: Path) -> np.ndarray:
@@ -1109,11 +1120,12 @@ def pixel_spacing(ds: pydicom.Dataset) -> tuple[float, ...]:
 
 
 def read_picture(path: Path, kind: str) -> Picture:
-    """Read a JPEG, PNG or TIFF as gray, turned as its orientation tag says: what viewers show.
+    """Read a JPEG, PNG or TIFF, turned as its orientation tag says: what viewers show.
 
     Up to 8 bits keep their range, deeper data are stretched from the 0.5 to the 99.5 percentile.
     """
     notes = []
+    colour = None
     # As a file object: opened by path, Pillow >= 11 scrambles an uncompressed TIFF that it turns.
     with open(path, "rb") as file, Image.open(file, formats=[kind]) as image:
         seek_main_image(image, path)
@@ -1122,15 +1134,17 @@ def read_picture(path: Path, kind: str) -> Picture:
         ImageOps.exif_transpose(image, in_place=True)
         is_signed = tags.get(Tag.SampleFormat, (1,))[0] == 2
         if deep is not None:
-            pixels = colour_to_gray(deep, max(1, deep.max()), notes)
+            highest = max(1, deep.max())
+            pixels = colour_to_gray(deep, highest)
+            colour = find_colour(deep, highest, notes)
         elif image.mode[0] in "IF" or is_signed:  # Pillow's modes of more than 8 bits
             pixels = np.asarray(image)
         else:
             if image.mode not in ("1", "L", "LA"):
-                note_colour(np.asarray(image.convert("RGB")), 255, notes)
+                colour = find_colour(np.asarray(image.convert("RGB")), 255, notes)
             pixels = np.asarray(image.convert("L"))
             gray = pixels.astype(np.float32) / 255
-            return Picture(gray, hash_pixels(pixels), notes=tuple(notes))
+            return Picture(gray, hash_pixels(pixels), colour, notes=tuple(notes))
     # Pillow has no type for these two, and hands out their bits as another.
     if pixels.dtype == np.uint8:
         pixels = pixels.view(np.int8)
@@ -1139,7 +1153,10 @@ def read_picture(path: Path, kind: str) -> Picture:
     # WhiteIsZero, which Pillow heeds in 8 bits only
     is_inverse = tags.get(Tag.PhotometricInterpretation) == 0
     black, white = np.percentile(pixels, (99.5, 0.5) if is_inverse else (0.5, 99.5))
-    return Picture(stretch(pixels, black, white), hash_pixels(pixels), notes=tuple(notes))
+    if colour is not None:
+        colour = stretch(colour, black, white)
+    gray = stretch(pixels, black, white)
+    return Picture(gray, hash_pixels(pixels), colour, notes=tuple(notes))
 
 
 def seek_main_image(image: Image.Image, path: Path) -> None:

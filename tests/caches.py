@@ -146,9 +146,13 @@ def small_network() -> Iterator[None]:
     """In place of the ResNets for X-rays, networks of a thousandth of their weights."""
 
     def build_classifier(
-        arch: str, num_classes: int, size: int, pretrained: bool = False
+        arch: str, num_classes: int, size: int, pretrained: bool = False, channels: int = 1
     ) -> nn.Module:
-        layers = {"conv1": nn.Conv2d(1, 8, 7, 4, 3), "bn1": nn.BatchNorm2d(8), "relu": nn.ReLU()}
+        layers = {
+            "conv1": nn.Conv2d(channels, 8, 7, 4, 3),
+            "bn1": nn.BatchNorm2d(8),
+            "relu": nn.ReLU(),
+        }
         layers |= {"avgpool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
         return nn.Sequential(OrderedDict(layers | {"fc": nn.Linear(8, num_classes)}))
 

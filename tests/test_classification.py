@@ -167,7 +167,7 @@ def test_init_takes_the_weights_only(cache, trained, tmp_path):
     assert len(new["log"]) == 1
 
 
-def build_narrow(arch: str, num_classes: int, size: int, pretrained: bool = False) -> nn.Module:
+def build_narrow(arch: str, num_classes: int, size: int, *others: object) -> nn.Module:
     """A ResNet with one block a stage and a quarter of the channels: it learns the same, sooner."""
     model = torchvision.models.ResNet(BasicBlock, [1, 1, 1, 1])
     narrow(model, 1 / 4)

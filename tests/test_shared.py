@@ -13,7 +13,7 @@ TASKS = ("classification", "detection", "segmentation")
 OWN = {
     "preprocess": {"Case", "check_meta", "find_cases", "recognise_layout", "parse_args", "load"}
     | {"write_index", "main"},
-    "dataset": {"read_index", "check_row", "XrayDataset", "augment", "to_input"}
+    "dataset": {"open_cache", "read_index", "check_row", "XrayDataset", "augment", "to_input"}
     | {"draw_phantom", "write_dicom", "write_demo"},
     "model": {"build_model"},
     "train": {"parse_args", "make_demo", "load_data", "print_setup", "evaluate", "main"},
