@@ -7,7 +7,7 @@ class only, nothing predicted, no cases at all, a score that is NaN) is NaN, nev
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -287,24 +287,28 @@ def dice_metrics(scores: Tensor, classes: list[str]) -> dict[str, float]:
 
 
 def surface_distances(truth: Tensor, prediction: Tensor, spacing: list[float]) -> Tensor:
-    """Distances in mm between the surfaces of bool masks (X, Y, Z) with content, both ways."""
+    """Distances in mm between the surfaces of bool masks (X, Y, Z) with content, both ways.
+
+    Of a volume of one slice, a picture, the surfaces are outlines.
+    """
+    axes = [axis for axis in range(3) if truth.shape[axis] > 1] or [0]
     box = []  # the part of the volume that holds both: distances do not look beyond it
     for axis in range(3):
         others = tuple(k for k in range(3) if k != axis)
         used = (truth | prediction).any(others[1]).any(others[0]).nonzero()
         box.append(slice(int(used[0]), int(used[-1]) + 1))
-    truth = surface(truth[tuple(box)])
-    prediction = surface(prediction[tuple(box)])
+    truth = surface(truth[tuple(box)], axes)
+    prediction = surface(prediction[tuple(box)], axes)
     there = distances_to(truth.nonzero(), prediction, spacing)
     back = distances_to(prediction.nonzero(), truth, spacing)
     return torch.cat([there, back])
 
 
-def surface(mask: Tensor) -> Tensor:
+def surface(mask: Tensor, axes: Sequence[int] = (0, 1, 2)) -> Tensor:
     """Voxels of a bool mask (X, Y, Z) with a face neighbour outside; the border counts as such."""
     padded = torch.nn.functional.pad(mask, [1] * 6)
     core = padded.clone()
-    for axis in range(3):
+    for axis in axes:
         core &= padded.roll(1, axis) & padded.roll(-1, axis)
     return mask & ~core[1:-1, 1:-1, 1:-1]
 
@@ -584,19 +588,20 @@ def write_report(
     `tables` is what `tabulate` gives of parts of the cases.
     """
     tables = tables or {}
+    unit = run.get("unit", "mm")
     if "folds" in tables:
-        print_folds(tables["folds"])
-    print_summary(summary, groups)
+        print_folds(tables["folds"], unit)
+    print_summary(summary, groups, unit)
     if "by" in tables:
-        print_by(tables["by"])
+        print_by(tables["by"], unit)
     report = {"summary": summary, **tables, "cases": cases, "run": run}
     write_json(out / "metrics.json", report)
 
 
-def print_folds(folds: list[dict]) -> None:
+def print_folds(folds: list[dict], unit: str) -> None:
     """Print the main metrics of each fold, a row a fold."""
     names = [name for name in FOLD_COLUMNS if name in folds[0]]
-    print("fold       n" + "".join(f"  {name:>8}" for name in names))
+    print("fold       n" + "".join(f"  {in_unit(name, unit):>8}" for name in names))
     for row in folds:
         cells = [f"  {show(row[name]):>{max(8, len(name))}}" for name in names]
         print(f"{row['fold']:5} {row['n']:6}" + "".join(cells))
@@ -607,11 +612,11 @@ def show(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else "-"
 
 
-def print_by(by: dict) -> None:
+def print_by(by: dict, unit: str) -> None:
     """Print every metric for each value of a column, and the largest difference."""
     print(f"\nby {by['column']}{'n':>{38 - len(by['column'])}}")
     for name, difference in by["differences"].items():
-        print(name)
+        print(in_unit(name, unit))
         for row in by["values"]:
             print(f"  {row['value'][:30]:30} {row['n']:8}  {with_interval(row['summary'][name])}")
         if difference["value"] > 0:  # not with one value only, which has NaN
@@ -631,11 +636,18 @@ def with_interval(metric: dict[str, float]) -> str:
     return text
 
 
-def print_summary(summary: dict[str, dict[str, float]], groups: list[str]) -> None:
+def in_unit(name: str, unit: str) -> str:
+    """The name of a metric for the screen: of pictures without a resolution hd95_mm is hd95_px."""
+    return name.replace("_mm", f"_{unit}")
+
+
+def print_summary(
+    summary: dict[str, dict[str, float]], groups: list[str], unit: str = "mm"
+) -> None:
     """Print every metric with its interval, and what that is worth with few groups."""
     count = len(set(groups))
     for name, metric in summary.items():
-        line = f"{name:30} {metric['value']:.4f}"
+        line = f"{in_unit(name, unit):30} {metric['value']:.4f}"
         if math.isfinite(metric["low"]):
             line += f"  ({metric['low']:.4f} to {metric['high']:.4f})"
         print(line)

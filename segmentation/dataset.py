@@ -130,7 +130,7 @@ def read_points(cache: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
 def fingerprints(cache: Path, rows: list[int]) -> tuple[list[str], list[str]]:
     """Hashes of the group and of the image of every row: by them eval.py knows what was trained on.
 
-    Of an image the middle plane is enough: no two are the same, and a cache may fill a disk.
+    Of a volume the middle plane is enough: no two are the same, and a cache may fill a disk.
     """
     index = read_index(cache)
     patients = []
@@ -138,6 +138,8 @@ def fingerprints(cache: Path, rows: list[int]) -> tuple[list[str], list[str]]:
     for k in rows:
         image, _ = open_case(cache, index[k]["id"])
         middle = image[:, image.shape[1] // 2]  # (C, Y, Z)
+        if image.shape[3] == 1:  # a picture
+            middle = image
         patients.append(short_hash(index[k]["group"].encode()))
         images.append(short_hash(np.ascontiguousarray(middle)))
     return patients, images

@@ -36,6 +36,7 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resize, to_pil_image
 from torchvision.utils import draw_segmentation_masks
@@ -71,6 +72,8 @@ from segmentation.dataset import (
 from segmentation.model import build_model, predict_volume
 from segmentation.preprocess import (
     META,
+    PICTURE_KINDS,
+    RGB,
     DataError,
     Notes,
     check_channels,
@@ -79,7 +82,9 @@ from segmentation.preprocess import (
     check_outputs,
     check_range,
     explain,
+    fit_picture,
     from_grid,
+    is_picture,
     is_volume,
     list_volumes,
     note_others,
@@ -178,8 +183,9 @@ def check_same(meta: dict, expected: dict, path: Path, other: Path) -> None:
     """Raise CheckpointError if images were not prepared in the same way."""
     for name in META:
         # The median shape may differ: it only suggests the size of a patch.
-        if name != "shape" and meta[name] != expected[name]:
-            raise CheckpointError(f"{path}: {name} {meta[name]}, but {other} has {expected[name]}")
+        found = meta.get(name)
+        if name != "shape" and found != expected.get(name):
+            raise CheckpointError(f"{path}: {name} {found}, but {other} has {expected.get(name)}")
 
 
 def check_sizes(settings: dict, path: Path) -> None:
@@ -267,7 +273,7 @@ def evaluate_split(
     rows = [index[k] for k in chain.from_iterable(rows_by_fold.values())]
     by = choose_groups(rows, args.by)
     names = [row["id"] for row in rows]
-    check_split_outputs(out, args, names)
+    check_split_outputs(out, args, names, suffix_of(meta))
     for name in names:
         check_case(args.data, name, meta)
 
@@ -289,9 +295,9 @@ def evaluate_split(
                 probabilities = predict(own_models, own, image, device, args.amp, args.tta)
                 check_finite(probabilities, name)
                 prediction = from_grid(probabilities.numpy(), truth.shape, affine)
-            with written(out / "predictions" / f"{name}.nii.gz") as path:
-                values = np.array(meta["values"], np.uint8)
-                write_mask(path, values[prediction], affine, header)
+            values = np.array(meta["values"], np.uint8)
+            with written(out / "predictions" / f"{name}{suffix_of(meta)}") as path:
+                write_prediction(path, values[prediction], affine, header)
 
             metrics = measure_case(truth, prediction, affine, classes)
             for k in range(1, len(classes)):
@@ -304,7 +310,8 @@ def evaluate_split(
 
             maps = {"truth": mask, "prediction": on_grid.numpy()}
             position = fullest(mask != maps["prediction"], meta["slice_axis"])
-            caption = f"dice {metrics['dice']:.3f}  hd95 {metrics['hd95_mm']:.1f} mm"
+            unit = meta.get("picture_unit", "mm")
+            caption = f"dice {metrics['dice']:.3f}  hd95 {metrics['hd95_mm']:.1f} {unit}"
             tile = draw_panels(image, {"image": None} | maps, meta, position, [name, caption])
             tiles.append(tile)
             if math.isnan(worst_dice) or metrics["dice"] < worst_dice:
@@ -316,7 +323,7 @@ def evaluate_split(
         order = dice.nan_to_num(2.0).argsort()[:12]  # NaN, nothing there and nothing found: last
         write_gallery(out / "worst.png", [tiles[k] for k in order.tolist()])
         write_gif(out / "worst.gif", *worst)
-        summarise(args, cases, by, classes, structures, out)
+        summarise(args, cases, by, meta, structures, out)
     absent = f"{structures[0]} structures absent in both, {structures[1]} in one"
     print(f"{len(rows)} cases; {absent}; all of it in {out}")
 
@@ -429,12 +436,17 @@ def choose_groups(
     return column, rows_of
 
 
-def check_split_outputs(out: Path, args: argparse.Namespace, names: list[str]) -> None:
+def suffix_of(meta: dict) -> str:
+    """What masks are called: those of pictures are pictures."""
+    return ".png" if "picture_unit" in meta else ".nii.gz"
+
+
+def check_split_outputs(out: Path, args: argparse.Namespace, names: list[str], suffix: str) -> None:
     """Raise DataError if a result would be written onto a mask of the cache or a checkpoint."""
     outputs = [out / "metrics.json", out / "cases.csv"]
     inputs = list(args.checkpoint)
     for name in names:
-        outputs.append(out / "predictions" / f"{name}.nii.gz")
+        outputs.append(out / "predictions" / f"{name}{suffix}")
         inputs.append(args.data / "volumes" / f"{name}.truth.nii.gz")
     check_outputs(outputs, inputs)
 
@@ -445,7 +457,8 @@ def list_results(out: Path) -> list[str]:
     if (out / "cases.csv").is_file():
         with open(out / "cases.csv", newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
-                names.append(f"predictions/{Path(row['id']).name}.nii.gz")
+                for suffix in (".nii.gz", ".png"):
+                    names.append(f"predictions/{Path(row['id']).name}{suffix}")
     return names
 
 
@@ -459,6 +472,22 @@ def read_truth(
     if mask.ndim != 3 or not np.isin(mask, values).all():
         raise DataError(f"{path}: expected a volume of the values {values}; preprocess again")
     return np.searchsorted(values, mask).astype(np.uint8), affine, header
+
+
+def write_prediction(
+    path: Path,
+    mask: np.ndarray,
+    affine: np.ndarray,
+    header: nib.Nifti1Header | None,
+    description: bytes = b"",
+) -> None:
+    """Write uint8 (X, Y, Z) as NIfTI, or as the PNG of a picture, by the suffix of the file."""
+    if path.suffix != ".png":
+        write_mask(path, mask, affine, header, description)
+        return
+    info = PngInfo()
+    info.add_text("Software", description.decode())
+    Image.fromarray(mask[:, :, 0].T).save(path, pnginfo=info)
 
 
 def measure_case(
@@ -489,7 +518,7 @@ def summarise(
     args: argparse.Namespace,
     cases: list[dict],
     by: tuple[str, dict[str, list[int]]] | None,
-    classes: list[str],
+    meta: dict,
     structures: Counter,
     out: Path,
 ) -> None:
@@ -516,12 +545,20 @@ def summarise(
         "index_sha256": file_sha256(args.data / "index.csv"),
         "split": args.split,
         "n": len(cases),
-        "classes": classes,
+        "classes": meta["classes"],
         "tta": args.tta,
         "both_empty": structures[0],
         "one_empty": structures[1],
     }
+    unit = meta.get("picture_unit")
+    if unit:
+        run["unit"] = unit
     write_report(out, summary, groups, cases, run, tables)
+    if unit == "px":
+        print("note: the pictures say no resolution: distances are in pixels, in metrics.json")
+        print("      and cases.csv too, and volume_error_ml is in thousands of pixels")
+    elif unit == "mm":
+        print("note: volume_error_ml is that of slices of 1 mm: the area in mm2 by 1000")
 
 
 # --- pictures ---
@@ -547,7 +584,9 @@ def draw_panels(
     bare image.
     """
     axis = meta["slice_axis"]
-    plane = take_slice(image[0], axis, position).astype(np.float32)  # (H, W)
+    shown = image[:3] if meta["channels"] == RGB else image[:1]
+    plane = np.stack([take_slice(one, axis, position) for one in shown])  # (1 or 3, H, W)
+    plane = plane.astype(np.float32)
     low, high = np.percentile(plane, (0.5, 99.5))  # some voxels are far brighter than all others
     contrast = high - low
     if contrast == 0:  # a slice of air
@@ -555,11 +594,11 @@ def draw_panels(
     gray = torch.from_numpy(255 * ((plane - low) / contrast).clip(0, 1)).byte()
 
     across, up = patch_axes(meta["spacing"], 2, axis)
-    height = gray.shape[0] * up  # mm
-    width = gray.shape[1] * across  # mm
+    height = gray.shape[1] * up  # mm
+    width = gray.shape[2] * across  # mm
     scale = max(height, width)
     size = [max(1, round(TILE * length / scale)) for length in (height, width)]  # pixels
-    gray = resize(gray.expand(3, -1, -1), size)  # (3, *size)
+    gray = resize(gray.expand(3, -1, -1), size)  # (3, *size), of pictures in colour
 
     gap = torch.zeros(3, size[0], GAP, dtype=torch.uint8)  # black
     panels = []
@@ -628,8 +667,10 @@ def save_picture(path: Path, picture: Image.Image) -> None:
 
 
 def write_gif(path: Path, image: np.ndarray, maps: dict, meta: dict, name: str) -> None:
-    """The slices of a volume (C, X, Y, Z) as an animation, at most some 100 of them."""
+    """The slices of a volume (C, X, Y, Z) as an animation, at most some 100; none of a picture."""
     count = image.shape[meta["slice_axis"] + 1]
+    if count == 1:
+        return
     step = math.ceil(count / 100)
     frames = []
     for k in range(0, count, step):
@@ -657,8 +698,8 @@ def predict_images(
     """Masks and pictures of new images. Raises DataError at the end if some cannot be predicted."""
     meta = checkpoints[0]["meta"]
     warnings.filterwarnings("ignore", module="pydicom")  # harmless header slips, one line per file
-    images = find_images(args.images, len(meta["channels"]))
-    check_results(out, images)
+    images = find_images(args.images, meta)
+    check_results(out, images, suffix_of(meta))
     tiles = []  # a picture for each of the first images
     bad = 0
     done = 0
@@ -679,23 +720,28 @@ def predict_images(
                 tiles.append(draw_panels(on_grid, maps, meta, position, [image.name]))
             if done == 1:
                 write_gif(out / "first.gif", on_grid, maps, meta, image.name)
-            volumes = [f"{name} {row[f'ml_{name}']} ml" for name in meta["classes"][1:]]
+            unit = "px" if "picture_unit" in meta else "ml"
+            volumes = [f"{name} {row[f'{unit}_{name}']} {unit}" for name in meta["classes"][1:]]
             print(one_line(f"{row['image']}: {'  '.join(volumes)}"))
         if done:
             write_gallery(out / "overlays.png", tiles)
             print(f"{done} images; masks, volumes.csv and pictures in {out}")
+            if "picture_unit" in meta:
+                numbers = f"the numbers {meta['values']}; small ones look black in a viewer"
+                print(f"masks are PNG files of the pictures' sizes with {numbers}")
     if bad:
         raise DataError(f"{bad} of {len(images)} images could not be read (named above)")
 
 
-def find_images(paths: list[Path], channels: int) -> list[NewImage]:
+def find_images(paths: list[Path], meta: dict) -> list[NewImage]:
     """The images among files and folders, with names of masks that do not collide.
 
     For a network of several channels NAME_0000, NAME_0001, ... (nnU-Net) of one folder are one
     image.
     """
+    channels = len(meta["channels"])
     by_place: dict[Path, NewImage] = {}
-    for path in list_files(paths):
+    for path in list_files(paths, "picture_unit" in meta):
         place = Path(os.path.abspath(path))  # "." has no name of its own
         name = volume_name(place)
         if path.is_file() and not is_volume(path):
@@ -715,14 +761,21 @@ def find_images(paths: list[Path], channels: int) -> list[NewImage]:
     return images
 
 
-def list_files(paths: list[Path]) -> list[Path]:
-    """Files as they are; of a folder its volumes, or itself as a DICOM series; each once."""
+def list_files(paths: list[Path], pictures: bool) -> list[Path]:
+    """Files as they are; of a folder its pictures, or its volumes, or itself as a DICOM series.
+
+    Each once.
+    """
     files = {}
     for path in paths:
         inside = [path]
         if path.is_dir():
             volumes, others = list_volumes(path)
-            if volumes:
+            if pictures:
+                inside = [file for file in others if is_picture(file)]
+                others = sorted(set(volumes + others) - set(inside))
+                note_others(path, others, f"not {PICTURE_KINDS}")
+            elif volumes:
                 note_others(path, others)
                 inside = volumes
         for file in inside:
@@ -783,9 +836,9 @@ def choose_free(base: str, taken: set[str]) -> str:
     return name
 
 
-def check_results(out: Path, images: list[NewImage]) -> None:
+def check_results(out: Path, images: list[NewImage], suffix: str) -> None:
     """Raise DataError if an image, or a file that is no earlier result, would be overwritten."""
-    masks = [out / f"{image.name}.nii.gz" for image in images]
+    masks = [out / f"{image.name}{suffix}" for image in images]
     inputs = []
     for image in images:
         inputs += image.paths
@@ -805,6 +858,9 @@ def check_results(out: Path, images: list[NewImage]) -> None:
 
 def is_prediction(path: Path) -> bool:
     """Whether a file is a mask written by this script."""
+    if path.suffix == ".png":
+        with reading(path), Image.open(path, formats=["PNG"]) as image:
+            return image.info.get("Software", "").encode().startswith(PREDICTION)
     try:
         return bytes(read_header(path)["descrip"]).startswith(PREDICTION)
     except (DataError, OSError, EOFError, zlib.error):
@@ -829,16 +885,19 @@ def predict_image(
         probabilities = predict(models, checkpoints, on_grid, device, args.amp, args.tta)
         check_finite(probabilities, image.paths[0])
         labels = from_grid(probabilities.numpy(), shape, affine)  # (X, Y, Z) of the file
-    mask_name = f"{image.name}.nii.gz"
+    mask_name = f"{image.name}{suffix_of(meta)}"
     with written(out / mask_name) as path:
         values = np.array(meta["values"], np.uint8)
-        write_mask(path, values[labels], affine, header, PREDICTION)
+        write_prediction(path, values[labels], affine, header, PREDICTION)
 
     voxel = abs(np.linalg.det(affine[:3, :3])) / 1000  # ml, of the file's grid in mm
     counts = np.bincount(labels.reshape(-1), minlength=len(meta["classes"]))
     row = {"image": ";".join(map(str, image.paths)), "mask": mask_name}
     for name, count in zip(meta["classes"][1:], counts[1:], strict=True):
-        row[f"ml_{name}"] = round(float(voxel * count), 3)
+        if "picture_unit" in meta:
+            row[f"px_{name}"] = int(count)  # pixels of the file
+        else:
+            row[f"ml_{name}"] = round(float(voxel * count), 3)
     return row, on_grid, probabilities.argmax(0).byte().numpy()
 
 
@@ -859,7 +918,7 @@ def read_image(
             expected = f"one for each of {meta['channels']}"
             raise DataError(f"{path}: channel files {given}, expected {expected}")
         paths = [image.paths[image.numbers.index(number)] for number in numbers]
-    volume, affine, header = read_channels(paths, notes)
+    volume, affine, header = fit_picture(path, read_channels(paths, notes), meta)
     for what, detail in notes:
         print_note(path, what, detail)
     check_channels(path, volume.shape[3], meta["channels"])

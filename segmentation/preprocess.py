@@ -1,14 +1,19 @@
-"""Turn labelled MR or CT volumes into arrays on a common grid and an index.
+"""Turn MR or CT volumes, or pictures, with masks into arrays on a common grid and an index.
 
   python segmentation/preprocess.py --data Task04_Hippocampus --out data/hippocampus
   python segmentation/preprocess.py --data left_atrium --out data/atrium --spacing 1.5 1.5 1.5
   python segmentation/preprocess.py --data acdc --out data/acdc --patient-regex "patient[0-9]+"
+  python segmentation/preprocess.py --data lesions --out data/lesions
   python segmentation/preprocess.py --data other_hospital --out data/other --like data/atrium
 
 RAW is a folder as in the Medical Segmentation Decathlon (MSD): imagesTr/NAME.nii.gz, 3D, or 4D with
 the channels last, or nnU-Net's NAME_0000.nii.gz, NAME_0001.nii.gz, ..., a file a channel;
 labelsTr/NAME.nii.gz; and dataset.json, which names labels and modalities. If there are imagesTs and
 labelsTs, they become test cases. Without dataset.json classes are called by their values.
+
+Or images/NAME and masks/NAME (or labels/), perhaps in official train/, val/ and test/: volumes, or
+pictures (PNG, JPEG, TIFF), which are volumes of one slice. Their unit is the pixel, unless all of
+them say a resolution.
 
 Written to OUT: index.csv (id, group, fold, image, mask), meta.json, and for each case in volumes/
   ID.image.npy     float16 (C, X, Y, Z) in RAS (right, front, top), resampled, normalised
@@ -41,7 +46,7 @@ import unicodedata
 import warnings
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -54,6 +59,8 @@ import numpy as np
 import pydicom
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 from nibabel.spatialimages import HeaderDataError
+from PIL import Image, ImageOps
+from PIL.ExifTags import Base as Tag
 from pydicom.pixels import apply_modality_lut, pixel_array
 from pydicom.uid import UID
 
@@ -72,7 +79,24 @@ META = (
     "slice_axis",
     "shape",
     "normalisation",
+    "picture_unit",  # px or mm; volumes have none
 )
+PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+PICTURE_KINDS = "PNG, JPEG or TIFF"
+RGB = ["red", "green", "blue"]
+# Official splits by the names that their folders have, in any case
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+MASK_ENDING = r"[_-](mask|seg|segmentation|label)$"  # of a mask's name, in any case
+NO_RESOLUTION = b"picture in pixels"  # in the header of a picture and its mask
+DEFAULT_DPI = (72, 96)  # what programs write that know no resolution
 FOLDS = 5
 MAX_GRID = 2**30  # voxels of the common grid, 2 GiB a channel: what is more has a wrong unit
 SHIFT = 0.1  # voxels: how far a slice or a corner may lie from where the affine puts it
@@ -112,7 +136,7 @@ class Case:
     id: str
     images: list[Path]  # one file with all channels, or one file a channel
     mask: Path
-    split: str = ""  # "test": official test case with a mask
+    split: str = ""  # "train", "val" or "test" of an official split
     error: str = ""  # why it cannot be used
 
     # Set by `inspect`.
@@ -124,6 +148,7 @@ class Case:
     digest: str = ""  # SHA-256 of the image
     mask_digest: str = ""
     notes: Notes = field(default_factory=list)
+    unit: str = "mm"  # of the spacing; px of a picture that does not say its resolution
 
     # Set by `split_cases`.
     group: str = ""
@@ -216,6 +241,7 @@ def main(argv: list[str] | None = None) -> None:
             split_cases(cases, args)
             meta = like or describe(cases, args.spacing, labels, channels)
         note_both_sides(cases)
+        note_unit(cases, meta)
         print_notes(cases)
         if not args.patient_regex and not like:
             suggest_regex([case.id for case in cases])
@@ -270,18 +296,21 @@ def like_labels(
 
 
 def find_cases(raw: Path) -> tuple[list[Case], list[tuple[str, str]]]:
-    """The cases of an MSD or nnU-Net folder, and (file, reason) for every unusable file."""
+    """The cases of a folder in one of the layouts, and (file, reason) for every unusable file."""
     bad: list[tuple[Path, str]] = []
-    cases = pair_masks(raw, "Tr", "", bad)
-    cases += pair_masks(raw, "Ts", "test", bad)
+    cases = []
+    for images, masks, split in find_folders(raw):
+        cases += pair_masks(images, masks, split, bad)
     if not cases:
         for _, reason in bad:
             print(reason, file=sys.stderr)
         inside = "no folder"
         if raw.is_dir():
             inside = sorted(path.name for path in raw.iterdir())[:5]
-        expected = "imagesTr/NAME.nii.gz and labelsTr/NAME.nii.gz"
+        expected = "imagesTr/NAME.nii.gz and labelsTr/NAME.nii.gz, or images/NAME and masks/NAME"
         raise DataError(f"{raw}: found {inside}, expected {expected}")
+    if any(is_picture(case.images[0]) for case in cases):
+        name_by_split(cases)  # their names are mostly numbers, which start anew in each folder
     for name, count in Counter(case.id for case in cases).items():
         if count > 1:
             where = "is in imagesTr and in imagesTs"
@@ -289,32 +318,80 @@ def find_cases(raw: Path) -> tuple[list[Case], list[tuple[str, str]]]:
     return cases, [(path.relative_to(raw).as_posix(), reason) for path, reason in bad]
 
 
-def pair_masks(raw: Path, part: str, split: str, bad: list[tuple[Path, str]]) -> list[Case]:
-    """The cases of imagesTr and labelsTr, or Ts. Files of none go to `bad`, with the reason."""
+def find_folders(raw: Path) -> list[tuple[Path, Path, str]]:
+    """Folders of images, those of their masks, and the official split ("" for none)."""
+    found = [(raw / "imagesTr", raw / "labelsTr", ""), (raw / "imagesTs", raw / "labelsTs", "test")]
+    parents = [(raw, "")]
+    for name, folder in folders_by_name(raw).items():
+        if name in SPLITS:
+            parents.append((folder, SPLITS[name]))
+    for parent, split in parents:
+        inside = folders_by_name(parent)
+        masks = [inside[name] for name in ("masks", "labels") if name in inside]
+        if "images" not in inside:
+            continue
+        if len(masks) > 1:
+            print(f"note: {masks[0]} has the masks, {masks[1]} is left out")
+        found.append((inside["images"], (masks or [parent / "masks"])[0], split))
+    return found
+
+
+def folders_by_name(parent: Path) -> dict[str, Path]:
+    """The folders in a folder by their names in lower case."""
+    inside = sorted(parent.iterdir()) if parent.is_dir() else []
+    return {path.name.lower(): path for path in inside if path.is_dir()}
+
+
+def name_by_split(cases: list[Case]) -> None:
+    """Put the split before the names if several splits have one."""
+    is_double = len({case.id for case in cases}) < len(cases)
+    for case in cases:
+        if is_double and case.split:
+            case.id = f"{case.split}_{case.id}"
+
+
+def pair_masks(
+    image_folder: Path, mask_folder: Path, split: str, bad: list[tuple[Path, str]]
+) -> list[Case]:
+    """The cases of two folders. Files of none go to `bad`, with the reason."""
     unusable: list[tuple[Path, str]] = []
-    images = list_by_name(raw / f"images{part}", unusable)
-    masks = list_by_name(raw / f"labels{part}", unusable)
-    if split and not masks:
+    images = list_by_name(image_folder, unusable)
+    masks = list_by_name(mask_folder, unusable)
+    if split == "test" and not masks:
         if images:
-            print(f"note: {len(images)} images in imagesTs have no masks and are left out")
+            where = image_folder.name
+            print(f"note: {len(images)} images in {where} have no masks and are left out")
         return []
     bad += unusable
 
     cases = []
     channels = match_channels(images, masks)
+    masks = match_endings(masks, channels.keys())
     for name, by_number in sorted(channels.items()):
         numbers = sorted(by_number)  # 0, 1, ...: the channels in their order
         paths = [by_number[number] for number in numbers]
         missing = sorted(set(range(numbers[-1])) - set(numbers))
         if name not in masks:
-            refuse(bad, paths, f"no file of that name in labels{part}")
+            refuse(bad, paths, f"no file of that name in {mask_folder.name}")
         elif missing:
             refuse(bad, paths, f"channel {name}_{missing[0]:04d} is missing beside it")
         else:
             cases.append(Case(name, paths, masks[name], split))
     for name in sorted(masks.keys() - channels.keys()):
-        refuse(bad, [masks[name]], f"no file of that name in images{part}")
+        refuse(bad, [masks[name]], f"no file of that name in {image_folder.name}")
     return cases
+
+
+def match_endings(masks: dict[str, Path], images: Iterable[str]) -> dict[str, Path]:
+    """Masks by the names of their images: NAME_mask is the mask of NAME if nothing else is."""
+    by_stem = defaultdict(list)
+    for name in masks:
+        by_stem[re.sub(MASK_ENDING, "", name, flags=re.IGNORECASE)].append(name)
+    renamed = dict(masks)
+    for stem, names in by_stem.items():
+        if len(names) == 1 and names[0] not in images and stem in images:
+            renamed[stem] = renamed.pop(names[0])
+    return renamed
 
 
 def refuse(bad: list[tuple[Path, str]], paths: list[Path], reason: str) -> None:
@@ -324,11 +401,20 @@ def refuse(bad: list[tuple[Path, str]], paths: list[Path], reason: str) -> None:
 
 
 def list_by_name(folder: Path, bad: list[tuple[Path, str]]) -> dict[str, Path]:
-    """The volumes of a folder by name. What looks like one and cannot be used goes to `bad`."""
-    volumes, others = list_volumes(folder)
+    """The images or masks of a folder by name: volumes and DICOM series, or else pictures.
+
+    What looks like one and cannot be used goes to `bad`.
+    """
+    images, others = list_volumes(folder)
+    images += [path for path in others if is_series(path)]
+    expected = "no .nii or .nii.gz"
+    if not images and any(is_picture(path) for path in others):
+        images = [path for path in others if is_picture(path)]
+        expected = f"neither {PICTURE_KINDS}".replace("or", "nor")
+    others = sorted(set(others) - set(images))
     same_name = defaultdict(list)  # a.nii, a.NII and a.nii.gz have one name
-    for path in volumes:
-        same_name[volume_name(path)].append(path)
+    for path in images:
+        same_name[image_name(path)].append(path)
     by_name = {}
     for name, paths in same_name.items():
         if len(paths) > 1:  # nothing tells which one is meant
@@ -339,7 +425,7 @@ def list_by_name(folder: Path, bad: list[tuple[Path, str]]) -> dict[str, Path]:
             by_name[name] = paths[0]
     no_files = [path for path in others if is_volume(path)]
     refuse(bad, no_files, "a folder or a broken link, expected a file")
-    note_others(folder, [path for path in others if not is_volume(path)])
+    note_others(folder, [path for path in others if not is_volume(path)], expected)
     return by_name
 
 
@@ -358,6 +444,13 @@ def list_volumes(folder: Path) -> tuple[list[Path], list[Path]]:
     return volumes, others
 
 
+def image_name(path: Path) -> str:
+    """The name of a case: of a file without its suffix, or of the folder of a series."""
+    if is_volume(path) or path.is_dir():
+        return volume_name(path)
+    return re.sub(r"\.[A-Za-z]+$", "", path.name)  # but not the last number of 1.2.840.5
+
+
 def volume_name(path: Path) -> str:
     """The name of a file without .nii or .nii.gz, in any case."""
     return re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.IGNORECASE)
@@ -368,17 +461,31 @@ def is_volume(path: Path) -> bool:
     return volume_name(path) != path.name
 
 
+def is_picture(path: Path) -> bool:
+    """Whether a file is called as pictures are."""
+    return path.suffix.lower() in PICTURES and path.is_file()
+
+
+def is_series(path: Path) -> bool:
+    """Whether a path is a folder with DICOM files, or one such file (enhanced, with all slices)."""
+    if is_volume(path):
+        return False
+    if path.is_dir():
+        return any(file.is_file() and is_dicom(file) for file in path.iterdir())
+    return path.is_file() and is_dicom(path)
+
+
 def has_control(text: str) -> bool:
     """Whether a name has control characters, which would reach the screen from index.csv."""
     return any(unicodedata.category(c) == "Cc" for c in text)
 
 
-def note_others(folder: Path, others: list[Path]) -> None:
-    """Note what lies beside the volumes of a folder: nothing is left out in silence."""
+def note_others(folder: Path, others: list[Path], reason: str = "no .nii or .nii.gz") -> None:
+    """Note what lies beside the images of a folder: nothing is left out in silence."""
     if others:
         kinds = count_kinds(dict.fromkeys(others))
         example = others[0].name
-        print(f"note: {folder}: left out, because no .nii or .nii.gz: {kinds}, such as {example}")
+        print(f"note: {folder}: left out, because {reason}: {kinds}, such as {example}")
 
 
 def match_channels(images: dict[str, Path], masks: dict[str, Path]) -> dict[str, dict[int, Path]]:
@@ -483,12 +590,15 @@ def read_labels(path: Path, labels: dict) -> dict[int, str]:
 def inspect(case: Case, values: list[int]) -> Case:
     """Read and check a case; its mask values must be among `values`, if there are any."""
     with keeping_error(case):
-        volume, affine, _ = read_channels(case.images, case.notes)  # (X, Y, Z, C) of the file
+        volume, affine, header = read_channels(case.images, case.notes)  # (X, Y, Z, C) of the file
         mask = read_mask(case.mask, volume.shape[:3], affine)  # (X, Y, Z)
         counts = np.bincount(mask.reshape(-1), minlength=256)
         case.values = np.flatnonzero(counts).tolist()
         if values and not set(case.values) <= set(values):
             raise DataError(f"{case.mask}: mask values {case.values}, expected {values}")
+        if is_picture(case.mask) and not values:
+            check_smear(case.mask, case.values)
+        case.unit = unit_of(header)
         _, case.spacing = orient(affine)
         case.shape = ras_shape(volume.shape[:3], affine)
         case.channels = volume.shape[3]
@@ -543,25 +653,35 @@ def read_volume(path: Path, notes: Notes | None = None) -> Volume:
     with reading(path):
         if path.exists() and not path.is_dir() and not path.is_file():
             raise DataError(f"{path}: neither a file nor a folder")  # a pipe would wait for ever
-        if path.is_dir() or is_dicom(path):
+        if is_picture(path):
+            volume, affine, header = read_pixels(path, notes)
+        elif path.is_dir() or is_dicom(path):
             volume, affine = read_series(path, notes)
             header = None
         else:
             volume, affine, header = read_nifti(path, notes, np.float32)
     if volume.ndim == 3:
         volume = volume[..., None]
+    check_values(path, volume)
     # A unit that is not what the header says shows by a factor of 1000.
     lengths = np.array(volume.shape[:3]) * nib.affines.voxel_sizes(affine)  # mm
-    if not 1 <= lengths.max() <= 10_000:
+    if not 1 <= lengths.max() <= 10_000 and not is_picture(path):
         problem = f"{lengths.max():.4g} mm long by its header, expected 1 to 10000 mm"
         raise DataError(f"{path}: {problem}: check pixdim and xyzt_units")
+    return volume, affine, header
+
+
+def check_values(path: Path, volume: np.ndarray) -> None:
+    """Raise DataError if voxels (X, Y, Z, C) are not finite, or all the same in a channel."""
     broken = int((~np.isfinite(volume)).sum())
     if broken:
         raise DataError(f"{path}: {broken} voxels are NaN or infinite")
+    constant = 0
     for k in range(volume.shape[3]):
-        if volume[..., k].min() == volume[..., k].max():
-            raise DataError(f"{path}: no contrast, all voxels (of a channel) have one value")
-    return volume, affine, header
+        constant += int(volume[..., k].min() == volume[..., k].max())
+    # Of a picture a colour may be absent, such as a dye that found nothing.
+    if constant > (volume.shape[3] - 1 if is_picture(path) else 0):
+        raise DataError(f"{path}: no contrast, all voxels (of a channel) have one value")
 
 
 @contextmanager
@@ -628,6 +748,8 @@ def read_mask(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> np.ndar
     A mask that names no unit may have that of its image: many programs drop it.
     """
     with reading(path):
+        if is_picture(path):
+            return read_picture_mask(path, shape)
         mask, own, header = read_nifti(path, [])
     if int(header["xyzt_units"]) & 7 == 0:
         candidates = [own]
@@ -680,6 +802,134 @@ def default_workers() -> int:
     if hasattr(os, "sched_getaffinity"):  # on a shared node fewer than os.cpu_count()
         return min(8, len(os.sched_getaffinity(0)))
     return min(8, os.cpu_count() or 1)
+
+
+# --- read: a picture ---
+
+
+def read_pixels(path: Path, notes: Notes) -> tuple[np.ndarray, np.ndarray, nib.Nifti1Header]:
+    """A picture as a volume of one slice: float32 (X, Y, 1, C), affine and header.
+
+    C is 1, or 3 if a pixel has a colour. x goes to the right and y down, turned as its orientation
+    tag says. The header's unit is mm if the file says its resolution, otherwise none: pixels.
+    """
+    image, spacing, _ = open_picture(path, notes)
+    if image.mode not in ("1", "L", "LA") and image.mode[0] not in "IF":
+        image = image.convert("RGB")
+    elif image.mode in ("1", "LA"):
+        image = image.convert("L")
+    pixels = np.asarray(image).astype(np.float32)  # (Y, X) or (Y, X, 3)
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    elif (pixels == pixels[..., :1]).all():
+        pixels = pixels[..., :1]
+    volume = pixels.swapaxes(0, 1)[:, :, None]  # (X, Y, 1, C)
+    return volume, *picture_grid(volume.shape[:3], spacing)
+
+
+def open_picture(path: Path, notes: Notes) -> tuple[Image.Image, list[float], str]:
+    """A decoded picture as viewers show it, the size of a pixel in mm or [], and the format."""
+    # As a file object: opened by path, Pillow >= 11 scrambles an uncompressed TIFF that it turns.
+    with open(path, "rb") as file, Image.open(file, formats=("PNG", "JPEG", "TIFF")) as image:
+        kind = "JPEG" if image.format == "MPO" else image.format  # phones add a preview
+        if getattr(image, "n_frames", 1) > 1 and kind != "JPEG":
+            raise DataError(f"{path}: {image.n_frames} pages, expected a single picture")
+        if image.mode.startswith("RGB") and ";16" in str(image.tile):
+            notes.append(("16 bits a colour: the upper 8 are read", ""))
+        spacing = read_resolution(image, notes)
+        if image.getexif().get(Tag.Orientation, 1) >= 5:  # turned by 90 degrees
+            spacing = spacing[::-1]
+        image.load()
+        image = ImageOps.exif_transpose(image)
+    return image, spacing, kind
+
+
+def read_resolution(image: Image.Image, notes: Notes) -> list[float]:
+    """Width and height of a pixel in mm, or [] if the file does not say it in a credible way."""
+    says = image.format == "PNG"  # Pillow has a dpi of PNG only if the unit is the metre
+    if image.format == "TIFF":
+        says = image.tag_v2.get(Tag.ResolutionUnit) in (2, 3)  # inch, cm
+    dpi = image.info.get("dpi", ()) if says else ()
+    spacing = [25.4 / float(dots) for dots in dpi if float(dots) > 0]
+    if len(spacing) != 2:
+        return []
+    if all(round(float(dots)) in DEFAULT_DPI for dots in dpi):
+        return []
+    if not all(0.01 <= mm <= 100 for mm in spacing):
+        notes.append(("a resolution that is none: pixels are the unit", f"{show_size(dpi)} dpi"))
+        return []
+    return spacing
+
+
+def picture_grid(
+    shape: tuple[int, ...], spacing: list[float]
+) -> tuple[np.ndarray, nib.Nifti1Header]:
+    """Affine (4, 4) to RAS and header of a picture (X, Y, 1): its first row is at the top."""
+    across, down = spacing or (1.0, 1.0)
+    affine = np.diag([across, -down, 1.0, 1.0])
+    nifti = nib.Nifti1Image(np.zeros(shape, np.uint8), affine)
+    nifti.set_sform(affine, 1)
+    nifti.set_qform(affine, 1)
+    if spacing:
+        nifti.header.set_xyzt_units("mm")
+    else:
+        nifti.header["descrip"] = NO_RESOLUTION
+    return affine, nifti.header
+
+
+def unit_of(header: nib.Nifti1Header | None) -> str:
+    """What the affine of an image is in: mm, or px for a picture without a resolution."""
+    description = b"" if header is None else bytes(header["descrip"])
+    return "px" if description.startswith(NO_RESOLUTION) else "mm"
+
+
+def read_picture_mask(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """Read a mask, uint8 (X, Y, 1), of gray values or of the numbers of a palette.
+
+    Raises DataError unless it has the size of its picture and one value a pixel.
+    """
+    image, _, kind = open_picture(path, [])
+    if (*image.size, 1) != shape:
+        turned = "; one of the two has an orientation tag" if image.size == shape[1::-1] else ""
+        size = f"{show_size(image.size)} pixels, expected {show_size(shape[:2])} as its picture"
+        raise DataError(f"{path}: {size}{turned}")
+    if image.mode == "LA":
+        image = image.convert("L")
+    values = np.asarray(image)  # (Y, X), for P the numbers of the colours
+    if values.ndim == 3:
+        rgb = np.asarray(image.convert("RGB"))
+        values = rgb[..., 0]
+        if not (rgb == rgb[..., :1]).all():
+            count = len(np.unique(rgb.reshape(-1, 3), axis=0))
+            problem = f"a colour mask ({count} colours)"
+            raise DataError(f"{path}: {problem}, expected a number for each class: convert it")
+    if values.min() < 0 or values.max() > 255:
+        problem = f"mask values {values.min():g} to {values.max():g}"
+        raise DataError(f"{path}: {problem}, expected 0 to 255")
+    found = np.unique(values).tolist()
+    if kind == "JPEG" and not set(found) <= {0, 255}:
+        problem = f"a JPEG mask with {len(found)} values: JPEG blurs the numbers of classes"
+        raise DataError(f"{path}: {problem}; save masks as PNG, from the originals")
+    if not np.isin(found, np.arange(256)).all():
+        raise DataError(f"{path}: mask with values between the integers, expected 0, 1, 2, ...")
+    return values.T[..., None].astype(np.uint8)
+
+
+def check_smear(path: Path, values: list[int]) -> None:
+    """Raise DataError if a mask without a dataset.json has 255 and other values beside 0."""
+    if 255 in values and len(values) > 2:
+        problem = f"{len(values)} mask values, {show_values(values)}"
+        cause = "edges smeared by JPEG or resizing, or pixels that do not count"
+        expected = "0 and 255, or 0, 1, 2, ... without gaps, or a dataset.json that names them"
+        raise DataError(f"{path}: {problem} ({cause}), expected {expected}")
+
+
+def show_values(values: list[int]) -> str:
+    """Values for a message, such as 0, 1, 2, ..., 255."""
+    shown = [str(value) for value in values]
+    if len(shown) > 4:
+        shown[3:-1] = ["..."]
+    return ", ".join(shown)
 
 
 # --- read: a NIfTI file ---
@@ -1347,7 +1597,12 @@ def complete_names(
         labels = name_values(seen)
     if not isinstance(channels, list):  # None, or one name for all
         count = 1
-        if good:
+        if good and is_picture(good[0].images[0]):
+            # A gray picture among coloured ones has three equal channels.
+            count = max(case.channels for case in good)
+            if channels is None and count in (1, 3):
+                return labels, RGB if count == 3 else ["gray"]
+        elif good:
             # What most cases have: the others are the odd ones out.
             count = Counter(case.channels for case in good).most_common(1)[0][0]
         if channels and count == 1:
@@ -1379,13 +1634,23 @@ def check_names(cases: list[Case], labels: dict[int, str], channels: list[str]) 
                 expected = f"{sorted(labels)} without gaps, or a dataset.json that names the others"
                 raise DataError(f"{case.mask}: mask values {case.values}, expected {expected}")
             paths = " and ".join(str(path) for path in case.images)
-            check_channels(paths, case.channels, channels)
+            if is_gray_of_colours(case.images[0], case.channels, channels):
+                case.foreground = case.foreground.repeat(3, 1)  # (N, 3)
+            else:
+                check_channels(paths, case.channels, channels)
+
+
+def is_gray_of_colours(path: Path, count: int, channels: list[str]) -> bool:
+    """Whether an image of `count` channels is a gray picture for a network of three colours."""
+    return count == 1 and len(channels) == 3 and is_picture(path)
 
 
 def check_channels(path: object, count: int, channels: list[str]) -> None:
     """Raise DataError unless an image has as many channels as there are names."""
     if count != len(channels):
         hint = "; time is no channel" if count > len(channels) else ""
+        if hint and str(path).lower().endswith(PICTURES):
+            hint = "; convert it to gray"
         raise DataError(f"{path}: {count} channels, expected {channels}{hint}")
 
 
@@ -1535,6 +1800,17 @@ def note_both_sides(cases: list[Case]) -> None:
         print(f"note: patients on both sides of the official split: {count}")
 
 
+def note_unit(cases: list[Case], meta: dict) -> None:
+    """Say what the unit of pictures rests on: people print scores of it."""
+    unit = meta.get("picture_unit")
+    known = sum(case.unit == "mm" for case in cases)
+    if unit == "mm":
+        print("note: all pictures say a resolution, so sizes and distances are in mm;")
+        print("      if that is one of print or screen, take it out of the files")
+    elif unit == "px" and known:
+        print(f"note: {known} of {len(cases)} pictures say a resolution: the unit is the pixel")
+
+
 def suggest_regex(names: list[str]) -> None:
     """Note names that look like several scans of a patient: p001_frame01, p001_frame12."""
     starts = [re.match(r".*?\d+(?=[_-])", name) for name in names]
@@ -1556,7 +1832,9 @@ def describe(
     `spacing` is ["median"], ["keep"] or three numbers in mm.
     """
     training = [case for case in cases if case.fold != "test"]
-    median = np.median([case.spacing for case in training], 0).round(4).tolist()
+    unit = choose_unit(cases)
+    spacings = [case_spacing(case, unit) for case in training]
+    median = np.median(spacings, 0).round(7 if unit else 4).tolist()
     rounded = [round(mm, 2) for mm in median]  # 0.9999 and 1.0 are equal
     coarsest = [axis for axis in range(3) if rounded[axis] == max(rounded)]
     meta = {
@@ -1567,7 +1845,11 @@ def describe(
         "spacing": median if isinstance(spacing[0], str) else spacing,  # mm
         "slice_axis": coarsest[-1],  # of equal ones the last, z: axial slices
     }
-    shapes = [grid_shape(case.shape, case.spacing, meta) for case in training]
+    if unit:
+        meta |= {"picture_unit": unit, "slice_axis": 2}
+    shapes = []
+    for case, mm in zip(training, spacings, strict=True):
+        shapes.append(grid_shape(case.shape, mm, meta))
     foreground = np.concatenate([case.foreground for case in training])  # (N, C)
     if not len(foreground):
         raise DataError("no training mask has any foreground: nothing to learn")
@@ -1577,6 +1859,26 @@ def describe(
     meta["shape"] = np.median(shapes, 0).astype(int).tolist()
     meta["normalisation"] = constants
     return meta
+
+
+def choose_unit(cases: list[Case]) -> str | None:
+    """The unit of a set of pictures: mm if each says its resolution, else px. None for volumes.
+
+    Raises DataError for a set of both.
+    """
+    pictures = [case for case in cases if is_picture(case.images[0])]
+    if not pictures:
+        return None
+    if len(pictures) < len(cases):
+        (volume, *_) = [case.images[0] for case in cases if case not in pictures]
+        both = f"{pictures[0].images[0]} is a picture and {volume} a volume"
+        raise DataError(f"{both}: expected one kind; preprocess them apart")
+    return "mm" if all(case.unit == "mm" for case in pictures) else "px"
+
+
+def case_spacing(case: Case, unit: str | None) -> np.ndarray:
+    """Size of a voxel along the RAS axes (3,) in mm, or in pixels where those are the unit."""
+    return np.ones(3) if unit == "px" else case.spacing
 
 
 def measure_ct(values: np.ndarray) -> dict[str, float]:
@@ -1604,9 +1906,23 @@ def is_ct(channel: str) -> bool:
 
 def check_grids(cases: list[Case], meta: dict) -> None:
     """Set the error of cases that cannot be put on the common grid."""
+    unit = meta.get("picture_unit")
     for case in cases:
         with keeping_error(case):
-            check_grid(case.images[0], case.shape, case.spacing, meta)
+            check_unit(case.images[0], case.unit, meta)
+            check_grid(case.images[0], case.shape, case_spacing(case, unit), meta)
+
+
+def check_unit(path: Path, unit: str, meta: dict) -> None:
+    """Raise DataError for a picture among volumes, a volume among pictures, or px among mm."""
+    is_flat = "picture_unit" in meta
+    if is_picture(path) != is_flat:
+        kinds = ("a volume", "a picture")
+        found = f"{kinds[not is_flat]}, expected {kinds[is_flat]}"
+        raise DataError(f"{path}: {found}, as the network was trained on")
+    if meta.get("picture_unit") == "mm" and unit == "px":
+        expected = "expected one as in training: write it into the file (PNG pHYs, TIFF tags)"
+        raise DataError(f"{path}: no resolution, {expected}")
 
 
 def check_grid(path: Path, shape: tuple[int, ...], spacing: np.ndarray, meta: dict) -> None:
@@ -1647,7 +1963,8 @@ def ras_shape(shape: tuple[int, ...], affine: np.ndarray) -> tuple[int, ...]:
 
 def print_plan(meta: dict) -> None:
     """Classes, how each channel is normalised, and the common grid, on one line."""
-    kind = f"to {meta['spacing']} mm" if meta["resample"] else "each on its own grid"
+    unit = meta.get("picture_unit", "mm")
+    kind = f"to {meta['spacing']} {unit}" if meta["resample"] else "each on its own grid"
     names = []
     for name, constants in zip(meta["channels"], meta["normalisation"], strict=True):
         how = "each image to mean 0, deviation 1"
@@ -1665,6 +1982,7 @@ def convert(case: Case, folder: Path, meta: dict) -> Case:
     with keeping_error(case):
         volume, affine, header = read_channels(case.images)  # (X, Y, Z, C) of the file
         mask = read_mask(case.mask, volume.shape[:3], affine)  # (X, Y, Z) of the file
+        volume, affine, header = fit_picture(case.images[0], (volume, affine, header), meta)
         image = to_grid(volume, affine, meta)  # (C, X, Y, Z) of the common grid
         check_range(case.images[0], image)
         labels = mask_to_grid(mask, affine, meta)  # (X, Y, Z) of the common grid
@@ -1675,6 +1993,17 @@ def convert(case: Case, folder: Path, meta: dict) -> Case:
         points = draw_points(labels, len(meta["classes"]))
         np.save(folder / f"{case.id}.points.npy", points)
     return case
+
+
+def fit_picture(path: Path, image: Volume, meta: dict) -> Volume:
+    """A picture in the unit and with the channels of a meta.json; a volume as it is."""
+    volume, affine, header = image
+    check_unit(path, unit_of(header), meta)
+    if meta.get("picture_unit") == "px":
+        affine, header = picture_grid(volume.shape[:3], [])
+    if is_gray_of_colours(path, volume.shape[3], meta["channels"]):
+        volume = volume.repeat(3, 3)
+    return volume, affine, header
 
 
 def to_grid(volume: np.ndarray, affine: np.ndarray, meta: dict) -> np.ndarray:
@@ -1700,7 +2029,7 @@ def normalise(channel: np.ndarray, constants: dict | None) -> np.ndarray:
         return (clipped - constants["mean"]) / constants["std"]
     inside = channel > channel.min()
     values = channel
-    if inside.mean() < 0.5:
+    if 0 < inside.mean() < 0.5:
         values = channel[inside]  # (N,)
     mean = float(values.mean(dtype=np.float64))
     std = float(values.std(dtype=np.float64))

@@ -36,7 +36,7 @@ from common.metrics import dice_metrics, dice_scores
 from segmentation import dataset, preprocess
 from segmentation.dataset import make_loader, open_case, to_input
 from segmentation.model import build_model, default_patch, predict_volume, segmentation_loss
-from segmentation.preprocess import META, DataError, progress, run_command
+from segmentation.preprocess import META, DataError, progress, read_meta, run_command
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEMO = Path("data/demo/segmentation")
@@ -218,7 +218,7 @@ def load_data(cache: Path, fold: int) -> tuple[dict, list[int], list[str]]:
     Raises DataError if a side has no cases, or if the arrays of a case do not go together.
     """
     meta, index = dataset.open_cache(cache)
-    meta = {name: meta[name] for name in META}
+    meta = {name: meta[name] for name in META if name in meta}
     train_rows, val_rows = split_rows(index, fold)
     for side, row_numbers in (("training", train_rows), ("validation", val_rows)):
         if not row_numbers:
@@ -237,6 +237,8 @@ def load_patches(
     world_size: int,
 ) -> DataLoader:
     """The loader of this process's training patches. Raises DataError without a whole batch."""
+    if len(args.patch) == 3 and "picture_unit" in read_meta(cache):
+        raise DataError(f"{cache}: pictures, which have no third axis; use --dims 2")
     sampler = dataset.EpochBatches(
         cache, args.patch, row_numbers, args.batch_size, args.seed, rank, world_size
     )

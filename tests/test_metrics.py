@@ -511,6 +511,8 @@ def test_surface_distances_equal_brute_force(shape, density):
     def points(mask: torch.Tensor) -> torch.Tensor:
         inside = set(map(tuple, mask.nonzero().tolist()))
         steps = [(1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1)]
+        # An axis of one voxel has no neighbours: the surface of a picture is its outline.
+        steps = [step for step in steps if shape[np.flatnonzero(step)[0]] > 1]
         found = [
             p
             for p in inside
