@@ -7,7 +7,8 @@
   python segmentation/preprocess.py --data other_hospital --out data/other --like data/atrium
 
 RAW is a folder as in the Medical Segmentation Decathlon (MSD): imagesTr/NAME.nii.gz, 3D, or 4D with
-the channels last, or nnU-Net's NAME_0000.nii.gz, NAME_0001.nii.gz, ..., a file a channel;
+the channels last, or nnU-Net's NAME_0000.nii.gz, NAME_0001.nii.gz, ..., a file a channel; or
+imagesTr/NAME, a folder with a DICOM series, or NAME.dcm, an enhanced file with all slices;
 labelsTr/NAME.nii.gz; and dataset.json, which names labels and modalities. If there are imagesTs and
 labelsTs, they become test cases. Without dataset.json classes are called by their values.
 
@@ -57,7 +58,12 @@ from typing import BinaryIO
 import nibabel as nib
 import numpy as np
 import pydicom
-from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
+from nibabel.orientations import (
+    apply_orientation,
+    inv_ornt_aff,
+    io_orientation,
+    ornt_transform,
+)
 from nibabel.spatialimages import HeaderDataError
 from PIL import Image, ImageOps
 from PIL.ExifTags import Base as Tag
@@ -751,6 +757,10 @@ def read_mask(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> np.ndar
         if is_picture(path):
             return read_picture_mask(path, shape)
         mask, own, header = read_nifti(path, [])
+    turn = ornt_transform(io_orientation(own), io_orientation(affine))
+    if not np.array_equal(turn, RAS):  # the same voxels along other axes, as dcm2niix has them
+        own = own @ inv_ornt_aff(turn, mask.shape)
+        mask = apply_orientation(mask, turn)
     if int(header["xyzt_units"]) & 7 == 0:
         candidates = [own]
         for factor in UNIT_MM.values():

@@ -535,6 +535,62 @@ def run(raw: Path, out: Path, *options: str) -> tuple[dict, list[dict]]:
     return json.loads((out / "meta.json").read_text()), read_index(out)
 
 
+def draw_series(number: int) -> tuple[list[pydicom.Dataset], np.ndarray]:
+    """A series with a bright block of 3 x 4 x 5 voxels, and its mask (X, Y, Z)."""
+    slices = make_slices()
+    mask = np.zeros((5, 6, 12), np.uint8)
+    mask[1:4, 1:5, 3:8] = 1
+    for k, ds in enumerate(slices):
+        pixels = (
+            np.arange(30, dtype=np.uint16).reshape(6, 5) + number + np.uint16(500) * mask[..., k].T
+        )
+        ds.PixelData = pixels.astype(np.uint16).tobytes()
+        ds["PixelData"].VR = "OW"
+        ds.SeriesInstanceUID = f"1.2.{number}"
+    return slices, mask
+
+
+def test_series_and_enhanced_files_are_training_images(tmp_path, capsys):
+    """Masks lie as a program keeps them that reads the series, or turned as dcm2niix does it."""
+    raw = tmp_path / "raw"
+    for k in range(6):
+        slices, mask = draw_series(k)
+        if k == 5:
+            enhanced = make_enhanced(slices)
+            path = raw / "imagesTr" / "c5.dcm"
+            enhanced.save_as(path, enforce_file_format=True)
+        else:
+            path = save_series(raw / "imagesTr" / f"c{k}", slices)
+        _, affine, _ = read_volume(path)
+        if k % 2:  # the rows from below
+            mask = mask[:, ::-1]
+            affine = affine @ nib.orientations.inv_ornt_aff([[0, 1], [1, -1], [2, 1]], mask.shape)
+        (raw / "labelsTr").mkdir(exist_ok=True)
+        nib.save(nib.Nifti1Image(mask, affine), raw / "labelsTr" / f"c{k}.nii.gz")
+    (raw / "imagesTr" / "notes").mkdir()
+    meta, rows = run(raw, tmp_path / "cache", "--spacing", "keep")
+    assert "left out, because no .nii or .nii.gz: 1 without suffix, such as notes" in (
+        capsys.readouterr().out
+    )
+    assert [row["id"] for row in rows] == ["c0", "c1", "c2", "c3", "c4", "c5"]
+    assert [row["image"] for row in rows][4:] == ["imagesTr/c4", "imagesTr/c5.dcm"]
+    assert meta["slice_axis"] == 2
+    for row in rows:
+        image = np.load(tmp_path / "cache" / "volumes" / f"{row['id']}.image.npy")[0]
+        mask = np.load(tmp_path / "cache" / "volumes" / f"{row['id']}.mask.npy")
+        assert mask.sum() == 60 and image[mask > 0].min() > image[mask == 0].max()
+        truth = nib.load(tmp_path / "cache" / "volumes" / f"{row['id']}.truth.nii.gz")
+        assert np.allclose(truth.affine, read_volume(raw / row["image"])[1])
+
+    nib.save(nib.Nifti1Image(mask, np.eye(4)), raw / "labelsTr" / "c0.nii.gz")
+    (raw / "imagesTr" / "c1" / "03.dcm").unlink()
+    with pytest.raises(DataError, match="2 cases or files"):
+        run(raw, tmp_path / "bad")
+    printed = capsys.readouterr().err
+    assert "labelsTr/c0.nii.gz: affine" in printed and "as its image" in printed
+    assert "imagesTr/c1: missing slices: 1; 02.dcm and 04.dcm" in printed
+
+
 def test_scans_of_one_patient_share_a_fold(tmp_path, capsys):
     names = []
     for k in range(8):
