@@ -17,6 +17,7 @@ In the shapes below N is the number of images, C that of classes, S the side of 
 
 import argparse
 import csv
+import math
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -230,10 +231,18 @@ def evaluate_split(
         own = None if thresholds is None else thresholds[chosen]
         return classification_metrics(labels[chosen], probabilities[chosen], own)
 
+    def metrics_of_part(chosen: Tensor) -> dict[str, float]:
+        values = metrics(chosen)
+        if len(labels[chosen].unique()) < 2:  # these then tell only which class it is
+            for name in values:
+                if name.startswith(("precision", "f1", "average_precision")):
+                    values[name] = math.nan
+        return values
+
     patients = [case["patient"] for case in cases]
     folds = [case["fold"] for case in cases]
     summary = bootstrap(metrics, patients, args.samples)
-    tables = tabulate(metrics, folds, patients, by, args.samples)
+    tables = tabulate(metrics_of_part, folds, patients, by, args.samples)
     if args.compare:
         summary |= compare_models(labels, probabilities, theirs, patients, args.samples)
     positive = positive_class(classes)

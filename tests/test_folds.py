@@ -146,15 +146,33 @@ def test_the_tuned_threshold_of_a_fold_is_that_of_the_others(studies, tmp_path, 
     assert result["run"]["threshold_tuned"] is None
     assert result["summary"]["accuracy_tuned"]["value"] == pytest.approx(12 / 20)
     assert "threshold of each fold is the mean of those of the other" in capsys.readouterr().out
-    # With 0.9 for all but fold 4, that one alone is tuned to 0.9, and the others to less.
+    # With 0.1 for fold 2 and 0.9 for the others, it alone is tuned to 0.9, and those to 0.7.
     changed = []
     for k, path in enumerate(paths):
         changed.append(tmp_path / f"{k}.pt")
-        save_checkpoint(changed[k], load_checkpoint(path) | {"threshold": 0.1 if k == 4 else 0.9})
+        save_checkpoint(changed[k], load_checkpoint(path) | {"threshold": 0.1 if k == 2 else 0.9})
     evaluate("classification", cache, "--checkpoint", *changed, "--out", tmp_path / "again")
     result = report(tmp_path / "again")
-    # Tuned to 0.7 and 0.9: folds 1 and 2 are positive, fold 4 (a score of 0.6) is not.
-    assert result["summary"]["accuracy_tuned"]["value"] == pytest.approx((3 + 3 + 3 + 2 + 3) / 20)
+    # So fold 1 alone is positive, and not fold 2 (a score of 0.8).
+    of_folds = [3 / 4, 3 / 4, 1 / 4, 2 / 4, 3 / 4]
+    assert [row["accuracy_tuned"] for row in result["folds"]] == of_folds
+    assert result["summary"]["accuracy_tuned"]["value"] == pytest.approx(sum(of_folds) / 5)
+
+
+def test_the_map_of_a_mistake_is_that_of_the_network_that_made_it(studies, tmp_path, monkeypatch):
+    cache, paths = studies["classification"]
+    evaluation = module("classification", "eval")
+    draw = evaluation.draw_activation
+    drawn = []
+
+    def record(model: torch.nn.Module, *args: object) -> torch.Tensor:
+        drawn.append(model.fc.bias[1].sigmoid().item())
+        return draw(model, *args)
+
+    monkeypatch.setattr(evaluation, "draw_activation", record)
+    evaluate("classification", cache, "--checkpoint", *paths, "--out", tmp_path)
+    # The most confident ones first: a mistake each in folds 0 and 1, then folds 2, 3 and 4.
+    assert drawn == pytest.approx([0.1, 0.9, 0.8, 0.3, 0.3, 0.6, 0.6, 0.6])
 
 
 def test_boxes_and_masks_are_pooled_likewise(studies, tmp_path):
@@ -290,6 +308,19 @@ def test_the_difference_of_two_values_has_an_interval_and_of_more_has_none():
     assert [row["patients"] for row in by["values"]] == [100] * 3
 
 
+def test_the_difference_to_a_few_patients_has_no_interval():
+    numbers = np.random.default_rng(0).normal(0, 1, 60).tolist()
+
+    def interval(patients: int) -> list[float]:
+        groups = [f"p{k}" for k in range(40)] + [f"q{k % patients}" for k in range(20)]
+        values = {"F": list(range(40)), "M": list(range(40, 60))}
+        difference = summarise_by(mean_of(numbers), "sex", values, groups, 50)
+        return [difference["differences"]["mean"][name] for name in ("low", "high")]
+
+    assert all(map(math.isfinite, interval(10)))
+    assert all(map(math.isnan, interval(9)))
+
+
 def test_paired_values_have_the_narrow_interval_of_pairs():
     """Two views of each patient, the second 1 above the first: the difference is always 1."""
     rng = np.random.default_rng(0)
@@ -340,6 +371,8 @@ def test_one_class_only_has_no_auroc_but_an_accuracy(studies, tmp_path):
     no, yes = report(tmp_path)["by"]["values"]
     assert (no["value"], yes["value"]) == ("no", "yes")  # by name, not by number
     assert no["summary"]["auroc"]["value"] is None
+    for name in ("precision", "f1", "f1_tuned", "average_precision"):  # 0 or 1, whatever it answers
+        assert no["summary"][name]["value"] is yes["summary"][name]["value"] is None
     assert no["summary"]["accuracy"]["value"] == pytest.approx(5 / 10)
     assert yes["summary"]["accuracy"]["value"] == pytest.approx(7 / 10)
     difference = report(tmp_path)["by"]["differences"]
