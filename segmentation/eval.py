@@ -12,9 +12,10 @@ dice_cache, on the grid of the cache: it is the score that train.py printed. The
 several checkpoints are averaged; those of several folds predict the fold that they left out each,
 and the metrics are of all these cases together.
 
-New images (.nii, .nii.gz, folders of them, or a folder with one DICOM series): NIfTI masks,
-volumes.csv and pictures. nnU-Net's NAME_0000.nii.gz, NAME_0001.nii.gz, ... are the channels of one
-image. Nothing is written onto an image, or onto a file that is no earlier result.
+New images (.nii, .nii.gz, pictures, or folders of them and of DICOM series, as deep as an archive
+exports them): masks, volumes.csv and overlays. nnU-Net's NAME_0000.nii.gz, NAME_0001.nii.gz, ...
+are the channels of one image. Nothing is written onto an image, or onto a file that is no earlier
+result.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
@@ -84,8 +85,9 @@ from segmentation.preprocess import (
     explain,
     fit_picture,
     from_grid,
+    image_name,
+    is_dicom,
     is_picture,
-    is_volume,
     list_volumes,
     note_others,
     one_line,
@@ -94,6 +96,7 @@ from segmentation.preprocess import (
     progress,
     ras_shape,
     read_channels,
+    read_dataset,
     read_header,
     read_meta,
     read_nifti,
@@ -690,6 +693,7 @@ class NewImage:
     name: str
     paths: list[Path]  # one file or DICOM folder with all channels, or one file a channel
     numbers: list[int]  # which channels the files are, if they are one each
+    files: list[Path] = field(default_factory=list)  # those of a series that shares its folder
 
 
 def predict_images(
@@ -699,6 +703,7 @@ def predict_images(
     meta = checkpoints[0]["meta"]
     warnings.filterwarnings("ignore", module="pydicom")  # harmless header slips, one line per file
     images = find_images(args.images, meta)
+    check_place(out, args.images)
     check_results(out, images, suffix_of(meta))
     tiles = []  # a picture for each of the first images
     bad = 0
@@ -741,14 +746,12 @@ def find_images(paths: list[Path], meta: dict) -> list[NewImage]:
     """
     channels = len(meta["channels"])
     by_place: dict[Path, NewImage] = {}
-    for path in list_files(paths, "picture_unit" in meta):
-        place = Path(os.path.abspath(path))  # "." has no name of its own
-        name = volume_name(place)
-        if path.is_file() and not is_volume(path):
-            name = place.stem
-        stem, number = split_channel(name)
+    for image in list_new(paths, "picture_unit" in meta):
+        path = image.paths[0]
+        place = Path(os.path.abspath(path))
+        stem, number = split_channel(image.name)
         if number is None or channels == 1 or not is_one_channel(path):
-            by_place[place] = NewImage(name or "image", [path], [])
+            by_place[place / image.name if image.files else place] = image
         else:
             # The first channel file makes the image, the others join it.
             image = by_place.setdefault(place.with_name(stem), NewImage(stem, [], []))
@@ -761,26 +764,94 @@ def find_images(paths: list[Path], meta: dict) -> list[NewImage]:
     return images
 
 
-def list_files(paths: list[Path], pictures: bool) -> list[Path]:
-    """Files as they are; of a folder its pictures, or its volumes, or itself as a DICOM series.
+def list_new(paths: list[Path], pictures: bool) -> list[NewImage]:
+    """Files as they are; of a folder, all that is below it; a DICOM series is one image.
 
-    Each once.
+    What lies deeper is called by its path. Raises DataError for a folder without pictures, if
+    those are wanted.
     """
-    files = {}
+    images = []
     for path in paths:
-        inside = [path]
-        if path.is_dir():
-            volumes, others = list_volumes(path)
-            if pictures:
-                inside = [file for file in others if is_picture(file)]
-                others = sorted(set(volumes + others) - set(inside))
-                note_others(path, others, f"not {PICTURE_KINDS}")
-            elif volumes:
-                note_others(path, others)
-                inside = volumes
-        for file in inside:
-            files[os.path.abspath(file)] = file
-    return list(files.values())
+        name = image_name(Path(os.path.abspath(path)))  # "." has no name of its own
+        below = []
+        for folder in list_folders(path):
+            inside = list_pictures(folder) if pictures else list_scans(folder)
+            parts = folder.relative_to(path).parts
+            for image in inside:
+                # The folder of a series has given its name to the image itself.
+                names = parts[:-1] if image.paths[0] == folder else parts
+                image.name = shorten_name("_".join([*names, image.name]))
+            below += inside
+        if pictures and path.is_dir() and not below:
+            raise DataError(f"{path}: no picture in it, expected {PICTURE_KINDS}, as in training")
+        images += below or [NewImage(name or "image", [path], [])]
+    return images
+
+
+def list_folders(top: Path) -> list[Path]:
+    """A folder and all folders below it, but hidden ones, in the order of their names."""
+    folders = []
+    for folder, names, _ in os.walk(top):
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        folders.append(Path(folder))
+    return folders
+
+
+def list_pictures(folder: Path) -> list[NewImage]:
+    """The pictures of a folder; what else lies there is noted."""
+    volumes, others = list_volumes(folder)
+    pictures = [path for path in others if is_picture(path)]
+    left_out = [path for path in volumes + others if path.is_file() and path not in pictures]
+    note_others(folder, left_out, f"neither {PICTURE_KINDS}")
+    return [NewImage(image_name(path), [path], []) for path in pictures]
+
+
+def list_scans(folder: Path) -> list[NewImage]:
+    """The volumes of a folder, what else lies there is noted; or its DICOM series."""
+    volumes, others = list_volumes(folder)
+    others = [path for path in others if path.is_file()]
+    if volumes:
+        note_others(folder, others)
+        return [NewImage(volume_name(path), [path], []) for path in volumes]
+    name = Path(os.path.abspath(folder)).name
+    series, no_images = split_series(others)
+    if len(series) > 1:
+        images = []
+        for number, files in series.items():
+            # Each with the files that are no images: a cut one may be of any of the series.
+            images.append(NewImage(f"{name}_{number}", [folder], [], files + no_images))
+        return images
+    # Cut ones are named when the folder is read; a DICOMDIR is the table of contents of a disc.
+    cut = [path for path in no_images if not path.name.upper().startswith("DICOMDIR")]
+    if series or any(is_dicom(path) for path in cut):
+        return [NewImage(name or "image", [folder], [])]
+    return []
+
+
+def split_series(paths: list[Path]) -> tuple[dict[str, list[Path]], list[Path]]:
+    """The DICOM images among files, by the number of their series, and the other files.
+
+    Two series of one number, which echoes may have, are number and number_2.
+    """
+    by_uid = defaultdict(list)
+    numbers = {}
+    others = []
+    for path in paths:
+        ds = read_dataset(path, stop_before_pixels=True)
+        if ds is None or not ds.get("Rows"):
+            others.append(path)
+            continue
+        uid = str(ds.get("SeriesInstanceUID"))
+        by_uid[uid].append(path)
+        numbers.setdefault(uid, str(ds.get("SeriesNumber") or "series"))
+    taken: set[str] = set()
+    series = {choose_free(numbers[uid], taken): files for uid, files in by_uid.items()}
+    return series, others
+
+
+def shorten_name(name: str) -> str:
+    """The end of a name that would be too long for a file: folders may be called by UIDs."""
+    return name if len(name) <= 150 else name[-150:].lstrip(".")
 
 
 def is_one_channel(path: Path) -> bool:
@@ -788,6 +859,8 @@ def is_one_channel(path: Path) -> bool:
 
     So can one that cannot be read: then the message names it with its channel.
     """
+    if is_picture(path):
+        return False
     try:
         return path.is_file() and len(read_header(path).get_data_shape()) < 4
     except (DataError, OSError, EOFError, zlib.error):
@@ -834,6 +907,14 @@ def choose_free(base: str, taken: set[str]) -> str:
         number += 1
     taken.add(name.casefold())
     return name
+
+
+def check_place(out: Path, paths: list[Path]) -> None:
+    """Raise DataError if --out lies below a folder of --images, where masks would be read."""
+    for folder in paths:
+        if folder.resolve() in out.resolve().parents:
+            problem = f"lies in {folder}, where it would be read as images"
+            raise DataError(f"--out {out}: {problem}; choose another")
 
 
 def check_results(out: Path, images: list[NewImage], suffix: str) -> None:
@@ -892,7 +973,8 @@ def predict_image(
 
     voxel = abs(np.linalg.det(affine[:3, :3])) / 1000  # ml, of the file's grid in mm
     counts = np.bincount(labels.reshape(-1), minlength=len(meta["classes"]))
-    row = {"image": ";".join(map(str, image.paths)), "mask": mask_name}
+    source = image.files[:1] or image.paths  # of a series beside others its first file
+    row = {"image": ";".join(map(str, source)), "mask": mask_name}
     for name, count in zip(meta["classes"][1:], counts[1:], strict=True):
         if "picture_unit" in meta:
             row[f"px_{name}"] = int(count)  # pixels of the file
@@ -918,7 +1000,7 @@ def read_image(
             expected = f"one for each of {meta['channels']}"
             raise DataError(f"{path}: channel files {given}, expected {expected}")
         paths = [image.paths[image.numbers.index(number)] for number in numbers]
-    volume, affine, header = fit_picture(path, read_channels(paths, notes), meta)
+    volume, affine, header = fit_picture(path, read_channels(paths, notes, image.files), meta)
     for what, detail in notes:
         print_note(path, what, detail)
     check_channels(path, volume.shape[3], meta["channels"])

@@ -627,12 +627,14 @@ def keeping_error(case: Case) -> Iterator[None]:
         case.error = str(explain(case.images[0], error))
 
 
-def read_channels(paths: list[Path], notes: Notes | None = None) -> Volume:
+def read_channels(
+    paths: list[Path], notes: Notes | None = None, files: list[Path] | None = None
+) -> Volume:
     """Read an image of one file with all channels, or of one file a channel: as `read_volume`.
 
     Raises DataError if the files do not lie on one grid.
     """
-    volume, affine, header = read_volume(paths[0], notes)
+    volume, affine, header = read_volume(paths[0], notes, files)
     if len(paths) == 1:
         return volume, affine, header
     volumes = [volume]
@@ -647,12 +649,14 @@ def read_channels(paths: list[Path], notes: Notes | None = None) -> Volume:
     return np.concatenate(volumes, 3), affine, header
 
 
-def read_volume(path: Path, notes: Notes | None = None) -> Volume:
+def read_volume(path: Path, notes: Notes | None = None, files: list[Path] | None = None) -> Volume:
     """Read .nii, .nii.gz or a DICOM series: voxels, affine and header.
 
     Voxels are float32 (X, Y, Z, C) in the axes of the file. The affine (4, 4) leads to RAS in mm,
     whatever the unit of the file. The header is None for DICOM. `notes` gets (what, detail) of what
-    is odd. Raises DataError that names the file for whatever keeps it from being a volume with
+    is odd; `files` are those of a DICOM series that is not alone in its folder.
+
+    Raises DataError that names the file for whatever keeps it from being a volume with
     content.
     """
     notes = [] if notes is None else notes
@@ -662,7 +666,7 @@ def read_volume(path: Path, notes: Notes | None = None) -> Volume:
         if is_picture(path):
             volume, affine, header = read_pixels(path, notes)
         elif path.is_dir() or is_dicom(path):
-            volume, affine = read_series(path, notes)
+            volume, affine = read_series(path, notes, files)
             header = None
         else:
             volume, affine, header = read_nifti(path, notes, np.float32)
@@ -1168,8 +1172,10 @@ class Slice:
     frame: int = 0
 
 
-def read_series(path: Path, notes: Notes) -> tuple[np.ndarray, np.ndarray]:
-    """Read a folder with one DICOM series, or one multi-frame file.
+def read_series(
+    path: Path, notes: Notes, files: list[Path] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read a folder with one DICOM series, or one multi-frame file, or some files of a folder.
 
     Gives float32 (X, Y, Z, 1), x along the rows and y down the columns, and the affine to RAS in
     mm.
@@ -1181,7 +1187,7 @@ def read_series(path: Path, notes: Notes) -> tuple[np.ndarray, np.ndarray]:
     number.
     """
     # Filter the images, and check that they are planes of one kind.
-    slices = filter_images(path, notes)
+    slices = filter_images(path, notes, files)
     check_series(path, slices)
     positions = read_numbers(path, slices, "ImagePositionPatient", 3)  # (N, 3) in mm
     right, down = read_directions(path, slices)
@@ -1214,9 +1220,10 @@ def read_series(path: Path, notes: Notes) -> tuple[np.ndarray, np.ndarray]:
     return volume, LPS_TO_RAS @ affine
 
 
-def filter_images(path: Path, notes: Notes) -> list[Slice]:
+def filter_images(path: Path, notes: Notes, files: list[Path] | None) -> list[Slice]:
     """The planes of all images. Raises DataError for a file of theirs that cannot be used."""
     inside = sorted(path.iterdir()) if path.is_dir() else [path]
+    inside = files or inside
     inside = [file for file in inside if not file.name.startswith(".")]
     files = [file for file in inside if file.is_file()]
     images = {}  # data sets by file
@@ -1246,10 +1253,13 @@ def filter_images(path: Path, notes: Notes) -> list[Slice]:
     return slices
 
 
-def read_dataset(path: Path) -> pydicom.Dataset | None:
-    """The data set of a file, with or without the DICOM preamble; None if it holds none."""
+def read_dataset(path: Path, **options: bool) -> pydicom.Dataset | None:
+    """The data set of a file, with or without the DICOM preamble; None if it holds none.
+
+    `options` are those of pydicom's reader.
+    """
     try:
-        ds = pydicom.dcmread(path, force=True)
+        ds = pydicom.dcmread(path, force=True, **options)
     except MemoryError:
         raise
     except Exception:  # text and cut files raise whatever their bytes happen to mean
@@ -1341,6 +1351,8 @@ def check_series(path: Path, slices: list[Slice]) -> None:
         kind = name_kind(one)
         if kind:
             raise DataError(f"{path}: {one.name} is {kind}; expected CT or MR slices")
+    if all("LOCALIZER" in str(one.plane.get("ImageType")).upper() for one in slices):
+        raise DataError(f"{path}: a localizer (scout), expected CT or MR slices")
     if path.is_file() and len(slices) == 1:
         raise DataError(
             f"{path}: one DICOM slice, expected a volume: give the folder of its series"

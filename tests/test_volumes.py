@@ -790,10 +790,10 @@ def test_too_little_memory_is_named_and_skipped_in_every_step(tmp_path, capsys, 
     read = preprocess.read_volume
     resample = preprocess.to_grid
 
-    def fail_to_read(path: Path, notes: list | None = None) -> tuple:
+    def fail_to_read(path: Path, *more: list | None) -> tuple:
         if path.name == "c1.nii.gz":
             raise MemoryError
-        return read(path, notes)
+        return read(path, *more)
 
     def fail_to_resample(volume: np.ndarray, affine: np.ndarray, meta: dict) -> np.ndarray:
         if volume.min() == 3:
@@ -994,6 +994,62 @@ def test_channel_files_are_read_in_the_order_of_their_numbers(tmp_path, predict)
         (row,) = predict(paths, tmp_path / str(k), channels=2)
         found = np.asanyarray(nib.load(tmp_path / str(k) / row["mask"]).dataobj)
         assert np.array_equal(found, mask)  # the network looks at the first channel
+
+
+def test_an_export_is_read_series_by_series(tmp_path, predict, capsys):
+    """PATIENT/STUDY/SERIES, two series in one folder, a scout, a cut file, DICOMDIR, no suffixes."""
+
+    def write(folder: str, number: int, edit: Callable = len, count: int = 12) -> list[Path]:
+        slices = make_slices(count)
+        edit(slices)
+        files = []
+        for k, ds in enumerate(slices):
+            ds.SeriesInstanceUID = f"1.2.{number}"
+            ds.SeriesNumber = number
+            files.append(export / folder / f"IM{number:02d}{k:02d}")
+            files[-1].parent.mkdir(parents=True, exist_ok=True)
+            ds.save_as(files[-1], enforce_file_format=True)
+        return files
+
+    export = tmp_path / "export"
+    scout = set_value([0], "ImageType", ["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    write("p1/ct/axial", 1)
+    write("p1/ct/scout", 2, scout, 1)
+    write("p2/ct/all", 3)
+    write("p2/ct/all", 4)
+    cut = write("p3/ct/axial", 5)[6]
+    cut.write_bytes(cut.read_bytes()[:300])
+    save(export / "p4" / "scan.nii.gz", block()[0])
+    save(export / "p5" / "scan.nii.gz", block()[0])
+    (export / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
+    (export / "p1" / ".DS_Store").write_bytes(b"")
+    with pytest.raises(DataError, match="2 of 7 images could not be read"):
+        predict([export], tmp_path / "out")
+    printed = capsys.readouterr()
+    assert "p1/ct/scout: a localizer (scout), expected CT or MR slices" in printed.err
+    assert "p3/ct/axial: 1 of 12 files are cut, empty or damaged: IM0506" in printed.err
+    with open(tmp_path / "out" / "volumes.csv", newline="") as file:
+        masks = [row["mask"] for row in csv.DictReader(file)]
+    expected = ["p1_ct_axial", "p2_ct_all_3", "p2_ct_all_4", "p4_scan", "p5_scan"]
+    assert masks == [f"{name}.nii.gz" for name in expected]
+    alone, *_ = read_volume(export / "p1" / "ct" / "axial")
+    assert nib.load(tmp_path / "out" / masks[1]).shape == alone.shape[:3]
+    with pytest.raises(DataError, match=r"--out .* lies in .*, where it would be read as images"):
+        predict([export], export / "masks")
+
+
+def test_a_cut_file_beside_several_series_is_missed_by_each(tmp_path, predict, capsys):
+    for number in (1, 2):
+        slices = make_slices()
+        for k, ds in enumerate(slices):
+            ds.SeriesInstanceUID = f"1.2.{number}"
+            ds.save_as(tmp_path / f"{number}_{k}.dcm", enforce_file_format=True)
+            (tmp_path / "ct").mkdir(exist_ok=True)
+            (tmp_path / f"{number}_{k}.dcm").rename(tmp_path / "ct" / f"{number}_{k}.dcm")
+    (tmp_path / "ct" / "1_3.dcm").write_bytes(b"")
+    with pytest.raises(DataError, match="2 of 2 images"):
+        predict([tmp_path / "ct"], tmp_path / "out")
+    assert "are cut, empty or damaged: 1_3.dcm" in capsys.readouterr().err
 
 
 def test_other_files_beside_volumes_are_noted(tmp_path, predict, capsys):
