@@ -21,10 +21,16 @@ from pydicom.encaps import encapsulate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from classification.preprocess import DataError, read_meta
+from classification.preprocess import (
+    LABEL_VALUES,
+    DataError,
+    is_multi_label,
+    positive_class,
+    read_meta,
+)
 from common.checkpoint import short_hash
 
-COLUMNS = ("id", "patient", "fold", "label")
+COLUMNS = ("id", "patient", "fold")
 # The folds that training and evaluation know; a person may edit them in index.csv.
 FOLD_NAMES = ("0", "1", "2", "3", "4", "test")
 PHANTOM = 256  # pixels per side of a synthetic picture
@@ -72,24 +78,73 @@ def load_array(path: Path, dtype: str, axes: int) -> np.ndarray:
 
 
 def read_index(cache: Path) -> list[dict[str, str]]:
-    """The rows of index.csv (id, patient, fold, label, source), in the order of images.npy."""
+    """The rows of index.csv (id, patient, fold, label or labels, source), as in images.npy."""
     with open(cache / "index.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 def check_row(row: dict[str, str], meta: dict) -> str:
     """What is wrong with a row of index.csv, or ""."""
+    columns = (*COLUMNS, *label_columns(meta))
     # csv.DictReader: the key None holds surplus values, the value None is a missing one.
-    if None in row or None in row.values() or not set(COLUMNS) <= row.keys():
-        return f"found {list(row)}, expected a value for each of {', '.join(COLUMNS)}"
+    if None in row or None in row.values() or not set(columns) <= row.keys():
+        return f"found {list(row)}, expected a value for each of {', '.join(columns)}"
     if not row["id"]:
         return "no id, expected a name"
     if row["fold"] not in FOLD_NAMES:
         return f"fold {row['fold']!r}, expected one of {' '.join(FOLD_NAMES)}"
+    if is_multi_label(meta):
+        for name in meta["classes"]:
+            if row[name] not in LABEL_VALUES:
+                return f"{name} {row[name]!r}, expected 1, 0 or nothing"
+        return ""
     count = len(meta["classes"])
     if row["label"] not in [str(k) for k in range(count)]:
         return f"label {row['label']!r}, expected 0 to {count - 1}"
     return ""
+
+
+def label_columns(meta: dict) -> list[str]:
+    """The columns of index.csv with what the network learns."""
+    return meta["classes"] if is_multi_label(meta) else ["label"]
+
+
+def read_labels(rows: list[dict[str, str]], meta: dict) -> Tensor:
+    """Labels int64 (N,), numbers of classes; or (N, C), several an image: 1, 0, -1 for unknown."""
+    if not is_multi_label(meta):
+        return torch.tensor([int(row["label"]) for row in rows], dtype=torch.long)
+    values = [[LABEL_VALUES[row[name]] for name in meta["classes"]] for row in rows]
+    return torch.tensor(values, dtype=torch.long).reshape(len(rows), len(meta["classes"]))
+
+
+def count_labels(rows: list[dict[str, str]], meta: dict) -> Tensor:
+    """Images of each class (C,), or, of several labels, without and with each of them (C, 2)."""
+    labels = read_labels(rows, meta)
+    if is_multi_label(meta):
+        return torch.stack([(labels == 0).sum(0), (labels == 1).sum(0)], 1)
+    return torch.bincount(labels, minlength=len(meta["classes"]))
+
+
+def check_counts(counts: Tensor, meta: dict, fold: str, side: str) -> str:
+    """A note on labels that a side (training, validation) has one value of, or "".
+
+    Raises DataError if these are all labels, or if an image has one label and a class is missing.
+    """
+    missing = [name for k, name in enumerate(meta["classes"]) if (counts[k] == 0).any()]
+    names = ", ".join(missing)
+    if missing and (not is_multi_label(meta) or len(missing) == len(meta["classes"])):
+        raise DataError(f"{fold} leaves no {side} images of {names}")
+    return f"note: {fold} leaves {side} images of one value only of {names}" if missing else ""
+
+
+def describe_counts(counts: Tensor, meta: dict) -> str:
+    """The training images of each class, or with each label of those where it is known."""
+    classes = meta["classes"]
+    if not is_multi_label(meta):
+        return f"{counts.tolist()} images of {classes}\npositive class: {positive_class(classes)}"
+    pairs = zip(classes, counts.tolist(), strict=True)
+    cells = [f"{name} {positive} of {negative + positive}" for name, (negative, positive) in pairs]
+    return f"images with each label: {', '.join(cells)}"
 
 
 def fingerprints(cache: Path, rows: list[int]) -> tuple[list[str], list[str]]:
@@ -107,9 +162,9 @@ def fingerprints(cache: Path, rows: list[int]) -> tuple[list[str], list[str]]:
 class XrayDataset(Dataset):
     """Raw images and labels of a cache, a batch at a time: augmentation is on the device.
 
-    `dataset[row_numbers]` gives images uint8 (B, C, S, S) and labels int64 (B,), the number of the
-    class in meta.json. It pickles as nothing but the path: each worker maps the file itself,
-    because a pickled memory map is the whole array.
+    `dataset[row_numbers]` gives images uint8 (B, C, S, S) and the labels of `read_labels`. It
+    pickles as nothing but the path: each worker maps the file itself, because a pickled memory map
+    is the whole array.
     """
 
     def __init__(self, cache: Path) -> None:
@@ -122,12 +177,11 @@ class XrayDataset(Dataset):
 
     def __getitem__(self, row_numbers: list[int]) -> tuple[Tensor, Tensor]:
         if self.images is None:
-            labels = [int(row["label"]) for row in read_index(self.cache)]
-            self.labels = torch.tensor(labels)  # (N,)
+            self.labels = read_labels(read_index(self.cache), read_meta(self.cache))
             self.images = np.load(self.cache / "images.npy", mmap_mode="r")  # (N, S, S [, 3])
         images = torch.from_numpy(self.images[row_numbers])  # a copy in memory
         images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
-        return images, self.labels[row_numbers]  # (B, C, S, S), (B,)
+        return images, self.labels[row_numbers]  # (B, C, S, S), (B,) or (B, labels)
 
 
 def make_loader(

@@ -40,7 +40,12 @@ from classification.dataset import (
     read_index,
     to_input,
 )
-from classification.model import ARCHITECTURES, build_model, class_activation_maps
+from classification.model import (
+    ARCHITECTURES,
+    build_model,
+    class_activation_maps,
+    to_probabilities,
+)
 from classification.preprocess import (
     DataError,
     check_meta,
@@ -48,6 +53,7 @@ from classification.preprocess import (
     count_files,
     find_images,
     in_threads,
+    is_multi_label,
     list_files,
     one_line,
     positive_class,
@@ -57,6 +63,7 @@ from classification.preprocess import (
     report_bad,
     report_notes,
     run_command,
+    show_label,
 )
 from classification.train import AMP, check_finite, choose_device, evaluate
 from common.checkpoint import (
@@ -71,6 +78,7 @@ from common.checkpoint import (
     written,
 )
 from common.metrics import (
+    best_threshold,
     bootstrap,
     classification_metrics,
     confusion_matrix,
@@ -78,12 +86,12 @@ from common.metrics import (
     split_by,
     tabulate,
     write_report,
-    youden_threshold,
 )
 
 TILE = 256  # pixels of one picture in a gallery
 MOST_VALUES = 50  # of a column of --by
 WORST = 12  # pictures in mistakes.png
+WORST_OF_LABEL = 3  # where an image has several labels
 # What a labelled split leaves in --out; metrics.json is written last.
 RESULTS = (
     "metrics.json",
@@ -164,9 +172,7 @@ def load_models(paths: list[Path], device: torch.device) -> tuple[list[nn.Module
         if settings["amp"] not in AMP or settings["arch"] not in ARCHITECTURES:
             problem = f"settings {settings['amp']} {settings['arch']}, of no run of train.py"
             raise CheckpointError(f"{path}: {problem}")
-        threshold = checkpoint.get("threshold")
-        if len(meta["classes"]) == 2 and type(threshold) is not float:
-            raise CheckpointError(f"{path}: threshold {threshold}, expected a number")
+        check_threshold(checkpoint.get("threshold"), meta, path)
         # Without pretrained weights, which the checkpoint replaces
         channels = meta.get("channels", 1)
         model = build_model(settings["arch"], len(meta["classes"]), meta["size"], False, channels)
@@ -175,11 +181,23 @@ def load_models(paths: list[Path], device: torch.device) -> tuple[list[nn.Module
     return models, checkpoints
 
 
+def check_threshold(threshold: object, meta: dict, path: Path) -> None:
+    """Raise CheckpointError unless a run of two classes, or of each label, has its threshold."""
+    count = len(meta["classes"])
+    if is_multi_label(meta):
+        types = [type(value) for value in threshold] if isinstance(threshold, list) else []
+        if types != [float] * count:
+            raise CheckpointError(f"{path}: threshold {threshold}, expected {count} numbers")
+    elif count == 2 and type(threshold) is not float:
+        raise CheckpointError(f"{path}: threshold {threshold}, expected a number")
+
+
 def check_same(meta: dict, expected: dict, path: Path, other: Path) -> None:
     """Raise CheckpointError if images were not prepared in the same way."""
-    for name in ("classes", "size", "fit", "channels"):
-        ours = meta.get(name, 1)  # gray images do not say their channels
-        theirs = expected.get(name, 1)
+    usual = {"channels": 1, "multi_label": False}  # what caches do not say
+    for name in ("classes", "size", "fit", *usual):
+        ours = meta.get(name, usual.get(name))
+        theirs = expected.get(name, usual.get(name))
         if ours != theirs:
             raise CheckpointError(f"{path}: {name} {ours}, but {other} has {theirs}")
 
@@ -212,14 +230,13 @@ def evaluate_split(
     row_numbers = list(chain.from_iterable(rows_by_fold.values()))
     index = read_index(args.data)
     rows = [index[k] for k in row_numbers]
-    labelled = [row | {"label": classes[int(row["label"])]} for row in rows]
-    by = choose_groups(labelled, args.by)
+    multi_label = is_multi_label(meta)
+    by = choose_groups(rows if multi_label else name_labels(rows, classes), args.by)
     probabilities, labels = predict_folds(args, rows_by_fold, models, checkpoints, device)
-    predictions = probabilities.argmax(1)  # (N,)
-    thresholds = None  # of every image, float64 (N,)
-    tuned = None  # threshold by fold
-    if len(classes) == 2:
-        predictions = (probabilities[:, 1] >= 0.5).long()  # argmax would make 0.5 negative
+    predictions = decide(probabilities, multi_label)
+    thresholds = None  # of every image, float64 (N,), or (N, C) for several labels
+    tuned = None  # threshold, or one of each label, by fold
+    if multi_label or len(classes) == 2:
         tuned = choose_thresholds(args, rows_by_fold, models, checkpoints, device)
         thresholds = torch.tensor([tuned[row["fold"]] for row in rows], dtype=torch.float64)
     cases = list_cases(rows, args.split, classes, labels, probabilities, predictions)
@@ -229,7 +246,7 @@ def evaluate_split(
     # Metrics of the split, and of the bootstrap's samples of its patients
     def metrics(chosen: Tensor) -> dict[str, float]:
         own = None if thresholds is None else thresholds[chosen]
-        return classification_metrics(labels[chosen], probabilities[chosen], own)
+        return classification_metrics(labels[chosen], probabilities[chosen], own, classes)
 
     def metrics_of_part(chosen: Tensor) -> dict[str, float]:
         values = metrics(chosen)
@@ -244,8 +261,8 @@ def evaluate_split(
     summary = bootstrap(metrics, patients, args.samples)
     tables = tabulate(metrics_of_part, folds, patients, by, args.samples)
     if args.compare:
-        summary |= compare_models(labels, probabilities, theirs, patients, args.samples)
-    positive = positive_class(classes)
+        summary |= compare_models(labels, probabilities, theirs, patients, args.samples, classes)
+    positive = None if multi_label else positive_class(classes)
     if positive:
         print(f"positive class: {positive}")
     run = describe_run(args, len(row_numbers)) | {
@@ -258,22 +275,28 @@ def evaluate_split(
         run["thresholds_tuned"] = tuned
 
     # Pictures
-    wrong = (predictions != labels).nonzero()[:, 0]  # numbers of images, (n,)
+    wrong = (predictions != labels) & (labels >= 0)  # (N,) or (N, C)
+    worst = choose_worst(labels, probabilities, predictions, classes)
     drawn = {fold: of_fold(fold, models, checkpoints)[0] for fold in rows_by_fold}
-    mistakes = draw_mistakes(args.data, drawn, meta, row_numbers, cases, probabilities, wrong)
-    counts = confusion_matrix(labels, predictions, len(classes))
+    mistakes = draw_mistakes(args.data, drawn, meta, row_numbers, cases, worst)
 
     # Results, in place of earlier ones
     with hold_folder(out):
         clear_results(out, RESULTS)
         write_csv(out / "predictions.csv", cases)
-        save_picture(out / "confusion_matrix.png", draw_confusion_matrix(counts, classes))
+        if not multi_label:
+            counts = confusion_matrix(labels, predictions, len(classes))
+            save_picture(out / "confusion_matrix.png", draw_confusion_matrix(counts, classes))
         write_roc(out, labels, probabilities, classes)
         if mistakes:
             grid = torchvision.utils.make_grid(mistakes, nrow=3)
             save_picture(out / "mistakes.png", to_pil_image(grid))
-        write_report(out, summary, patients, cases, run, tables)
-    print(f"{len(rows)} images, {len(wrong)} wrong; metrics and pictures in {out}")
+        shown = choose_shown(summary, classes, labels) if multi_label else None
+        write_report(out, summary, patients, cases, run, tables, shown)
+    what = f"{len(rows)} images"
+    if multi_label:
+        what += f", {int((labels >= 0).sum())} known labels"
+    print(f"{what}, {int(wrong.sum())} wrong; metrics and pictures in {out}")
 
 
 def choose_rows(
@@ -363,6 +386,11 @@ def check_leakage(cache: Path, rows: list[int], paths: list[Path], checkpoints: 
             )
 
 
+def name_labels(rows: list[dict[str, str]], classes: list[str]) -> list[dict[str, str]]:
+    """The rows of index.csv with the name of the class in place of its number."""
+    return [row | {"label": classes[int(row["label"])]} for row in rows]
+
+
 def choose_groups(
     rows: list[dict[str, str]], column: str | None
 ) -> tuple[str, dict[str, list[int]]] | None:
@@ -424,7 +452,7 @@ def predict(
     device: torch.device,
     amp: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax float32 (N, C), averaged over the models, and labels int64 (N,), on the CPU.
+    """Probabilities float32 (N, C), averaged over the models, and labels int64, on the CPU.
 
     `amp` None takes the mixed precision of each run. Raises DataError for NaN or infinite outputs.
     """
@@ -434,8 +462,17 @@ def predict(
         mode = amp or checkpoint["settings"]["amp"]
         logits, labels = evaluate(model, loader, device, mode, meta["mean"], meta["std"])
         check_finite(logits, f"checkpoint {number}")
-        probabilities.append(logits.softmax(1))
+        probabilities.append(to_probabilities(logits, meta))
     return torch.stack(probabilities).mean(0), labels
+
+
+def decide(probabilities: Tensor, multi_label: bool) -> Tensor:
+    """Classes int64 (N,) from probabilities (N, C), or 0 and 1 (N, C) of several labels."""
+    if multi_label:
+        return (probabilities >= 0.5).long()
+    if probabilities.shape[1] == 2:
+        return (probabilities[:, 1] >= 0.5).long()  # argmax would make 0.5 negative
+    return probabilities.argmax(1)
 
 
 def choose_thresholds(
@@ -459,8 +496,15 @@ def choose_thresholds(
         for checkpoint in checkpoints:
             if str(checkpoint["settings"]["fold"]) != fold:
                 others.append(checkpoint["threshold"])
-        tuned[fold] = sum(others) / len(others)
+        tuned[fold] = mean_threshold(others)
     return tuned
+
+
+def mean_threshold(thresholds: list) -> float | list[float]:
+    """The mean of thresholds, or of each label of lists of them."""
+    if isinstance(thresholds[0], list):
+        return [mean_threshold(list(of_label)) for of_label in zip(*thresholds, strict=True)]
+    return sum(thresholds) / len(thresholds)
 
 
 def choose_threshold(
@@ -483,9 +527,9 @@ def choose_threshold(
     if indexes == {file_sha256(args.data / "index.csv")} and len(folds) == 1:
         rows_by_fold = choose_rows(args.data, "val", args.checkpoint, checkpoints)
         probabilities, labels = predict_folds(args, rows_by_fold, models, checkpoints, device)
-        return youden_threshold(labels, probabilities[:, 1])
+        return best_threshold(labels, probabilities)
     print("note: no validation images in common: the tuned threshold is the mean of their own ones")
-    return sum(own) / len(own)
+    return mean_threshold(own)
 
 
 def list_cases(
@@ -503,13 +547,30 @@ def list_cases(
             "id": row["id"],
             "patient": row["patient"],
             "fold": row["fold"],
-            "label": classes[labels[k]],
-            "prediction": classes[predictions[k]],
         }
+        case |= name_answers(classes, labels[k], predictions[k])
         case |= name_probabilities(classes, probabilities[k])
         case["split"] = split
         cases.append(case)
     return cases
+
+
+def name_answers(classes: list[str], label: Tensor, prediction: Tensor) -> dict[str, str]:
+    """Truth and prediction of an image: names of classes, or of several labels those that it has.
+
+    The truth of several labels is a column for each: 1, 0, or nothing where it is unknown.
+    """
+    if label.ndim == 0:
+        return {"label": classes[label], "prediction": classes[prediction]}
+    answers = {}
+    for name, value in zip(classes, label.tolist(), strict=True):
+        answers[f"label_{name}"] = show_label(value)
+    return answers | {"prediction": join_labels(classes, prediction)}
+
+
+def join_labels(classes: list[str], prediction: Tensor) -> str:
+    """The names of the labels that are 1 in (C,), joined by |."""
+    return "|".join(name for name, value in zip(classes, prediction.tolist(), strict=True) if value)
 
 
 def name_probabilities(classes: list[str], probabilities: Tensor) -> dict[str, float]:
@@ -526,6 +587,7 @@ def read_predictions(path: Path, cases: list[dict], classes: list[str]) -> Tenso
     """
     if not path.is_file():
         raise DataError(f"{path}: not a file, expected predictions.csv of eval.py")
+    columns = [name for name in cases[0] if name == "label" or name.startswith("label_")]
     table = {}  # probabilities by id
     labels = {}  # label and split by id; older tables have no split
     try:
@@ -533,7 +595,7 @@ def read_predictions(path: Path, cases: list[dict], classes: list[str]) -> Tenso
             rows = list(csv.DictReader(file))
         for row in rows:
             table[row["id"]] = [float(row[f"probability_{name}"]) for name in classes]
-            labels[row["id"]] = (row["label"], row.get("split"))
+            labels[row["id"]] = ([row[name] for name in columns], row.get("split"))
     except (KeyError, ValueError, TypeError, csv.Error) as error:
         expected = f"predictions.csv of eval.py for the classes {classes}"
         raise DataError(f"{path}: expected {expected}") from error
@@ -550,17 +612,37 @@ def read_predictions(path: Path, cases: list[dict], classes: list[str]) -> Tenso
         raise DataError(f"{path}: {problem}, expected one for each")
     for case in cases:
         label, split = labels[case["id"]]
-        if label != case["label"] or split not in (case["split"], None):
-            problem = f"{case['id']} is {label} of {split}"
-            raise DataError(f"{path}: {problem}, expected {case['label']} of {case['split']}")
+        expected = [case[name] for name in columns]
+        if label != expected or split not in (case["split"], None):
+            problem = f"{case['id']} is {', '.join(label)} of {split}"
+            expected = f"{', '.join(expected)} of {case['split']}"
+            raise DataError(f"{path}: {problem}, expected {expected}")
     rows = [table[case["id"]] for case in cases]
     probabilities = torch.tensor(rows, dtype=torch.float64)  # (N, C)
     # Older tables have six digits; a NaN is in no range.
     is_positive = (probabilities >= 0).all()  # false for NaN
     adds_up = ((probabilities.sum(1) - 1).abs() < 1e-4).all()
+    if columns != ["label"]:  # several labels, each by itself
+        adds_up = (probabilities <= 1).all()
     if not (is_positive and adds_up):
         raise DataError(f"{path}: expected probabilities from 0 to 1 that add up to 1")
     return probabilities
+
+
+def choose_shown(summary: dict, classes: list[str], labels: Tensor) -> list[str]:
+    """Of the metrics of several labels those to print: all means, and the AUROC of each label.
+
+    Names the labels that the means leave out.
+    """
+    of_labels = {f"{name}_{label}" for name in summary for label in classes}
+    constant = []
+    for name, truth in zip(classes, labels.T, strict=True):
+        if len(truth[truth >= 0].unique()) < 2:
+            constant.append(name)
+    if constant:
+        print(f"note: one value only, left out of the means: {', '.join(constant)}")
+    shown = [name for name in summary if name not in of_labels]
+    return shown + [f"auroc_{label}" for label in classes if label not in constant]
 
 
 def compare_models(
@@ -569,6 +651,7 @@ def compare_models(
     others: Tensor,
     patients: list[str],
     samples: int,
+    classes: list[str],
 ) -> dict[str, dict[str, float]]:
     """The difference in AUROC between two models, with its interval.
 
@@ -577,8 +660,9 @@ def compare_models(
     """
 
     def difference(chosen: Tensor) -> dict[str, float]:
-        ours = classification_metrics(labels[chosen], probabilities[chosen])
-        theirs = classification_metrics(labels[chosen], others[chosen])
+        truth = labels[chosen]
+        ours = classification_metrics(truth, probabilities[chosen], names=classes)
+        theirs = classification_metrics(truth, others[chosen], names=classes)
         return {"auroc_difference": ours["auroc"] - theirs["auroc"]}
 
     return bootstrap(difference, patients, samples)
@@ -599,31 +683,50 @@ def describe_run(args: argparse.Namespace, count: int) -> dict:
 # --- pictures ---
 
 
+def choose_worst(
+    labels: Tensor, probabilities: Tensor, predictions: Tensor, classes: list[str]
+) -> list[tuple[int, int, str]]:
+    """The most confident mistakes: number of the image, number of the class, and a caption.
+
+    Of several labels an image WORST_OF_LABEL for each.
+    """
+    worst = []
+    if labels.ndim == 1:
+        confidence = probabilities.amax(1)  # (N,)
+        wrong = (predictions != labels).nonzero()[:, 0]  # numbers of images, (n,)
+        for k in wrong[confidence[wrong].argsort(descending=True)][:WORST].tolist():
+            answer = f"predicted {classes[predictions[k]]} {confidence[k]:.3f}"
+            worst.append((k, int(predictions[k]), f"{classes[labels[k]]}, {answer}"))
+        return worst
+    for target, name in enumerate(classes):
+        truth = labels[:, target]
+        scores = probabilities[:, target]
+        wrong = ((truth >= 0) & (predictions[:, target] != truth)).nonzero()[:, 0]
+        error = (scores - truth).abs()  # (N,)
+        for k in wrong[error[wrong].argsort(descending=True)][:WORST_OF_LABEL].tolist():
+            worst.append((k, target, f"{name}: {int(truth[k])}, predicted {scores[k]:.3f}"))
+    return worst
+
+
 def draw_mistakes(
     cache: Path,
     models: dict[str, nn.Module],
     meta: dict,
     row_numbers: list[int],
     cases: list[dict],
-    probabilities: Tensor,
-    wrong: Tensor,
+    worst: list[tuple[int, int, str]],
 ) -> list[Tensor]:
-    """The most confident mistakes, with what the model looked at: uint8 (3, H, W) each.
+    """The mistakes of `choose_worst` with what the model looked at: uint8 (3, H, W) each.
 
-    `wrong` holds numbers of `cases`, `row_numbers` their rows in the cache, `models` the network of
-    each fold.
+    `row_numbers` are the rows of `cases` in the cache, `models` the network of each fold.
     """
-    confidence = probabilities.amax(1)  # (N,)
-    worst = wrong[confidence[wrong].argsort(descending=True)][:WORST]
     dataset = XrayDataset(cache)
     tiles = []
-    for k in worst.tolist():
+    for k, target, caption in worst:
         case = cases[k]
         (image,), _ = dataset[[row_numbers[k]]]  # (1 or 3, S, S)
-        answer = f"predicted {case['prediction']} {confidence[k]:.3f}"
-        caption = [case["id"], f"{case['label']}, {answer}"]
-        target = meta["classes"].index(case["prediction"])
-        tiles.append(draw_activation(models[case["fold"]], meta, image, target, caption))
+        lines = [case["id"], caption]
+        tiles.append(draw_activation(models[case["fold"]], meta, image, target, lines))
     return tiles
 
 
@@ -700,14 +803,20 @@ def save_picture(path: Path, picture: Image.Image) -> None:
 
 
 def write_roc(out: Path, labels: Tensor, probabilities: Tensor, classes: list[str]) -> None:
-    """roc.csv and roc.png: the curve of the positive class, or of each class against the others."""
+    """roc.csv and roc.png: of the positive class, each class against the others, or each label."""
     points = []
     curves = {}
-    is_binary = len(classes) == 2
+    is_binary = len(classes) == 2 and labels.ndim == 1
     # The curve of the other class of two is the same one, turned.
     for k in range(1 if is_binary else 0, len(classes)):
-        truth = (labels == k).long()
-        fpr, tpr, thresholds = roc_curve(truth, probabilities[:, k])
+        scores = probabilities[:, k]
+        if labels.ndim == 2:
+            known = labels[:, k] >= 0
+            truth = labels[known, k]
+            scores = scores[known]
+        else:
+            truth = (labels == k).long()
+        fpr, tpr, thresholds = roc_curve(truth, scores)
         columns = (thresholds.tolist(), fpr.tolist(), tpr.tolist())
         for threshold, x, y in zip(*columns, strict=True):
             points.append({"class": classes[k], "threshold": threshold, "fpr": x, "tpr": y})
@@ -779,11 +888,15 @@ def predict_images(
             # Pictures of an earlier run would be taken for those of this one.
             clear_results(out, list_predictions(out))
             for k, (path, image) in enumerate(images.items()):
-                best = int(probabilities[k].argmax())
-                answer = f"{classes[best]} {probabilities[k, best]:.3f}"
-                overlay = draw_activation(models[0], meta, image, best, [str(path), answer])
-                save_picture(overlays[path], to_pil_image(overlay))
-                row = {"image": str(path), "prediction": classes[best]}
+                answers = []
+                maps = []  # one below the other
+                for target in choose_targets(probabilities[k], meta):
+                    answers.append(f"{classes[target]} {probabilities[k, target]:.3f}")
+                    caption = [str(path), answers[-1]]
+                    maps.append(draw_activation(models[0], meta, image, target, caption))
+                save_picture(overlays[path], to_pil_image(torch.cat(maps, 1)))
+                answer = ", ".join(answers)
+                row = {"image": str(path), "prediction": name_prediction(probabilities[k], meta)}
                 row |= name_probabilities(classes, probabilities[k])
                 row["overlay"] = overlays[path].name
                 rows.append(row)
@@ -792,6 +905,21 @@ def predict_images(
         print(f"{len(images)} images; predictions.csv and overlays in {out}")
     if bad:  # one bad file does not cost the results of the others, but the exit status says so
         raise DataError(f"{len(bad)} of {len(files)} files could not be read (named above)")
+
+
+def choose_targets(probabilities: Tensor, meta: dict) -> list[int]:
+    """The class of an image, or its labels from 0.5 on, or the likeliest; probabilities (C,)."""
+    likely = (probabilities >= 0.5).nonzero()[:, 0].tolist()
+    if is_multi_label(meta) and likely:
+        return likely
+    return [int(probabilities.argmax())]
+
+
+def name_prediction(probabilities: Tensor, meta: dict) -> str:
+    """The class of an image, or its labels from 0.5 on, joined by |, by probabilities (C,)."""
+    if is_multi_label(meta):
+        return join_labels(meta["classes"], decide(probabilities, True))
+    return meta["classes"][int(probabilities.argmax())]
 
 
 def list_images(paths: list[Path]) -> list[Path]:

@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from classification.preprocess import DataError
+from classification.preprocess import DataError, is_multi_label
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50")
 # One mean and std for the one channel (the averages of ImageNet's three): with three different
@@ -59,7 +59,13 @@ def build_model(
 
 
 def class_weights(kind: str, counts: Tensor) -> Tensor:
-    """Weights (C,) of the loss; "balanced" has mean 1 over the images of the training set."""
+    """Weights (C,) of the loss; "balanced" has mean 1 over the images of the training set.
+
+    `counts` (C,) are images of each class, or, of several labels an image, (C, 2) those without and
+    with each label: "balanced" then weighs its positives so that they count as much as the others.
+    """
+    if kind == "balanced" and counts.ndim == 2:
+        return counts[:, 0] / counts[:, 1].clamp(min=1)
     if kind == "balanced":
         return counts.sum() / (len(counts) * counts)
     return torch.ones(len(counts))
@@ -69,10 +75,38 @@ def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor, smoothing: fl
     """Mean over the batch of the weighted cross entropy; logits float32 (B, C), labels int64 (B,).
 
     A plain mean, not one divided by the weights of the batch: so the gradient does not depend on
-    how the batch is shared out among processes.
+    how the batch is shared out among processes. Labels (B, C): `multi_label_loss`.
     """
+    if labels.ndim == 2:
+        return multi_label_loss(logits, labels, weights, smoothing)
     losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
     return (losses * weights[labels]).mean()
+
+
+def multi_label_loss(logits: Tensor, labels: Tensor, weights: Tensor, smoothing: float) -> Tensor:
+    """Mean over batch and labels of the binary cross entropy; logits float32 (B, C).
+
+    `labels` int64 (B, C) are 1, 0, or -1 for unknown, which adds nothing; `weights` (C,) are those
+    of the positives.
+    """
+    targets = (labels == 1).float() * (1 - smoothing) + smoothing / 2
+    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    weights = torch.where(labels == 1, weights, (labels == 0).float())
+    return (losses * weights).mean()
+
+
+def validation_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss without weights and smoothing, mean over the images or over the known labels."""
+    if labels.ndim == 2:
+        known = labels >= 0
+        targets = labels[known].float()
+        return F.binary_cross_entropy_with_logits(logits[known], targets)
+    return F.cross_entropy(logits, labels)
+
+
+def to_probabilities(logits: Tensor, meta: dict) -> Tensor:
+    """Probabilities (N, C) of classes, which add up to 1, or of several labels, each by itself."""
+    return logits.sigmoid() if is_multi_label(meta) else logits.softmax(1)
 
 
 def class_activation_maps(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,13 +9,17 @@
 Layouts of RAW, recognised by what lies in it:
   RSNA challenge   stage_2_train_images/* and stage_2_train_labels.csv (or stage_1_...)
   table of labels  labels.csv, or a CSV file as RAW: image,label and, if you like, patient, fold (0
-                   to 4, test) or split (train, val, test); further columns are kept
+                   to 4, test) or split (train, val, test); further columns are kept; several labels
+                   an image: in place of label two or more columns of 0, 1 and, for unknown, -1 or
+                   nothing
+  ChestX-ray14     Data_Entry_2017*.csv and the images; test_list.txt is the official test set
+  CheXpert         train.csv, valid.csv, train/ and valid/
   class folders    RAW/CLASS/* or RAW/{train,val,test}/CLASS/*; a folder below CLASS is a patient
   MedMNIST         a .npz file, or a folder with one
 Images are DICOM, JPEG, PNG or TIFF, known by their content.
 
 Written to OUT: images.npy uint8 (N, S, S), or (N, S, S, 3) with --color; index.csv (id, patient,
-fold, label, what else a table says, source); meta.json.
+fold, label or a column for each label, what else a table says, source); meta.json.
 
 The code follows main:
   find    the layout of RAW, its classes and its cases
@@ -94,6 +98,8 @@ SPLITS = {
     "test": "test",
     "testing": "test",
 }
+# Of several labels an image
+LABEL_VALUES = {"0": 0, "0.0": 0, "1": 1, "1.0": 1, "-1": -1, "-1.0": -1, "": -1}
 # The columns of index.csv that mean something to train.py and eval.py
 INDEX_COLUMNS = ("id", "patient", "fold", "label", "source")
 MORE_DECODERS = "more decoders: pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
@@ -131,7 +137,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--size", type=int, help="pixels per side (default: 224; MedMNIST: as it is)")
     add("--fit", choices=("squash", "pad"), help="images that are not square (default: squash)")
     add("--color", action="store_true", help="keep colour (default: it becomes gray)")
-    order = "class names in order; the last is the positive one"
+    order = "class names in order, the last is the positive one; of several labels those to keep"
     add("--classes", nargs="+", metavar="NAME", help=order)
     patient = "finds the patient in the name of a file, as its first group if any"
     add("--patient-regex", help=patient)
@@ -168,6 +174,13 @@ def main(argv: list[str] | None = None) -> None:
 
     # find: layout, cases, classes; then the size of what is written
     layout, names, cases = find_cases(args.data, args.patient_regex)
+    multi_label = isinstance(cases[0].label, tuple)
+    if like and multi_label != is_multi_label(like):
+        kinds = {True: "several labels an image", False: "one label an image"}
+        expected = kinds[is_multi_label(like)]
+        raise DataError(f"{args.data}: {kinds[multi_label]}, expected {expected} as {args.like}")
+    if like and multi_label:
+        names = add_unknown_labels(args.data, names, cases, like["classes"])
     classes = order_classes(args.data, layout, names, cases, args.classes or like.get("classes"))
     if like and classes != like["classes"]:
         raise DataError(f"--classes {classes}, but {args.like} has {like['classes']}")
@@ -180,9 +193,11 @@ def main(argv: list[str] | None = None) -> None:
     fit = like.get("fit") or args.fit or "squash"
     channels = 3 if args.color else like.get("channels", 1)
     content = f"{len(cases)} images of {' '.join(classes)}"
+    if multi_label:
+        content = f"{len(cases)} images with several labels ({', '.join(classes)})"
     kept = f"{fit}, color" if channels == 3 else fit
     print(f"{args.data}: {layout}, {content}, to {size}x{size} ({kept})")
-    positive = positive_class(classes)
+    positive = None if multi_label else positive_class(classes)
     if positive:
         print(f"positive class: {positive}")
 
@@ -208,8 +223,7 @@ def main(argv: list[str] | None = None) -> None:
         report_patients(patients)
         # An official split is kept. Nothing of another hospital is for training.
         splits = ["test" if like else case.split for case in good]
-        labels = [str(case.label) for case in good]
-        folds = assign_folds(patients, labels, splits, args.test_fraction)
+        folds = assign_folds(patients, list_strata(good), splits, args.test_fraction)
         if not like and set(folds) == {"test"}:
             problem = "only test images; for an external test set use --like TRAIN_CACHE"
             raise DataError(f"{args.data}: {problem}")
@@ -236,8 +250,11 @@ def main(argv: list[str] | None = None) -> None:
             "options": {name: str(value) for name, value in vars(args).items() if value},
             "versions": {module.__name__: module.__version__ for module in (np, PIL, pydicom)},
         }
-        if channels == 3:  # caches of gray images do not say so
+        # Caches of gray images with one label each do not say so.
+        if channels == 3:
             meta["channels"] = channels
+        if multi_label:
+            meta["multi_label"] = True
         (folder / "meta.json").write_text(json.dumps(meta, indent=1))
     command = "train.py"
     if like:
@@ -278,6 +295,7 @@ def check_meta(meta: object, where: Path) -> None:
         "size": type(meta.get("size")) is int and 8 <= meta["size"] <= 4096,
         "fit": meta.get("fit") in ("squash", "pad"),
         "channels": meta.get("channels", 1) in (1, 3),
+        "multi_label": meta.get("multi_label", False) in (True, False),
         "mean": is_number(meta.get("mean")),
         "std": is_number(meta.get("std"), 0),
     }
@@ -286,6 +304,11 @@ def check_meta(meta: object, where: Path) -> None:
             problem = f"{name} {meta.get(name)!r}, which is not that of a cache of"
             script = f"{Path(__file__).parent.name}/preprocess.py"
             raise DataError(f"{where}: {problem} {script}; preprocess again")
+
+
+def is_multi_label(meta: dict) -> bool:
+    """Whether an image has several labels, each 1, 0 or unknown, and not one class."""
+    return bool(meta.get("multi_label"))
 
 
 def is_number(value: object, low: float = -math.inf) -> bool:
@@ -302,7 +325,7 @@ class Case:
 
     id: str
     source: str  # path below RAW
-    label: int
+    label: int | tuple[int, ...]  # number of the class; of several labels 1, 0 or -1 = unknown each
     patient: str  # by the layout or --patient-regex; "" = the DICOM PatientID, else the file stem
     split: str = ""  # official split: train, val, test, a fold 0 to 4, or "" for none
     pixels: np.ndarray | None = None
@@ -326,13 +349,18 @@ def find_cases(raw: Path, regex: str | None) -> tuple[str, list[str], list[Case]
         return layout, *find_rsna(raw)
     if layout == "table of labels":
         return layout, *find_label_table(raw, regex)
+    if layout == "ChestX-ray14":
+        return layout, *find_chestxray14(raw)
+    if layout == "CheXpert":
+        return layout, *find_chexpert(raw)
     if layout == "MedMNIST":
         return layout, *find_medmnist(raw)
     if layout == "class folders":
         return layout, *find_class_folders(raw, regex)
     raise DataError(
         f"{raw}: {describe_folder(raw)}; expected stage_2_train_images/ and "
-        "stage_2_train_labels.csv (RSNA), labels.csv (image,label), CLASS/*.png or "
+        "stage_2_train_labels.csv (RSNA), labels.csv (image,label), Data_Entry_2017.csv "
+        "(ChestX-ray14), train.csv and valid.csv (CheXpert), CLASS/*.png or "
         "{train,val,test}/CLASS/*.png (class folders), or a MedMNIST .npz"
     )
 
@@ -343,7 +371,11 @@ def recognise_layout(raw: Path) -> str:
         return {".npz": "MedMNIST", ".csv": "table of labels"}.get(raw.suffix.lower(), "")
     if any(raw.glob("stage_[12]_train_*")):
         return "RSNA challenge"
-    if (raw / "labels.csv").is_file():
+    if any(raw.glob("Data_Entry_2017*.csv")):
+        return "ChestX-ray14"
+    if has_column(raw / "train.csv", "Path"):
+        return "CheXpert"
+    if has_column(raw / "labels.csv", "image"):
         return "table of labels"
     if any(raw.glob("*.npz")):
         return "MedMNIST"
@@ -352,7 +384,15 @@ def recognise_layout(raw: Path) -> str:
         return "class folders"
     if any(find_images(folder) for folder in folders):
         return "class folders"
-    return ""
+    return "table of labels" if (raw / "labels.csv").is_file() else ""
+
+
+def has_column(table: Path, name: str) -> bool:
+    """Whether there is a table whose first line has a column of this name."""
+    if not table.is_file():
+        return False
+    with open(table, encoding="utf-8-sig", errors="replace") as file:
+        return name in [cell.strip() for cell in re.split('[,;\t"]', file.readline())]
 
 
 def find_rsna(raw: Path) -> tuple[list[str], list[Case]]:
@@ -450,14 +490,69 @@ def find_label_table(raw: Path, regex: str | None) -> tuple[list[str], list[Case
     """A table with the columns image and label; patient, fold or split, and others if it has them.
 
     The images lie beside the table, in images/ or below. Labels are numbers or words, classes in
-    their order.
+    their order. Without the column label, those of 0 and 1 are several labels of an image.
     """
     table = raw / "labels.csv" if raw.is_dir() else raw
+    rows = list_rows(table, ("image",))
+    columns = choose_label_columns(table, rows)
+    decisive = (*columns, "patient", "fold", "split")
+    labelled = leave_out_unlabelled(rows, columns)
+    matched = match_rows([table], labelled, "image", decisive)
+    cases = []
+    for source, (place, row) in matched.items():
+        patient = row.get("patient", "")
+        if regex and not patient:
+            patient = match_patient(regex, source)
+        split = read_split(place, row)
+        more = further_columns(row, ("image", *decisive))
+        cases.append(Case(source, source, -1, patient, split, more=more))
+    check_matched(table.parent, cases, regex)
+    report_renamed(cases)
+    matched_rows = [row for _, row in matched.values()]
+    if columns == ["label"]:
+        return number_classes(table, cases, [row["label"] for row in matched_rows]), cases
+    for case, row in zip(cases, matched_rows, strict=True):
+        case.label = tuple(LABEL_VALUES[row[name]] for name in columns)
+    return columns, cases
+
+
+def list_rows(table: Path, columns: tuple[str, ...]) -> list[tuple[str, dict[str, str]]]:
+    """The rows of `read_rows` in a list, every value without blanks around it. None: DataError."""
+    rows = []
+    for place, row in read_rows(table, columns):
+        rows.append((place, {name: (value or "").strip() for name, value in row.items()}))
+    if not rows:
+        raise DataError(f"{table}: no rows below the names of the columns")
+    return rows
+
+
+def choose_label_columns(table: Path, rows: list[tuple[str, dict[str, str]]]) -> list[str]:
+    """The column label, or without it all columns that hold nothing but 0, 1, -1 and blanks."""
+    names = list(rows[0][1])
+    if "label" in names:
+        return ["label"]
+    columns = []
+    for name in names:
+        values = {row[name] for _, row in rows}
+        is_binary = values <= LABEL_VALUES.keys() and values & {"0", "1", "0.0", "1.0"}
+        if is_binary and name and name not in ("image", "patient", "fold", "split", *INDEX_COLUMNS):
+            columns.append(name)
+    if len(columns) < 2:
+        expected = "a column label, or two or more columns of 0 and 1"
+        raise DataError(f"{table}: columns {names}, expected {expected}")
+    if any(map(has_control, columns)):
+        raise DataError(f"{table}: control characters in a column of {columns}: rename it")
+    return columns
+
+
+def leave_out_unlabelled(
+    rows: list[tuple[str, dict[str, str]]], columns: list[str]
+) -> list[tuple[str, dict[str, str]]]:
+    """The rows with a label, which must name an image; the others are left out with a note."""
     labelled = []
     unlabelled = []
-    for place, row in read_rows(table, ("image", "label")):
-        row = {name: (value or "").strip() for name, value in row.items()}
-        if not row["label"]:
+    for place, row in rows:
+        if not any(row[name] for name in columns):
             unlabelled.append(place)
         elif row["image"]:
             labelled.append((place, row))
@@ -465,43 +560,36 @@ def find_label_table(raw: Path, regex: str | None) -> tuple[list[str], list[Case
             raise DataError(f"{place}: a label without an image")
     if unlabelled:
         print(f"note: {len(unlabelled)} rows without a label left out, such as {unlabelled[0]}")
-    decisive = ("label", "patient", "fold", "split")
-    cases = []
-    names = []  # the class of each case, whose number is known when all classes are
+    return labelled
+
+
+def number_classes(table: Path, cases: list[Case], names: list[str]) -> list[str]:
+    """The classes of a table; each case gets the number of the class that `names` has for it."""
     classes_of = defaultdict(set)  # the classes of each split
-    for source, (place, row) in match_rows(table, labelled, "image", decisive).items():
-        split = read_split(place, row)
-        more = further_columns(row, ("image", *decisive))
-        patient = row.get("patient", "")
-        if regex and not patient:
-            patient = match_patient(regex, source)
-        cases.append(Case(source, source, -1, patient, split, more=more))
-        names.append(row["label"])
-        classes_of[split].add(row["label"])
-    check_matched(table.parent, cases, regex)
+    for case, name in zip(cases, names, strict=True):
+        classes_of[case.split].add(name)
     check_class_names(table, classes_of)
     classes = sort_classes(set(names))
     if len(classes) > MAX_CLASSES:
         raise DataError(f"{table}: {len(classes)} different labels, expected at most {MAX_CLASSES}")
     for case, name in zip(cases, names, strict=True):
         case.label = classes.index(name)
-    report_renamed(cases)
-    return classes, cases
+    return classes
 
 
 def match_rows(
-    table: Path,
+    tables: list[Path],
     rows: list[tuple[str, dict[str, str]]],
     column: str,
     decisive: tuple[str, ...],
 ) -> dict[str, tuple[str, dict[str, str]]]:
-    """The place and row of every image of a table, by the image's path below the table's folder.
+    """The place and row of every image of some tables, by the image's path below their folder.
 
     `rows` are places and rows, `column` the one that names the image. Raises DataError for a name
     that fits several files, and for rows of one image that differ in the `decisive` columns. Rows
     without an image and images without a row are left out, with a note.
     """
-    folder = table.parent
+    folder = tables[0].parent
     by_path, by_name = files_by_name(folder)
     matched = {}
     lost = []
@@ -527,12 +615,12 @@ def match_rows(
         content = count_files(list_files(folder), folder) or "nothing"
         problem = f"none of the images in its {len(rows)} rows is in {folder}"
         example = f", such as {lost[0]}" if lost else ""
-        raise DataError(f"{table}: {problem}{example}; found {content}")
+        raise DataError(f"{tables[0]}: {problem}{example}; found {content}")
     if lost:
         print(f"note: {len(lost)} rows without a file left out, such as {min(lost)}")
     if repeated:
         print(f"note: {len(repeated)} repeated rows left out, such as {min(repeated)}")
-    report_left_out(folder, {table.name, *matched})
+    report_left_out(folder, {*(table.name for table in tables), *matched})
     # Sorted, so that the cache does not depend on the order of the rows
     return dict(sorted(matched.items()))
 
@@ -607,10 +695,68 @@ def sort_classes(names: set[str]) -> list[str]:
         return sorted(names)
 
 
+def find_chestxray14(raw: Path) -> tuple[list[str], list[Case]]:
+    """ChestX-ray14 (Wang et al., CVPR 2017): findings joined by |, or "No Finding" for none.
+
+    The images of test_list.txt are the official test set; the list of the others needs no reading.
+    """
+    tables = sorted(raw.glob("Data_Entry_2017*.csv"))
+    if len(tables) > 1:
+        raise DataError(f"{raw}: {len(tables)} tables, expected one of {[t.name for t in tables]}")
+    columns = ("Image Index", "Finding Labels", "Patient ID")
+    rows = list_rows(tables[0], columns)
+    official = raw / "test_list.txt"
+    test_names = set(official.read_text().split()) if official.is_file() else set()
+    lists = [official, raw / "train_val_list.txt"]
+    matched = match_rows(tables + lists, rows, "Image Index", columns[1:])
+    findings_of = {}
+    for source, (_, row) in matched.items():
+        findings_of[source] = {name.strip() for name in row["Finding Labels"].split("|")}
+    names = sorted(set().union(*findings_of.values()) - {"No Finding", ""})
+    cases = []
+    for source, (_, row) in matched.items():
+        label = tuple(int(name in findings_of[source]) for name in names)
+        split = "test" if row["Image Index"] in test_names else ""
+        more = further_columns(row, (*columns, *names))
+        cases.append(Case(source, source, label, row["Patient ID"], split, more=more))
+    return names, cases
+
+
+def find_chexpert(raw: Path) -> tuple[list[str], list[Case]]:
+    """CheXpert (Irvin et al., AAAI 2019): a column for each finding, 1, 0, -1 for uncertain.
+
+    What a report does not mention is empty, and taken for 0 as in the publications; uncertain is
+    unknown. valid.csv is the official validation set.
+    """
+    others = ("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA")
+    tables = [raw / name for name in ("train.csv", "valid.csv") if (raw / name).is_file()]
+    rows = []
+    for table in tables:
+        for place, row in list_rows(table, others):
+            rows.append((place, row | {"split": SPLITS[table.stem]}))
+    names = [name for name in rows[0][1] if name and name not in (*others, "split")]
+    cases = []
+    empty = 0
+    for source, (place, row) in match_rows(tables, rows, "Path", tuple(names)).items():
+        values = [row.get(name, "") for name in names]
+        strange = set(values) - LABEL_VALUES.keys()
+        if strange:
+            raise DataError(f"{place}: finding {min(strange)!r}, expected 1, 0, -1 or nothing")
+        empty += values.count("")
+        label = tuple(LABEL_VALUES[value or "0"] for value in values)
+        patient = match_patient("patient[0-9]+", row["Path"])
+        more = {name: row[name] for name in others[1:]}
+        cases.append(Case(source, source, label, patient, row["split"], more=more))
+    if empty:
+        print(f"note: {empty} findings that a report does not mention count as 0")
+    return names, cases
+
+
 def find_medmnist(raw: Path) -> tuple[list[str], list[Case]]:
     """MedMNIST v2 (Yang et al., Scientific Data 2023): one .npz with any of the three splits.
 
-    {split}_images uint8 (N, S, S) or (N, S, S, 3) and {split}_labels integers (N, 1) or (N,).
+    {split}_images uint8 (N, S, S) or (N, S, S, 3) and {split}_labels integers (N, 1) or (N,), or
+    0 and 1 (N, C) for several labels an image (ChestMNIST).
     """
     paths = [raw] if raw.is_file() else sorted(raw.glob("*.npz"))
     if len(paths) > 1:
@@ -629,25 +775,35 @@ def find_medmnist(raw: Path) -> tuple[list[str], list[Case]]:
         if images is None or labels is None:
             continue
         check_medmnist(path, split, images, labels)
-        for k, label in enumerate(labels.reshape(-1)):
+        for k, row in enumerate(labels.reshape(len(images), -1).tolist()):
+            label = tuple(row) if len(row) > 1 else row[0]
             name = f"{split}/{k}"  # also the patient: MedMNIST names none
-            cases.append(Case(name, f"{path.name}:{name}", int(label), name, split, images[k]))
+            cases.append(Case(name, f"{path.name}:{name}", label, name, split, images[k]))
     if not cases:
         expected = "train_images, train_labels and so on"
         raise DataError(f"{path}: arrays {sorted(arrays)}, expected {expected}")
-    classes = max(case.label for case in cases) + 1
-    return [str(k) for k in range(classes)], cases
+    label = cases[0].label
+    widths = {len(case.label) if isinstance(case.label, tuple) else 1 for case in cases}
+    if len(widths) > 1:
+        raise DataError(f"{path}: {sorted(widths)} labels an image, expected one number of them")
+    count = len(label) if isinstance(label, tuple) else max(case.label for case in cases) + 1
+    return [str(k) for k in range(count)], cases
 
 
 def check_medmnist(path: Path, split: str, images: np.ndarray, labels: np.ndarray) -> None:
-    """Raise DataError unless a split has gray or RGB images with one class number each."""
+    """Raise DataError unless a split has gray or RGB images with one class number or 0s and 1s."""
     if images.dtype != np.uint8 or images.ndim < 3 or images.shape[3:] not in ((), (3,)):
         problem = f"{split}_images {images.dtype} {images.shape}"
         raise DataError(f"{path}: {problem}, expected uint8 (N, S, S) or (N, S, S, 3)")
     n = len(images)
-    if labels.shape not in ((n,), (n, 1)) or labels.dtype.kind not in "iu":
+    has_shape = labels.ndim in (1, 2) and len(labels) == n and labels.shape[1:] != (0,)
+    if not has_shape or labels.dtype.kind not in "iu":
         problem = f"{split}_labels {labels.dtype} {labels.shape}"
-        raise DataError(f"{path}: {problem}, expected integers ({n}, 1), one label an image")
+        expected = f"integers ({n}, 1), or ({n}, C) for several labels an image"
+        raise DataError(f"{path}: {problem}, expected {expected}")
+    if n and labels.size > n and not 0 <= labels.min() <= labels.max() <= 1:
+        problem = f"{split}_labels {labels.shape} from {labels.min()} to {labels.max()}"
+        raise DataError(f"{path}: {problem}, expected 0 and 1 for several labels an image")
     if n and not 0 <= labels.min() <= labels.max() < MAX_CLASSES:
         problem = f"{split}_labels from {labels.min()} to {labels.max()}"
         expected = f"numbers of classes: 0 to {MAX_CLASSES - 1} at most"
@@ -873,6 +1029,8 @@ def order_classes(
     The classes of folders and tables are matched by name; those of the other layouts are numbers
     that get names. Raises DataError if the wanted ones are not those of the data.
     """
+    if isinstance(cases[0].label, tuple):
+        return order_labels(raw, layout, classes, cases, wanted)
     if len(wanted or classes) < 2:
         if layout == "table of labels":
             raise DataError(f"{raw}: every label is {classes[0]!r}, expected two or more classes")
@@ -892,6 +1050,49 @@ def order_classes(
         for case in cases:
             case.label = wanted.index(classes[case.label])
     return wanted
+
+
+def order_labels(
+    raw: Path,
+    layout: str,
+    names: list[str],
+    cases: list[Case],
+    wanted: list[str] | None,
+) -> list[str]:
+    """Of several labels an image keep the wanted ones in their order, and return them.
+
+    The others become further columns. MedMNIST has numbers, which get the wanted names. Raises
+    DataError for names that the data do not have.
+    """
+    wanted = wanted or names
+    if layout == "MedMNIST" and len(wanted) == len(names):
+        names = wanted
+    if len(set(wanted)) != len(wanted) or len(wanted) < 2 or not set(wanted) <= set(names):
+        raise DataError(f"{raw}: labels in the data {names}, expected two or more, not {wanted}")
+    for case in cases:
+        value_of = dict(zip(names, case.label, strict=True))
+        case.label = tuple(value_of.pop(name) for name in wanted)
+        case.more |= {name: show_label(value) for name, value in value_of.items()}
+    return wanted
+
+
+def add_unknown_labels(
+    raw: Path, names: list[str], cases: list[Case], wanted: list[str]
+) -> list[str]:
+    """The labels of the data and those that --like has besides, unknown in all images."""
+    missing = [name for name in wanted if name not in names]
+    if len(missing) == len(wanted):
+        raise DataError(f"{raw}: labels in the data {names}, expected some of {wanted}")
+    if missing:
+        print(f"note: labels that the data do not have, unknown here: {', '.join(missing)}")
+    for case in cases:
+        case.label += (-1,) * len(missing)
+    return names + missing
+
+
+def show_label(value: int) -> str:
+    """One of several labels in a table: 1, 0, or nothing where it is unknown."""
+    return "" if value < 0 else str(value)
 
 
 def check_positive_class(classes: list[str]) -> None:
@@ -1756,6 +1957,18 @@ def assign_folds(
     return [given[split] if split in given else fold_of[group] for group, split in pairs]
 
 
+def list_strata(cases: list[Case]) -> list[str]:
+    """What folds are balanced for: the label, of several the rarest that an image has."""
+    if not isinstance(cases[0].label, tuple):
+        return [str(case.label) for case in cases]
+    counts = np.sum([np.equal(case.label, 1) for case in cases], axis=0)  # images with each label
+    strata = []
+    for case in cases:
+        positive = [k for k, value in enumerate(case.label) if value == 1]
+        strata.append(str(min(positive, key=counts.__getitem__, default="none")))
+    return strata
+
+
 def report_overlaps(cases: list[Case], patients: list[str]) -> dict[str, int]:
     """Count and print what public sets have: copies, contradictions, patients on both sides."""
     labels = defaultdict(set)  # by pixels
@@ -1789,16 +2002,22 @@ def write_index(
     patients: list[str],
     classes: list[str],
 ) -> dict:
-    """Write index.csv; returns and prints the counts per fold and class."""
+    """Write index.csv; returns and prints the counts per fold and class, or of images per label."""
     counts: dict[str, Counter] = defaultdict(Counter)
+    multi_label = isinstance(cases[0].label, tuple)
+    columns = classes if multi_label else ["label"]
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(("id", "patient", "fold", "label", *cases[0].more, "source"))
+        writer.writerow(("id", "patient", "fold", *columns, *cases[0].more, "source"))
         # The order is that of images.npy: row k is image k.
         for case, fold, patient in zip(cases, folds, patients, strict=True):
+            labels = map(show_label, case.label) if multi_label else [case.label]
             more = case.more.values()
-            writer.writerow((case.id, patient, fold, case.label, *more, case.source))
-            counts[fold][classes[case.label]] += 1
+            writer.writerow((case.id, patient, fold, *labels, *more, case.source))
+            values = case.label if multi_label else [k == case.label for k in range(len(classes))]
+            for name, value in zip(classes, values, strict=True):
+                if value == 1:
+                    counts[fold][name] += 1
     for fold in sorted(counts):
         cells = [f"{counts[fold][name]:8d} {name}" for name in classes]
         print(f"fold {fold:5}" + "".join(cells))

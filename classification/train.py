@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -37,7 +36,7 @@ from classification import dataset, preprocess
 from classification import model as network
 from classification.dataset import in_batches, make_loader, to_input
 from classification.model import ARCHITECTURES, build_model
-from classification.preprocess import DataError, positive_class, progress, run_command
+from classification.preprocess import DataError, progress, run_command
 from common import checkpoint
 from common.checkpoint import CheckpointError, Run
 from common.metrics import best_threshold, classification_metrics
@@ -116,8 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     if is_main:
         run.claim(args, settings)
         run.trained_on = run.trained_on or record_training(cache, args.fold, init)
-        print_setup(settings, f"{counts.tolist()} images of {meta['classes']}", device)
-        print(f"positive class: {positive_class(meta['classes'])}")
+        print_setup(settings, dataset.describe_counts(counts, meta), device)
     saved = {"task": "classification", "meta": meta, "settings": settings}
     train_model = wrap_model(model, device, world_size, args.compile)
 
@@ -152,11 +150,11 @@ def main(argv: list[str] | None = None) -> None:
         train_loss = mean_over_processes(loss_sum, steps_per_epoch, world_size, epoch)
         logits, labels = evaluate(model, val_loader, device, args.amp, *mean_std)
         check_finite(logits, f"epoch {epoch + 1}")
-        probabilities = logits.softmax(1)  # (N, classes)
-        metrics = classification_metrics(labels, probabilities)
+        probabilities = network.to_probabilities(logits, meta)  # (N, classes)
+        metrics = classification_metrics(labels, probabilities, names=meta["classes"])
         if is_main:
             row = {"epoch": epoch + 1, "lr": lr, "train_loss": train_loss}
-            row |= {"val_loss": F.cross_entropy(logits, labels).item()}
+            row |= {"val_loss": network.validation_loss(logits, labels).item()}
             row |= {f"val_{name}": metrics[name] for name in LOGGED}
             row |= {"seconds": time.perf_counter() - start}
             saved |= {"figures": metrics, "threshold": best_threshold(labels, probabilities)}
@@ -228,20 +226,17 @@ def load_data(
     Raises DataError if the fold leaves a class out on either side, or less than one batch.
     """
     meta, index = dataset.open_cache(cache)
-    names = ("classes", "size", "fit", "mean", "std", "channels")
+    names = ("classes", "size", "fit", "mean", "std", "channels", "multi_label")
     meta = {name: meta[name] for name in names if name in meta}
     if args.pretrained:
         meta |= {"mean": network.PRETRAINED_MEAN, "std": network.PRETRAINED_STD}
     train_rows, val_rows = split_rows(index, args.fold)
     counts = {}
     for side, row_numbers in (("training", train_rows), ("validation", val_rows)):
-        labels = torch.tensor([int(index[k]["label"]) for k in row_numbers], dtype=torch.long)
-        counts[side] = torch.bincount(labels, minlength=len(meta["classes"]))
-        missing = [name for k, name in enumerate(meta["classes"]) if counts[side][k] == 0]
-        if missing:
-            raise DataError(
-                f"{cache}: fold {args.fold} leaves no {side} images of {', '.join(missing)}"
-            )
+        counts[side] = dataset.count_labels([index[k] for k in row_numbers], meta)
+        note = dataset.check_counts(counts[side], meta, f"{cache}: fold {args.fold}", side)
+        if note and rank == 0:
+            print(note)
     batches = dataset.EpochBatches(train_rows, args.batch_size, args.seed, rank, world_size)
     if len(batches) == 0:
         raise DataError(
@@ -373,7 +368,7 @@ def mean_over_processes(
 def evaluate(
     model: nn.Module, loader: DataLoader, device: torch.device, amp: str, mean: float, std: float
 ) -> tuple[Tensor, Tensor]:
-    """Logits float32 (N, C) and labels int64 (N,) of the images of all processes, on the CPU.
+    """Logits float32 (N, C) and labels (N,) or (N, C) of the images of all processes, on the CPU.
 
     Takes the bare model: the wrapper would wait for the same number of batches on every process.
     """

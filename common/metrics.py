@@ -48,15 +48,21 @@ def divide(a: float, b: float) -> float:
 
 
 def classification_metrics(
-    labels: Tensor, probabilities: Tensor, threshold: float | Tensor | None = None
+    labels: Tensor,
+    probabilities: Tensor,
+    threshold: float | Tensor | None = None,
+    names: list[str] | None = None,
 ) -> dict[str, float]:
     """All metrics of a split. Binary: at 0.5 and, with the suffix _tuned, at `threshold`.
 
     `threshold` is one for all images, or float64 (N,), one for each (folds have their own).
+    Several labels an image, int64 (N, C): `multi_label_metrics` with their `names`.
     More than two classes: the prediction is the largest probability, and auroc, average_precision,
     sensitivity, specificity, precision and f1 are means over the classes, each against the others
     (macro); NaN if they are not defined for one of the classes.
     """
+    if labels.ndim == 2:
+        return multi_label_metrics(labels, probabilities, threshold, names)
     if probabilities.shape[1] == 2:
         scores = probabilities[:, 1]
         metrics = binary_metrics(labels, scores)
@@ -72,6 +78,36 @@ def classification_metrics(
     if probabilities.isnan().any():
         metrics = dict.fromkeys(metrics, math.nan)
     return {**metrics, "brier": brier(labels, probabilities)}
+
+
+def multi_label_metrics(
+    labels: Tensor, probabilities: Tensor, thresholds: Tensor | None, names: list[str]
+) -> dict[str, float]:
+    """The metrics of each of several labels, with its name at the end, and their means.
+
+    `labels` int64 (N, C) are 1, 0, or -1 for unknown: such images are left out of that label.
+    `thresholds` float64 (N, C) are those of the metrics called _tuned. The means are over labels of
+    which there are both values, and NaN if a metric is not defined for one of these.
+    """
+    of_each_label = []
+    of_whole_labels = []  # those with both values
+    for k in range(len(names)):
+        known = labels[:, k] >= 0
+        truth = labels[known, k]
+        positive = probabilities[known, k]
+        pair = torch.stack([1 - positive, positive], 1)
+        threshold = None if thresholds is None else thresholds[known, k]
+        metrics = classification_metrics(truth, pair, threshold)
+        of_each_label.append(metrics)
+        if len(truth) and truth.min() < truth.max():
+            of_whole_labels.append(metrics)
+    means = {}
+    for name in of_each_label[0]:
+        values = [metrics[name] for metrics in of_whole_labels]
+        means[name] = divide(sum(values), len(values))
+    for label, metrics in zip(names, of_each_label, strict=True):
+        means |= {f"{name}_{label}": value for name, value in metrics.items()}
+    return means
 
 
 def binary_metrics(
@@ -162,8 +198,17 @@ def average_precision(labels: Tensor, scores: Tensor) -> float:
     return divide((tp / (tp + fp) * step).sum(), labels.sum())
 
 
-def best_threshold(labels: Tensor, probabilities: Tensor) -> float | None:
-    """Youden's threshold for probabilities (N, 2) of the positive class; None for more classes."""
+def best_threshold(labels: Tensor, probabilities: Tensor) -> float | list[float] | None:
+    """Youden's threshold for probabilities (N, 2) of the positive class; None for more classes.
+
+    Of several labels an image, (N, C), one for each; NaN without images that have and that lack it.
+    """
+    if labels.ndim == 2:
+        thresholds = []
+        for truth, scores in zip(labels.T, probabilities.T, strict=True):
+            known = truth >= 0
+            thresholds.append(youden_threshold(truth[known], scores[known]))
+        return thresholds
     if probabilities.shape[1] != 2:
         return None
     return youden_threshold(labels, probabilities[:, 1])
@@ -581,19 +626,22 @@ def write_report(
     cases: list[dict],
     run: dict,
     tables: dict | None = None,
+    shown: list[str] | None = None,
 ) -> None:
     """Print the metrics of `bootstrap` and write metrics.json: {"summary", "cases", "run"}.
 
     `cases` has a row per case, in the order of `groups` (its patient); `run` says how they arose;
-    `tables` is what `tabulate` gives of parts of the cases.
+    `tables` is what `tabulate` gives of parts of the cases; `shown` are the metrics to print, all
+    without it.
     """
     tables = tables or {}
+    shown = shown or list(summary)
     unit = run.get("unit", "mm")
     if "folds" in tables:
         print_folds(tables["folds"], unit)
-    print_summary(summary, groups, unit)
+    print_summary({name: summary[name] for name in shown}, groups, unit)
     if "by" in tables:
-        print_by(tables["by"], unit)
+        print_by(tables["by"], shown, unit)
     report = {"summary": summary, **tables, "cases": cases, "run": run}
     write_json(out / "metrics.json", report)
 
@@ -612,10 +660,11 @@ def show(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else "-"
 
 
-def print_by(by: dict, unit: str) -> None:
-    """Print every metric for each value of a column, and the largest difference."""
+def print_by(by: dict, shown: list[str], unit: str) -> None:
+    """Print some metrics for each value of a column, and the largest difference."""
     print(f"\nby {by['column']}{'n':>{38 - len(by['column'])}}")
-    for name, difference in by["differences"].items():
+    for name in [name for name in shown if name in by["differences"]]:
+        difference = by["differences"][name]
         print(in_unit(name, unit))
         for row in by["values"]:
             print(f"  {row['value'][:30]:30} {row['n']:8}  {with_interval(row['summary'][name])}")

@@ -98,7 +98,7 @@ def test_rows_that_say_nothing_new_or_nothing_are_counted(tmp_path, capsys):
     ("image,label,fold,split a,x,1,val", "a", "fold '1' and split 'val', expected one of the two"),
     ("image,label ,x", "a", "csv:2: a label without an image"),
     ("image,label q,x r,y", "a", r"none of the images in its 2 rows is in .*such as q; found .*1 \.png"),
-    ("image,label", "a", "none of the images in its 0 rows"),
+    ("image,label", "a", "no rows below the names of the columns"),
     ("image,label a,x b,x", "a b", "every label is 'x', expected two or more classes"),
     ("image,label a,No_find b,no-find", "a b", "No_find and no-find look like one class"),
     ("image,label a,1 b,1.0", "a b", "1 and 1.0 look like one class"),
