@@ -16,6 +16,9 @@ Or images/NAME and masks/NAME (or labels/), perhaps in official train/, val/ and
 pictures (PNG, JPEG, TIFF), which are volumes of one slice. Their unit is the pixel, unless all of
 them say a resolution.
 
+In RAW there may be cases.csv (id and, if you like, patient, fold, and columns to keep) and the
+splits_final.json of nnU-Net, whose folds are taken.
+
 Written to OUT: index.csv (id, group, fold, image, mask), meta.json, and for each case in volumes/
   ID.image.npy     float16 (C, X, Y, Z) in RAS (right, front, top), resampled, normalised
   ID.mask.npy      uint8 (X, Y, Z), class numbers on the same grid
@@ -103,6 +106,7 @@ SPLITS = {
 MASK_ENDING = r"[_-](mask|seg|segmentation|label)$"  # of a mask's name, in any case
 NO_RESOLUTION = b"picture in pixels"  # in the header of a picture and its mask
 DEFAULT_DPI = (72, 96)  # what programs write that know no resolution
+INDEX_COLUMNS = ("id", "group", "fold", "image", "mask")
 FOLDS = 5
 MAX_GRID = 2**30  # voxels of the common grid, 2 GiB a channel: what is more has a wrong unit
 SHIFT = 0.1  # voxels: how far a slice or a corner may lie from where the affine puts it
@@ -142,7 +146,9 @@ class Case:
     id: str
     images: list[Path]  # one file with all channels, or one file a channel
     mask: Path
-    split: str = ""  # "train", "val" or "test" of an official split
+    split: str = ""  # official split: train, val, test, a fold 0 to 4, or "" for none
+    patient: str = ""  # by cases.csv
+    more: dict[str, str] = field(default_factory=dict)  # further columns of cases.csv
     error: str = ""  # why it cannot be used
 
     # Set by `inspect`.
@@ -220,6 +226,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # Find. What cannot be used is collected, here and below, so that one run names all of it.
     cases, bad = find_cases(args.data)
+    read_cases_table(args.data, cases)
+    if not like:
+        read_splits(args.data, cases, bad)
     labels, channels = read_description(args.data)
     if like:
         labels = like_labels(args, like, labels)
@@ -513,6 +522,149 @@ def split_channel(name: str) -> tuple[str, int | None]:
     if match is None:
         return name, None
     return match[1], int(match[2])
+
+
+def read_cases_table(raw: Path, cases: list[Case]) -> None:
+    """Set patient, split and further columns of the cases by RAW/cases.csv, if there is one."""
+    table = raw / "cases.csv"
+    if not table.is_file():
+        return
+    by_id = {case.id: case for case in cases}
+    places = {}  # of the row of each case
+    lost = []
+    for place, row in read_rows(table, ("id",)):
+        row = {name: (value or "").strip() for name, value in row.items()}
+        name = volume_name(Path(row["id"]))
+        if name not in by_id:
+            lost.append(name)
+            continue
+        if name in places:
+            raise DataError(f"{place}: {name} stands in {places[name]} already, expected one row")
+        places[name] = place
+        case = by_id[name]
+        case.patient = row.get("patient", "")
+        case.split = read_split(place, row) or case.split
+        case.more = further_columns(row, ("id", "patient", "fold", "split"))
+    if not places:
+        expected = f"expected names such as {cases[0].id}"
+        raise DataError(f"{table}: no id of its {len(lost)} rows is a case, {expected}")
+    without = [case for case in cases if case.id not in places]
+    columns = by_id[next(iter(places))].more
+    for case in without:
+        case.more = dict.fromkeys(columns, "")
+    if without:
+        print(f"note: {len(without)} cases without a row in {table.name}, such as {without[0].id}")
+    if lost:
+        print(f"note: {len(lost)} rows of {table.name} without a case left out, such as {lost[0]}")
+    report_renamed(cases)
+
+
+def read_rows(table: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Place (file:line) and values of every row of a CSV table that has these columns.
+
+    Commas, semicolons or tabs separate them: what the first line has most of. Raises DataError that
+    names the line: for a quote that is not closed, which would swallow all rows below, and for more
+    fields than there are columns, as decimal commas make them.
+    """
+    if not table.is_file():
+        raise DataError(f"{table}: not a file")
+    # Excel writes a byte order mark. Python 3.10's csv stops at NUL.
+    text = table.read_text(encoding="utf-8-sig", errors="replace").replace("\0", "")
+    lines = text.splitlines()
+    separator = max(",;\t", key="".join(lines[:1]).count)
+    reader = csv.DictReader(lines, delimiter=separator, skipinitialspace=True, strict=True)
+    line = 1  # where the current row began
+    try:
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+        missing = set(columns) - set(reader.fieldnames)
+        if missing:
+            raise DataError(f"{table}: no column {sorted(missing)}, found {reader.fieldnames}")
+        for name, count in Counter(reader.fieldnames).items():
+            if name and count > 1:
+                raise DataError(f"{table}: {count} columns are called {name}, expected one")
+        line = reader.line_num + 1
+        for row in reader:
+            place = f"{table}:{reader.line_num}"
+            if None in row:  # where DictReader puts what is beyond the last column
+                fields = len(reader.fieldnames) + len(row[None])
+                problem = f"{fields} fields for {len(reader.fieldnames)} columns"
+                raise DataError(f"{place}: {problem}; decimal commas? expected points")
+            yield place, row
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{table}:{line}: {error}, expected a closing quote") from error
+
+
+def read_split(place: str, row: dict[str, str]) -> str:
+    """The fold (0 to 4, test) or the split (train, val, test) that a table gives, "" for none."""
+    fold = row.get("fold", "")
+    split = row.get("split", "")
+    if fold and split:
+        raise DataError(f"{place}: fold {fold!r} and split {split!r}, expected one of the two")
+    if fold and fold not in ("0", "1", "2", "3", "4", "test"):
+        raise DataError(f"{place}: fold {fold!r}, expected 0 to 4 or test")
+    if split and split.lower() not in SPLITS:
+        raise DataError(f"{place}: split {split!r}, expected train, val or test")
+    return fold or SPLITS.get(split.lower(), "")
+
+
+def further_columns(row: dict[str, str], used: tuple[str, ...]) -> dict[str, str]:
+    """What else a table says of an image, under names that index.csv has no other use for."""
+    more = {}
+    for name, value in row.items():
+        if name and name not in used:  # some tables end every line with a comma
+            more[f"table_{name}" if name in INDEX_COLUMNS else name] = value
+    return more
+
+
+def report_renamed(cases: list[Case]) -> None:
+    """Say which further columns have got another name."""
+    renamed = [name for name in INDEX_COLUMNS if f"table_{name}" in cases[0].more]
+    if renamed:
+        print(f"note: columns of the table that are called table_... now: {', '.join(renamed)}")
+
+
+def read_splits(raw: Path, cases: list[Case], bad: list[tuple[str, str]]) -> None:
+    """Set the split of the cases by nnU-Net's RAW/splits_final.json, if there is one.
+
+    The fold of a case is the number of the split that validates it; of a single split the others
+    are "train". Raises DataError for names of no case, and for cases in no fold or in two.
+    """
+    path = raw / "splits_final.json"
+    if not path.is_file():
+        return
+    folds = defaultdict(list)  # of each name
+    names = set()
+    try:
+        splits = json.loads(path.read_bytes())
+        for number, split in enumerate(splits):
+            for name in split["val"]:
+                folds[name].append(str(number))
+            names |= {*split["train"], *split["val"]}
+    except (ValueError, TypeError, KeyError) as error:
+        expected = "a list of up to 5 splits with the lists train and val, as nnU-Net writes it"
+        raise DataError(f"{path}: {type(error).__name__}: {error}, expected {expected}") from error
+    if not 1 <= len(splits) <= FOLDS:
+        raise DataError(f"{path}: {len(splits)} splits, expected 1 to {FOLDS}")
+    known = {case.id for case in cases}
+    for source, _ in bad:  # with --skip-bad
+        name = image_name(Path(source))
+        known |= {name, split_channel(name)[0]}
+    unknown = sorted(names - known)
+    if unknown:
+        count = f"{len(unknown)} names of no case, such as {unknown[0]}"
+        raise DataError(f"{path}: {count}, expected names such as {cases[0].id}")
+    for case in cases:
+        if case.split == "test" and case.id not in names:
+            continue
+        own = folds[case.id]
+        if len(splits) == 1 and not own and case.id in names:
+            own = ["train"]
+        if len(own) != 1:
+            found = f"validated in the splits {', '.join(own)}" if own else "validated in no split"
+            raise DataError(f"{path}: {case.id} is {found}, expected one; or remove the file")
+        case.split = "val" if len(splits) == 1 and own == ["0"] else own[0]
+    print(f"note: the folds are those of {path.name}")
 
 
 def list_inputs(cases: list[Case]) -> list[Path]:
@@ -1720,6 +1872,7 @@ def split_cases(cases: list[Case], args: argparse.Namespace) -> None:
     if args.patient_regex:
         names = [case.images[0].name for case in cases]
         patients = find_patients(names, args.patient_regex)
+    patients = [case.patient or patient for case, patient in zip(cases, patients, strict=True)]
     groups = group_patients(patients, [case.digest for case in cases])
     strata = [str(case.values) for case in cases]
     splits = ["test" if args.like else case.split for case in cases]
@@ -1820,6 +1973,15 @@ def note_both_sides(cases: list[Case]) -> None:
     if both:
         count = f"{len(both)}, such as {both[0]}"
         print(f"note: patients on both sides of the official split: {count}")
+    folds_of = defaultdict(set)
+    for case in cases:
+        folds_of[case.group].add(case.fold)
+    apart = sorted(group for group, folds in folds_of.items() if len(folds - {"test"}) > 1)
+    if apart:
+        count = f"{len(apart)}, such as {apart[0]}"
+        print(
+            f"note: patients in several folds, as given: {count}; eval.py will refuse those folds"
+        )
 
 
 def note_unit(cases: list[Case], meta: dict) -> None:
@@ -2227,11 +2389,11 @@ def check_output(out: Path, overwrite: bool) -> None:
 
 def write_index(path: Path, raw: Path, cases: list[Case]) -> None:
     """index.csv, a row a case; the files of channels are joined by semicolons."""
-    rows = [("id", "group", "fold", "image", "mask")]
+    rows = [(*INDEX_COLUMNS, *cases[0].more)]
     for case in cases:
         images = ";".join(image.relative_to(raw).as_posix() for image in case.images)
         mask = case.mask.relative_to(raw).as_posix()
-        rows.append((case.id, case.group, case.fold, images, mask))
+        rows.append((case.id, case.group, case.fold, images, mask, *case.more.values()))
     write_rows(path, rows)
 
 

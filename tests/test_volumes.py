@@ -609,6 +609,92 @@ def test_scans_of_one_patient_share_a_fold(tmp_path, capsys):
         run(raw, tmp_path / "none", "--patient-regex", "person")
 
 
+NAMES = [f"c{k}" for k in range(6)]
+
+
+def write_splits(raw: Path, *val: list[str]) -> None:
+    """nnU-Net's splits_final.json: each split validates these cases and trains on the others."""
+    splits = [{"train": [n for n in NAMES if n not in names], "val": names} for names in val]
+    (raw / "splits_final.json").write_text(json.dumps(splits))
+
+
+def test_the_folds_are_those_of_splits_final(tmp_path, capsys):
+    raw = make_set(tmp_path / "raw", NAMES)
+    write_splits(raw, ["c4", "c0"], ["c1"], ["c5", "c2", "c3"])
+    _, rows = run(raw, tmp_path / "cache")
+    assert [row["fold"] for row in rows] == ["0", "1", "2", "2", "0", "2"]
+    assert "the folds are those of splits_final.json" in capsys.readouterr().out
+    write_splits(raw, ["c1", "c5"])  # of a single split the others are for training
+    _, rows = run(raw, tmp_path / "single")
+    assert [row["id"] for row in rows if row["fold"] == "0"] == ["c1", "c5"]
+    _, rows = run(raw, tmp_path / "test", "--like", str(tmp_path / "single"))
+    assert {row["fold"] for row in rows} == {"test"}
+
+
+@pytest.mark.parametrize(
+    ("val", "message"),
+    [
+        (([*NAMES[:5]], ["c0"]), r"c0 is validated in the splits 0, 1, expected one"),
+        ((["c0", "c1"], ["c2", "c3", "c4"]), r"c5 is validated in no split, expected one"),
+        ((NAMES, ["c9"]), r"1 names of no case, such as c9, expected names such as c0"),
+        ([["c0"]] * 6, r"6 splits, expected 1 to 5"),
+    ],
+)
+def test_a_splits_final_that_does_not_fit_is_refused(tmp_path, val, message):
+    raw = make_set(tmp_path / "raw", NAMES)
+    write_splits(raw, *val)
+    with pytest.raises(DataError, match=f"splits_final.json: {message}"):
+        run(raw, tmp_path / "cache")
+
+
+def test_a_splits_final_of_another_form_is_refused(tmp_path):
+    raw = make_set(tmp_path / "raw", NAMES)
+    for text in ('{"train": ["c0"]}', "[1]", '[{"train": []}]', "{"):
+        (raw / "splits_final.json").write_text(text)
+        with pytest.raises(DataError, match=r"splits_final\.json: .*, expected a list of up to 5"):
+            run(raw, tmp_path / "cache")
+
+
+def test_a_table_of_cases_gives_patients_folds_and_columns(tmp_path, capsys):
+    raw = make_set(tmp_path / "raw", NAMES)
+    rows = [
+        "id;patient;fold;site;mask",
+        "c0;p1;3;A;x",
+        "c1.nii.gz;p1;3;B;",
+        "c9;p9;;A;",
+        "c3;;test;;",
+    ]
+    (raw / "cases.csv").write_text("\n".join(rows))
+    _, rows = run(raw, tmp_path / "cache")
+    printed = capsys.readouterr().out
+    assert [row["group"] for row in rows] == ["p1", "p1", "c2", "c3", "c4", "c5"]
+    assert [rows[k]["fold"] for k in (0, 1, 3)] == ["3", "3", "test"]
+    assert [row["site"] for row in rows] == ["A", "B", "", "", "", ""]
+    assert rows[0]["table_mask"] == "x" and rows[0]["mask"] == "labelsTr/c0.nii.gz"
+    assert "3 cases without a row in cases.csv, such as c2" in printed
+    assert "1 rows of cases.csv without a case left out, such as c9" in printed
+    write_splits(raw, ["c0"], NAMES[1:])  # overrules the table
+    _, rows = run(raw, tmp_path / "both")
+    assert [row["fold"] for row in rows] == ["0", "1", "1", "1", "1", "1"]
+    assert "patients in several folds, as given: 1, such as p1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name,site\nc0,A", r"no column \['id'\]"),
+        ("id,fold\nc0,7", r"cases\.csv:2: fold '7', expected 0 to 4 or test"),
+        ("id,fold\nc0,1\nc0,2", r"cases\.csv:3: c0 stands in .*cases\.csv:2 already"),
+        ("id,fold\nx,1", r"no id of its 1 rows is a case, expected names such as c0"),
+    ],
+)
+def test_a_table_of_cases_that_does_not_fit_is_refused(tmp_path, text, message):
+    raw = make_set(tmp_path / "raw", NAMES)
+    (raw / "cases.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        run(raw, tmp_path / "cache")
+
+
 def test_a_patient_on_both_sides_of_the_official_split_is_noted(tmp_path, capsys):
     raw = make_set(tmp_path / "raw", ["p1_a", "p2_a"])
     for folder in ("images", "labels"):
