@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -36,7 +37,7 @@ from classification import dataset, preprocess
 from classification import model as network
 from classification.dataset import in_batches, make_loader, to_input
 from classification.model import ARCHITECTURES, build_model
-from classification.preprocess import DataError, progress, run_command
+from classification.preprocess import DataError, is_raw, progress, run_command
 from common import checkpoint
 from common.checkpoint import CheckpointError, Run
 from common.metrics import best_threshold, classification_metrics
@@ -52,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument_group("data").add_argument
-    add("--data", type=Path, metavar="CACHE", help="written by preprocess.py (default: synthetic)")
+    add("--data", type=Path, help="a cache of preprocess.py, or raw data (default: synthetic)")
     add("--out", type=Path, default=Path("runs/classification"), help="(default: %(default)s)")
     add("--fold", type=within(int, 0, 4), default=0, help="validation fold (default: %(default)s)")
     add("--workers", type=within(int, 0), default=2, help="loading processes (default: 2)")
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     is_main = rank == 0  # the process that prints and saves
 
     # Data
-    cache = args.data or make_demo(is_main, world_size)
+    cache = prepare_cache(args, is_main, world_size)
     meta, train_loader, val_loader, counts = load_data(cache, args, device, rank, world_size)
     steps_per_epoch = len(train_loader)
     total_steps = args.epochs * steps_per_epoch  # of the learning rate's schedule
@@ -204,18 +205,63 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         raise DataError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
-def make_demo(is_main: bool, world_size: int) -> Path:
-    """Write the synthetic raw set and send it through preprocess.py; returns the cache."""
-    cache = DEMO / "cache"
-    if is_main:
-        print("no --data: a synthetic set.")
-        print("Its opacities are random blobs: the scores mean nothing medically.")
-        dataset.write_demo(DEMO / "raw")
-        options = ["--data", f"{DEMO}/raw", "--out", str(cache), "--overwrite", "--size", "96"]
-        preprocess.main(options)
+def prepare_cache(args: argparse.Namespace, is_main: bool, world_size: int) -> Path:
+    """The cache to train on: --data, or what preprocess.py makes of the raw data in it.
+
+    That one lies beside --out, and the one of the synthetic set in its own place.
+    """
+    if args.data and not is_raw(args.data):
+        return args.data
+    cache = Path(f"{args.out}_cache") if args.data else DEMO / "cache"
+    if world_size > 1:  # with a clock of its own: the others' patience ends after 10 minutes
+        waiting = dist.new_group(timeout=timedelta(days=7), backend="gloo")
+    if is_main and args.data:
+        if not args.resume:
+            checkpoint.open_run(args.out, args.overwrite)  # before what takes long
+        make_cache(args.data, cache, [])
+    elif is_main:
+        make_cache(DEMO / "raw", cache, make_demo())
     if world_size > 1:
-        dist.barrier()
+        try:
+            dist.barrier(waiting)
+        except RuntimeError as error:  # the connection is closed
+            raise DataError("process 0 has stopped; the reason is its message") from error
     return cache
+
+
+def make_cache(raw: Path, cache: Path, options: list[str]) -> None:
+    """Preprocess with the defaults but for `options`, unless the cache is there already.
+
+    Raises DataError if it was made from other files or in another way: it is never replaced.
+    """
+    words = ["--data", str(raw), "--out", str(cache), *options]
+    command = shlex.join(["python", "classification/preprocess.py", *words])
+    if (cache / "meta.json").exists() and "--overwrite" not in options:
+        source = preprocess.describe_source(preprocess.parse_args(words))
+        difference = preprocess.compare_source(preprocess.read_meta(cache), source, raw)
+        if difference:
+            use = f"train on it as it is with --data {cache}"
+            again = f"make it again: {command} --overwrite"
+            raise DataError(f"{cache}: made {difference}; {use}, or {again}")
+        print(f"reusing {cache}, made from the same files with the same options")
+        return
+    print(f"{raw} is not a cache of preprocess.py, so first: {command}")
+    try:
+        preprocess.main(words)
+    except DataError as error:
+        if "--skip-bad" in str(error):
+            raise DataError(f"{error}: {command} --skip-bad") from error
+        if "--" in str(error):  # train.py has no such options
+            raise DataError(f"{error}; the command: {command}") from error
+        raise
+
+
+def make_demo() -> list[str]:
+    """Write the synthetic raw set; returns options of preprocess.py for it."""
+    print("no --data: a synthetic set.")
+    print("Its opacities are random blobs: the scores mean nothing medically.")
+    dataset.write_demo(DEMO / "raw")
+    return ["--overwrite", "--size", "96"]
 
 
 def load_data(

@@ -144,6 +144,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    source = describe_source(args)
     warnings.filterwarnings("ignore", module=r"pydicom|PIL")  # header slips, one line for each file
     # A test set has to look like what the network was trained on: same size, same normalisation.
     like = read_meta(args.like) if args.like else {}
@@ -203,8 +204,8 @@ def main(argv: list[str] | None = None) -> None:
             "std": like.get("std", std),
             "copies": copies,
             "skipped": len(bad),
-            # Where the cache came from; nothing reads it back
-            "options": {name: str(value) for name, value in vars(args).items() if value},
+            # train.py tells by it whether this cache is still that of RAW
+            **source,
             "versions": {module.__name__: module.__version__ for module in (np, PIL, pydicom)},
         }
         (folder / "meta.json").write_text(json.dumps(meta, indent=1))
@@ -233,6 +234,43 @@ def read_meta(cache: Path) -> dict:
         raise DataError(f"{cache}: no finished cache here; make one by: {command}") from error
     check_meta(meta, cache / "meta.json")
     return meta
+
+
+def is_raw(path: Path) -> bool:
+    """Whether train.py's --data is raw: a file, or a folder without what a cache is known by."""
+    if not path.is_dir():
+        return path.is_file()
+    names = {inside.name for inside in path.iterdir()}
+    return not names & {"meta.json", "images.npy"} and not {"index.csv", "volumes"} <= names
+
+
+def describe_source(args: argparse.Namespace) -> dict:
+    """Where a cache comes from, for its meta.json: the options, and a hash of what RAW holds.
+
+    The hash is of names, sizes and times of all files: a change shows without reading them.
+    """
+    digest = hashlib.sha256()
+    for path in [args.data] if args.data.is_file() else sorted(args.data.rglob("*")):
+        parts = path.relative_to(args.data).parts
+        is_hidden = any(part.startswith(".") for part in parts)  # .DS_Store, which nobody reads
+        if path.is_file() and not is_hidden:
+            status = path.stat()
+            digest.update(repr((parts, status.st_size, status.st_mtime_ns)).encode())
+    options = {name: str(value) for name, value in vars(args).items() if value}
+    return {"options": options, "listing": digest.hexdigest()}
+
+
+def compare_source(meta: dict, source: dict, raw: Path) -> str:
+    """How a cache was made if not from these files with these options; "" if it was."""
+    if meta.get("listing") != source["listing"]:
+        return f"from other files than {raw} has now"
+    then = meta.get("options", {})
+    now = source["options"]
+    differing = []
+    for name in sorted({*then, *now} - {"data", "out", "workers", "overwrite"}):
+        if then.get(name) != now.get(name):
+            differing.append(f"{name} {then.get(name)} (now {now.get(name)})")
+    return f"with other options: {', '.join(differing)}" if differing else ""
 
 
 def check_meta(meta: object, where: Path) -> None:

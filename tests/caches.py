@@ -162,6 +162,7 @@ def small_network() -> Iterator[None]:
             "bn1": nn.BatchNorm2d(channels),
             "relu": nn.ReLU(),
         }
+        layers |= {"pool": nn.AdaptiveAvgPool2d(8)}  # for images of more than 32 px
         layers |= {"flatten": nn.Flatten(), "fc": nn.Linear(64 * channels, 4)}
         if head == "linear":
             layers = {"norm": nn.BatchNorm2d(1)} | layers

@@ -454,7 +454,7 @@ def test_an_older_last_does_not_stay_beside_a_new_best(caches, runs, tmp_path, m
 def test_a_demo_replaces_a_demo_and_no_training(caches, runs, tmp_path, task, monkeypatch):
     script = module(task, "train")
     monkeypatch.setattr(script, "DEMO", tmp_path / "demo")
-    monkeypatch.setattr(script, "make_demo", lambda *_: tmp_path / "demo" / "cache")
+    monkeypatch.setattr(script, "prepare_cache", lambda *_: tmp_path / "demo" / "cache")
     demo = copy(caches[task], tmp_path / "demo" / "cache")
     change_rows(demo, lambda k, row: row.update(source="demo"))  # another index
     run = copy(runs[task], tmp_path / "run")

@@ -1,0 +1,240 @@
+"""How a training starts: from raw data, from the weights of another one, or where one has ended."""
+
+import json
+import multiprocessing
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch.distributed as dist
+from PIL import Image
+
+from common.checkpoint import load_checkpoint
+from segmentation import preprocess
+from segmentation import train as segmentation
+from tests.caches import module, small_network, train
+
+pytestmark = pytest.mark.slow
+TASKS = pytest.mark.parametrize("task", ["classification", "detection", "segmentation"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    with small_network():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)  # paths are short, so that messages are whole
+
+
+def refusal(call: Callable, *args: object) -> str:
+    with pytest.raises(ValueError) as caught:
+        call(*args)
+    assert type(caught.value).__name__ in ("DataError", "CheckpointError")
+    return str(caught.value)
+
+
+def write_raw(raw: Path, task: str) -> None:
+    """Noise: 40 pictures in two class folders or with boxes, or 8 volumes with a cube."""
+    rng = np.random.default_rng(0)
+    if task == "segmentation":
+        for folder in ("imagesTr", "labelsTr"):
+            (raw / folder).mkdir(parents=True)
+        for k in range(8):
+            mask = np.zeros((8, 8, 8), np.uint8)
+            mask[2:6, 2:6, 2:6] = 1
+            volume = rng.normal(0, 0.3, mask.shape) + 2 * mask
+            nib.save(nib.Nifti1Image(volume, np.eye(4)), raw / "imagesTr" / f"v{k}.nii.gz")
+            nib.save(nib.Nifti1Image(mask, np.eye(4)), raw / "labelsTr" / f"v{k}.nii.gz")
+        return
+    folders = {"classification": ("no", "yes"), "detection": ("images", "images")}[task]
+    for folder in folders:
+        (raw / folder).mkdir(parents=True, exist_ok=True)
+    lines = ["image,xmin,ymin,xmax,ymax"]
+    for k in range(40):
+        pixels = rng.integers(0, 256, (32, 32), dtype=np.uint8)
+        Image.fromarray(pixels).save(raw / folders[k % 2] / f"i{k}.png")
+        lines.append(f"i{k}.png,4,4,20,{20 + k % 8}")
+    if task == "detection":
+        (raw / "boxes.csv").write_text("\n".join(lines))
+
+
+def some_file(raw: Path) -> Path:
+    return sorted(path for path in raw.rglob("*") if path.suffix in (".png", ".gz"))[0]
+
+
+def arrays(cache: Path) -> dict[str, bytes]:
+    """All of a cache but meta.json, which has its path."""
+    files = sorted(path for path in cache.rglob("*") if path.is_file() and path.name != "meta.json")
+    return {path.relative_to(cache).as_posix(): path.read_bytes() for path in files}
+
+
+# --- from raw data ---
+
+
+@TASKS
+def test_raw_data_become_the_cache_of_the_printed_command(task, capsys):
+    raw, out, cache = Path("raw"), Path("run"), Path("run_cache")
+    write_raw(raw, task)
+    train(task, raw, out, "--epochs", "2", "--stop-after", "1")
+    printed = capsys.readouterr().out
+    command = shlex.split(printed.split("so first: ")[1].splitlines()[0])
+    assert command == ["python", f"{task}/preprocess.py", "--data", "raw", "--out", "run_cache"]
+    assert f"eval.py --data {cache} --checkpoint run/best.pt" in printed.splitlines()[-1]
+    module(task, "preprocess").main([*command[2:-1], "by_hand"])
+    assert arrays(cache) == arrays(Path("by_hand"))
+
+    before = (cache / "meta.json").stat()
+    (raw / ".DS_Store").write_text("what macOS leaves behind")
+    train(task, raw, out, "--epochs", "2", "--resume")
+    assert "reusing run_cache, made from the same files" in capsys.readouterr().out
+    assert load_checkpoint(out / "last.pt")["epoch"] == 2
+    assert (cache / "meta.json").stat() == before
+
+
+def add(raw: Path) -> None:
+    (raw / "readme.txt").write_text("new")
+
+
+def remove(raw: Path) -> None:
+    some_file(raw).unlink()
+
+
+def rename(raw: Path) -> None:
+    some_file(raw).rename(some_file(raw).with_name(f"z{some_file(raw).name}"))
+
+
+def enlarge(raw: Path) -> None:
+    path = some_file(raw)
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_bytes(path.read_bytes() + b"more")
+    os.utime(path, ns=times)
+
+
+def touch(raw: Path) -> None:
+    os.utime(some_file(raw), ns=(0, 1))
+
+
+@TASKS
+@pytest.mark.parametrize("change", [add, remove, rename, enlarge, touch])
+def test_a_cache_of_changed_raw_data_is_neither_used_nor_replaced(task, change):
+    raw = Path("raw")
+    write_raw(raw, task)
+    module(task, "preprocess").main(["--data", "raw", "--out", "run_cache"])
+    before = arrays(Path("run_cache"))
+    change(raw)
+    found = refusal(train, task, raw, Path("run"), "--overwrite")
+    again = f"python {task}/preprocess.py --data raw --out run_cache --overwrite"
+    assert found == (
+        "run_cache: made from other files than raw has now; train on it as it is with --data "
+        f"run_cache, or make it again: {again}"
+    )
+    assert arrays(Path("run_cache")) == before and not Path("run").exists()
+
+
+@TASKS
+def test_a_cache_with_other_options_is_named(task):
+    write_raw(Path("raw"), task)
+    words = ["--data", "raw", "--out", "run_cache", "--patient-regex", "[0-9]+", "--workers", "1"]
+    module(task, "preprocess").main(words)
+    found = refusal(train, task, Path("raw"), Path("run"))
+    assert "made with other options: patient_regex [0-9]+ (now None); train" in found
+    meta = json.loads(Path("run_cache/meta.json").read_text())
+    del meta["listing"]  # as older caches are
+    Path("run_cache/meta.json").write_text(json.dumps(meta))
+    assert "from other files than raw" in refusal(train, task, Path("raw"), Path("run"))
+    train(task, Path("run_cache"), Path("run"))
+
+
+@TASKS
+def test_bad_raw_files_are_refused_with_the_command_that_goes_on(task, capsys):
+    write_raw(Path("raw"), task)
+    some_file(Path("raw")).write_bytes(b"nothing")
+    found = refusal(train, task, Path("raw"), Path("run"))
+    assert str(some_file(Path("raw"))) in capsys.readouterr().err
+    command = f"python {task}/preprocess.py --data raw --out run_cache --skip-bad"
+    assert found.endswith(f"use --skip-bad: {command}") and not Path("run_cache").exists()
+    module(task, "preprocess").main(shlex.split(command)[2:])
+    assert "skip_bad True (now None)" in refusal(train, task, Path("raw"), Path("run"))
+    train(task, Path("run_cache"), Path("run"))
+
+
+@TASKS
+def test_what_is_neither_raw_data_nor_a_cache_is_told(task, capsys):
+    Path("else").mkdir()
+    Path("else/notes.txt").write_text("x")
+    found = refusal(train, task, Path("else"), Path("run"))
+    assert found.startswith("else: found ") and "expected" in found
+    assert "else is not a cache of preprocess.py" in capsys.readouterr().out
+    for name in ("nowhere", "half"):  # a half cache, as older versions left it when interrupted
+        found = refusal(train, task, Path(name), Path("run"))
+        assert found.startswith(f"{name}: no finished cache here; make one by: python {task}/")
+        Path("half").mkdir(exist_ok=True)
+        parts = {"segmentation": ("index.csv", "volumes")}.get(task, ("images.npy",))
+        for part in parts:
+            Path("half", part).mkdir(exist_ok=True)
+
+
+def test_options_that_raw_data_need_go_to_preprocess():
+    write_raw(Path("raw"), "classification")
+    Path("raw/no").rename("raw/covid")
+    Path("raw/yes").rename("raw/normal")
+    found = refusal(train, "classification", Path("raw"), Path("run"))
+    command = "python classification/preprocess.py --data raw --out run_cache"
+    assert "--classes normal covid" in found and found.endswith(f"; the command: {command}")
+
+
+def test_a_training_that_must_not_go_is_seen_before_anything_is_preprocessed():
+    write_raw(Path("raw"), "segmentation")
+    Path("run").mkdir()
+    Path("run/best.pt").touch()
+    assert "holds a training" in refusal(train, "segmentation", Path("raw"), Path("run"))
+    assert not Path("run_cache").exists()
+
+
+def prepare(rank: int, slow: Callable, results: multiprocessing.Queue) -> None:
+    """One of two processes that turn back after two seconds of waiting."""
+    preprocess.main = slow
+    file = f"file://{Path('rendezvous').resolve()}"
+    patience = timedelta(seconds=2)
+    dist.init_process_group("gloo", file, rank=rank, world_size=2, timeout=patience)
+    args = segmentation.parse_args(["--data", "raw", "--out", "run"])
+    try:
+        results.put(str(segmentation.prepare_cache(args, rank == 0, 2)))
+    except preprocess.DataError as error:
+        results.put(str(error))
+
+
+def write_slowly(words: list[str]) -> None:
+    time.sleep(4)
+    Path("run_cache").mkdir()
+
+
+def fail(words: list[str]) -> None:
+    raise preprocess.DataError("no space left")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork")
+@pytest.mark.parametrize("make, found", [
+    (write_slowly, ["run_cache", "run_cache"]),
+    (fail, ["no space left", "process 0 has stopped; the reason is its message"]),
+])  # fmt: skip
+def test_processes_wait_for_the_cache_as_long_as_it_takes_and_end_together(make, found):
+    write_raw(Path("raw"), "segmentation")
+    fork = multiprocessing.get_context("fork")
+    results = fork.Queue()
+    both = [fork.Process(target=prepare, args=(rank, make, results)) for rank in (0, 1)]
+    for process in both:
+        process.start()
+    assert sorted(results.get(timeout=60) for _ in both) == found
+    for process in both:
+        process.join(60)
