@@ -19,7 +19,7 @@ import argparse
 import csv
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -90,6 +90,7 @@ from common.metrics import (
 
 TILE = 256  # pixels of one picture in a gallery
 MOST_VALUES = 50  # of a column of --by
+OVERLAYS = 100  # pictures of new images: the first ones
 WORST = 12  # pictures in mistakes.png
 WORST_OF_LABEL = 3  # where an image has several labels
 # What a labelled split leaves in --out; metrics.json is written last.
@@ -875,34 +876,39 @@ def predict_images(
     # Everything that can be refused is, before anything is read or written.
     files = list_images(args.images)
     overlays = name_overlays(out, args.images, files)
-    images, bad = read_many(files, partial(load_image, meta=meta), args.workers)
-    if images:
-        batch_size = checkpoints[0]["settings"]["batch_size"]
-        batches = torch.stack(list(images.values())).split(batch_size)  # (B, 1 or 3, S, S) each
-        # `evaluate` takes images with labels; these have none.
-        unknown = [torch.zeros(len(batch), dtype=torch.long) for batch in batches]  # labels
-        loader = list(zip(batches, unknown, strict=True))
-        probabilities, _ = predict(models, checkpoints, loader, device, args.amp)
-        rows = []
-        with hold_folder(out):
+    bad = []
+    batch_size = checkpoints[0]["settings"]["batch_size"]
+    batches = read_batches(files, partial(load_image, meta=meta), args.workers, batch_size, bad)
+    first = next(batches, None)
+    if first:
+        with hold_folder(out), written(out / "predictions.csv") as table:
             # Pictures of an earlier run would be taken for those of this one.
             clear_results(out, list_predictions(out))
-            for k, (path, image) in enumerate(images.items()):
-                answers = []
-                maps = []  # one below the other
-                for target in choose_targets(probabilities[k], meta):
-                    answers.append(f"{classes[target]} {probabilities[k, target]:.3f}")
-                    caption = [str(path), answers[-1]]
-                    maps.append(draw_activation(models[0], meta, image, target, caption))
-                save_picture(overlays[path], to_pil_image(torch.cat(maps, 1)))
-                answer = ", ".join(answers)
-                row = {"image": str(path), "prediction": name_prediction(probabilities[k], meta)}
-                row |= name_probabilities(classes, probabilities[k])
-                row["overlay"] = overlays[path].name
-                rows.append(row)
-                print(one_line(f"{path}: {answer}"))
-            write_csv(out / "predictions.csv", rows)
-        print(f"{len(images)} images; predictions.csv and overlays in {out}")
+            done = 0
+            for batch in chain([first], batches):  # one in memory at a time
+                images = torch.stack(list(batch.values()))  # (B, 1 or 3, S, S)
+                # `evaluate` takes images with labels; these have none.
+                loader = [(images, torch.zeros(len(batch), dtype=torch.long))]
+                probabilities, _ = predict(models, checkpoints, loader, device, args.amp)
+                for path, image, chances in zip(batch, images, probabilities, strict=True):
+                    overlay = overlays[path] if done < OVERLAYS else None
+                    row = {"image": str(path), "prediction": name_prediction(chances, meta)}
+                    row |= name_probabilities(classes, chances)
+                    row["overlay"] = overlay.name if overlay else ""
+                    append_row(table, row, is_first=done == 0)
+                    done += 1
+                    targets = choose_targets(chances, meta)
+                    answers = [f"{classes[target]} {chances[target]:.3f}" for target in targets]
+                    print(one_line(f"{path}: {', '.join(answers)}"))
+                    if overlay:
+                        maps = []  # one below the other
+                        for target, answer in zip(targets, answers, strict=True):
+                            caption = [str(path), answer]
+                            maps.append(draw_activation(models[0], meta, image, target, caption))
+                        save_picture(overlay, to_pil_image(torch.cat(maps, 1)))
+        print(f"{done} images; predictions.csv and overlays in {out}")
+        if done > OVERLAYS:
+            print(f"note: overlays of the first {OVERLAYS} images only")
     if bad:  # one bad file does not cost the results of the others, but the exit status says so
         raise DataError(f"{len(bad)} of {len(files)} files could not be read (named above)")
 
@@ -938,7 +944,7 @@ def list_images(paths: list[Path]) -> list[Path]:
         if others:
             print(f"note: {path}: passed over: {count_files(others, path)}")
         files += images
-    return files
+    return list(dict.fromkeys(files))  # each once
 
 
 def name_overlays(out: Path, inputs: list[Path], files: list[Path]) -> dict[Path, Path]:
@@ -959,24 +965,30 @@ def name_overlays(out: Path, inputs: list[Path], files: list[Path]) -> dict[Path
     return overlays
 
 
-def read_many(files: list[Path], load_file: Callable, workers: int) -> tuple[dict, list]:
-    """What `load_file(path)` gives for every file, by its path; (path, reason) of unusable ones.
+def read_batches(
+    files: list[Path], load_file: Callable, workers: int, size: int, bad: list[tuple[str, str]]
+) -> Iterator[dict]:
+    """What `load_file(path)` gives for the files, by their paths, `size` files at a time.
 
-    It gives a result and notes, or the DataError that says why not; both are printed.
+    It gives a result and notes, or the DataError that says why not. Unusable files go to `bad`;
+    they and the notes are printed at the end.
     """
-    good = {}
-    bad = []
+    batch = {}
     notes = []
     results = in_threads(load_file, files, workers)
     for path, result in zip(files, results, strict=True):
         if isinstance(result, DataError):
             bad.append((str(path), str(result)))
             continue
-        good[path], file_notes = result  # a path that is given twice is read twice, and kept once
+        batch[path], file_notes = result
         notes.extend((str(path), note) for note in file_notes)
+        if len(batch) == size:
+            yield batch
+            batch = {}
+    if batch:
+        yield batch
     report_bad(bad)
     report_notes(notes)
-    return good, bad
 
 
 def load_image(path: Path, meta: dict) -> tuple[Tensor, tuple[str, ...]] | DataError:
@@ -988,6 +1000,16 @@ def load_image(path: Path, meta: dict) -> tuple[Tensor, tuple[str, ...]] | DataE
     image, notes = prepare_image(picture, meta["size"], meta["fit"], meta.get("channels", 1))
     image = torch.from_numpy(image)
     return (image[None] if image.ndim == 2 else image.permute(2, 0, 1)), notes
+
+
+def append_row(path: Path, row: dict, is_first: bool) -> None:
+    """Add a row to a CSV file; the first one replaces the file and writes the header."""
+    mode = "w" if is_first else "a"
+    with open(path, mode, newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, row)
+        if is_first:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def list_predictions(out: Path) -> list[str]:

@@ -20,7 +20,7 @@ import argparse
 import csv
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -83,6 +83,7 @@ from detection.train import AMP, check_finite, choose_device, evaluate
 
 TILE = 384  # pixels of one picture in a gallery
 MOST_VALUES = 50  # of a column of --by
+OVERLAYS = 100  # pictures of new images: the first ones
 WORST = 24  # pictures in gallery.png
 # What a split leaves in --out; metrics.json is written last.
 RESULTS = ("metrics.json", "predictions.csv", "gallery.png")
@@ -513,30 +514,37 @@ def predict_images(
     files = list_images(args.images)
     overlays = name_overlays(out, args.images, files)
     size = checkpoints[0]["meta"]["size"]
-    images, bad = read_many(files, partial(load_image, size=size), args.workers)
-    if images:
-        inputs = torch.stack([image for image, _ in images.values()])  # (N, 1, S, S)
-        batches = inputs.split(checkpoints[0]["settings"]["batch_size"])
-        # `evaluate` takes images with boxes; these have none.
-        loader = [(batch, torch.zeros(len(batch), 4)) for batch in batches]
-        pred, _ = predict(models, checkpoints, loader, device, args.amp)
-        rows = []
-        with hold_folder(out):
+    bad = []
+    batch_size = checkpoints[0]["settings"]["batch_size"]
+    batches = read_batches(files, partial(load_image, size=size), args.workers, batch_size, bad)
+    first = next(batches, None)
+    if first:
+        with hold_folder(out), written(out / "predictions.csv") as table:
             # Pictures of an earlier run would be taken for those of this one.
             clear_results(out, list_predictions(out))
-            for k, (path, (image, (height, width))) in enumerate(images.items()):
-                edges = name_edges(pred[k] * torch.tensor([width, height, width, height]))
-                answer = " ".join(f"{name} {value:.0f}" for name, value in edges.items())
-                # From what the network saw back to the proportions of the original
-                picture = Image.fromarray(image[0].numpy()).resize((width, height))
-                overlay = draw_boxes(
-                    np.asarray(picture), {PREDICTION: pred[k]}, [str(path), answer]
-                )
-                save_picture(overlays[path], overlay)
-                rows.append({"image": str(path), **edges, "overlay": overlays[path].name})
-                print(one_line(f"{path}: {answer}"))
-            write_csv(out / "predictions.csv", rows)
-        print(f"{len(images)} images; predictions.csv and overlays in {out}")
+            done = 0
+            for batch in chain([first], batches):  # one in memory at a time
+                images = torch.stack([image for image, _ in batch.values()])  # (B, 1, S, S)
+                # `evaluate` takes images with boxes; these have none.
+                loader = [(images, torch.zeros(len(batch), 4))]
+                pred, _ = predict(models, checkpoints, loader, device, args.amp)
+                for (path, (image, (height, width))), box in zip(batch.items(), pred, strict=True):
+                    overlay = overlays[path] if done < OVERLAYS else None
+                    edges = name_edges(box * torch.tensor([width, height, width, height]))
+                    row = {"image": str(path), **edges, "overlay": overlay.name if overlay else ""}
+                    append_row(table, row, is_first=done == 0)
+                    done += 1
+                    answer = " ".join(f"{name} {value:.0f}" for name, value in edges.items())
+                    print(one_line(f"{path}: {answer}"))
+                    if overlay:
+                        # From what the network saw back to the proportions of the original
+                        picture = Image.fromarray(image[0].numpy()).resize((width, height))
+                        boxes = {PREDICTION: box}
+                        caption = [str(path), answer]
+                        save_picture(overlay, draw_boxes(np.asarray(picture), boxes, caption))
+        print(f"{done} images; predictions.csv and overlays in {out}")
+        if done > OVERLAYS:
+            print(f"note: overlays of the first {OVERLAYS} images only")
     if bad:  # one bad file does not cost the results of the others, but the exit status says so
         raise DataError(f"{len(bad)} of {len(files)} files could not be read (named above)")
 
@@ -557,7 +565,7 @@ def list_images(paths: list[Path]) -> list[Path]:
         if others:
             print(f"note: {path}: passed over: {count_files(others, path)}")
         files += images
-    return files
+    return list(dict.fromkeys(files))  # each once
 
 
 def name_overlays(out: Path, inputs: list[Path], files: list[Path]) -> dict[Path, Path]:
@@ -578,24 +586,30 @@ def name_overlays(out: Path, inputs: list[Path], files: list[Path]) -> dict[Path
     return overlays
 
 
-def read_many(files: list[Path], load_file: Callable, workers: int) -> tuple[dict, list]:
-    """What `load_file(path)` gives for every file, by its path; (path, reason) of unusable ones.
+def read_batches(
+    files: list[Path], load_file: Callable, workers: int, size: int, bad: list[tuple[str, str]]
+) -> Iterator[dict]:
+    """What `load_file(path)` gives for the files, by their paths, `size` files at a time.
 
-    It gives a result and notes, or the DataError that says why not; both are printed.
+    It gives a result and notes, or the DataError that says why not. Unusable files go to `bad`;
+    they and the notes are printed at the end.
     """
-    good = {}
-    bad = []
+    batch = {}
     notes = []
     results = in_threads(load_file, files, workers)
     for path, result in zip(files, results, strict=True):
         if isinstance(result, DataError):
             bad.append((str(path), str(result)))
             continue
-        good[path], file_notes = result  # a path that is given twice is read twice, and kept once
+        batch[path], file_notes = result
         notes.extend((str(path), note) for note in file_notes)
+        if len(batch) == size:
+            yield batch
+            batch = {}
+    if batch:
+        yield batch
     report_bad(bad)
     report_notes(notes)
-    return good, bad
 
 
 def load_image(path: Path, size: int) -> tuple[tuple[Tensor, tuple[int, int]], tuple] | DataError:
@@ -609,6 +623,16 @@ def load_image(path: Path, size: int) -> tuple[tuple[Tensor, tuple[int, int]], t
         return error
     image = torch.from_numpy(prepare(picture.gray, size))[None]
     return (image, picture.gray.shape), picture.notes
+
+
+def append_row(path: Path, row: dict, is_first: bool) -> None:
+    """Add a row to a CSV file; the first one replaces the file and writes the header."""
+    mode = "w" if is_first else "a"
+    with open(path, mode, newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, row)
+        if is_first:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def list_predictions(out: Path) -> list[str]:

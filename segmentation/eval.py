@@ -115,7 +115,7 @@ MOST_VALUES = 50  # of a column of --by
 TILE = 256  # pixels of the longer side of one picture in a gallery
 GAP = 2  # pixels between two pictures of a tile
 LINE = 20  # pixels of a line of text
-OVERLAYS = 30  # pictures of new images: the first ones
+OVERLAYS = 100  # pictures of new images: the first ones
 COLOURS = ("#ff4040", "#40c0ff", "#ffd040", "#60e060", "#d070ff", "#ff9040", "#40e0d0", "#ff80c0")
 
 
@@ -731,6 +731,8 @@ def predict_images(
         if done:
             write_gallery(out / "overlays.png", tiles)
             print(f"{done} images; masks, volumes.csv and pictures in {out}")
+            if done > OVERLAYS:
+                print(f"note: overlays of the first {OVERLAYS} images only")
             if "picture_unit" in meta:
                 numbers = f"the numbers {meta['values']}; small ones look black in a viewer"
                 print(f"masks are PNG files of the pictures' sizes with {numbers}")
