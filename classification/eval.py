@@ -170,13 +170,18 @@ def load_models(paths: list[Path], device: torch.device) -> tuple[list[nn.Module
         settings = checkpoint["settings"]
         check_meta(meta, path)
         check_same(meta, checkpoints[0]["meta"], path, paths[0])
-        if settings["amp"] not in AMP or settings["arch"] not in ARCHITECTURES:
-            problem = f"settings {settings['amp']} {settings['arch']}, of no run of train.py"
+        width = settings.get("channels", 64)  # older checkpoints do not say
+        is_known = settings["arch"] in ARCHITECTURES and settings["amp"] in AMP
+        if not is_known or type(width) is not int or not 4 <= width <= 1024:
+            problem = (
+                f"settings {settings['amp']} {settings['arch']} {width}, of no run of train.py"
+            )
             raise CheckpointError(f"{path}: {problem}")
         check_threshold(checkpoint.get("threshold"), meta, path)
         # Without pretrained weights, which the checkpoint replaces
         channels = meta.get("channels", 1)
-        model = build_model(settings["arch"], len(meta["classes"]), meta["size"], False, channels)
+        count = len(meta["classes"])
+        model = build_model(settings["arch"], count, meta["size"], False, channels, width)
         load_weights(model, checkpoint, path)
         models.append(model.to(device, memory_format=torch.channels_last))
     return models, checkpoints

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from classification.preprocess import DataError, is_multi_label
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50")
+HEAD = ("fc.",)  # what --freeze trains: names of weights begin so
 # One mean and std for the one channel (the averages of ImageNet's three): with three different
 # ones the summed stem would not equal the RGB network on a gray picture.
 PRETRAINED_MEAN = 0.449
@@ -22,9 +23,16 @@ PRETRAINED_STD = 0.226
 
 
 def build_model(
-    arch: str, num_classes: int, size: int, pretrained: bool = False, channels: int = 1
+    arch: str,
+    num_classes: int,
+    size: int,
+    pretrained: bool = False,
+    channels: int = 1,
+    width: int = 64,
 ) -> nn.Module:
     """ResNet (He et al., CVPR 2016) from float images (B, channels, S, S) to logits (B, C).
+
+    `width` are the features of its first stage, doubled in each next; torchvision has 64.
 
     Images of at most 64 px get a 3x3 stem without stride and pooling, which keeps their few pixels,
     as for CIFAR in the paper. `pretrained` takes torchvision's ImageNet weights, the stem's filters
@@ -40,10 +48,12 @@ def build_model(
         problem = f"could not fetch the ImageNet weights of {arch} ({error})"
         raise DataError(f"--pretrained: {problem}") from error
     rgb_stem = model.conv1.weight  # (64, 3, 7, 7)
+    if width != 64:
+        narrow(model, width / 64)
     if is_small:
-        model.conv1 = nn.Conv2d(channels, 64, 3, stride=1, padding=1, bias=False)  # keeps (S, S)
+        model.conv1 = nn.Conv2d(channels, width, 3, stride=1, padding=1, bias=False)  # (S, S)
     else:
-        model.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)  # (S / 2, S / 2)
+        model.conv1 = nn.Conv2d(channels, width, 7, stride=2, padding=3, bias=False)  # (S/2, S/2)
     # As torchvision starts its convolutions
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     if is_small:
@@ -54,8 +64,32 @@ def build_model(
         # A gray picture has one value in all three channels: the sum gives the same response.
         gray_stem = rgb_stem.detach().sum(1, keepdim=True)  # (64, 1, 7, 7)
         model.conv1.weight = nn.Parameter(gray_stem)
-    model.fc = nn.Linear(model.fc.in_features, num_classes)
+    features = round(model.fc.in_features * width / 64)  # of the last stage
+    model.fc = nn.Linear(features, num_classes)
     return model
+
+
+def narrow(net: nn.Module, share: float) -> None:
+    """Give every convolution and norm in a ResNet that share of its channels, with random weights.
+
+    torchvision's ResNets have one width, made for ImageNet. On a CPU half of it takes a quarter of
+    the time, and finds boxes better for the same time.
+    """
+    for name, part in net.named_children():
+        if isinstance(part, nn.Conv2d):
+            inputs = round(part.in_channels * share)
+            outputs = round(part.out_channels * share)
+            if inputs == 0:  # the stem's three colours: build_model puts its own in this place
+                continue
+            shape = (part.kernel_size, part.stride, part.padding)
+            conv = nn.Conv2d(inputs, outputs, *shape, bias=False)
+            # As torchvision starts its convolutions
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            setattr(net, name, conv)
+        elif isinstance(part, nn.BatchNorm2d):
+            setattr(net, name, nn.BatchNorm2d(round(part.num_features * share)))
+        else:  # a stage, a block or a shortcut
+            narrow(part, share)
 
 
 def class_weights(kind: str, counts: Tensor) -> Tensor:

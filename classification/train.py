@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from classification import dataset, preprocess
 from classification import model as network
 from classification.dataset import in_batches, make_loader, to_input
-from classification.model import ARCHITECTURES, build_model
+from classification.model import ARCHITECTURES, HEAD, build_model
 from classification.preprocess import DataError, is_raw, progress, run_command
 from common import checkpoint
 from common.checkpoint import CheckpointError, Run
@@ -59,8 +59,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=within(int, 0), default=2, help="loading processes (default: 2)")
     add = parser.add_argument_group("training").add_argument
     add("--arch", choices=ARCHITECTURES, default="resnet18", help="(default: %(default)s)")
+    add("--channels", type=within(int, 4), default=64, help="first stage (default: %(default)s)")
     add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
     add("--init", type=Path, metavar="CHECKPOINT", help="start from the weights of another run")
+    add("--freeze", action="store_true", help="train the head alone, leave the rest as it came")
     add("--epochs", type=within(int, 1), help="(default: 15; synthetic set: 8)")
     add("--batch-size", type=within(int, 2), default=32, help="per process (default: %(default)s)")
     add("--lr", type=within(float, 1e-15, 1e9), default=1e-3, help="peak (default: %(default)s)")
@@ -79,8 +81,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace the run in --out")
     args = parser.parse_args(argv)
     args.epochs = args.epochs or (15 if args.data else 8)
+    if args.pretrained and args.channels != 64:
+        parser.error(f"--channels {args.channels}, expected 64 with --pretrained")
     if args.init and args.pretrained:
         parser.error("--init and --pretrained both set the first weights: choose one")
+    if args.freeze and not (args.init or args.pretrained or args.resume):
+        parser.error("--freeze needs --init or --pretrained: it keeps the weights from there")
     return args
 
 
@@ -99,9 +105,9 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)  # the first weights
     pretrained = args.pretrained and not args.resume
     channels = meta.get("channels", 1)
-    model = build_model(args.arch, len(counts), meta["size"], pretrained, channels)
+    model = build_model(args.arch, len(counts), meta["size"], pretrained, channels, args.channels)
     model = model.to(device, memory_format=torch.channels_last)
-    init = checkpoint.load_init(args, model, device, is_main)
+    init = checkpoint.load_init(args, model, device, is_main, HEAD)
     weights = network.class_weights(args.class_weights, counts).to(device)
     criterion = partial(network.weighted_loss, weights=weights, smoothing=args.label_smoothing)
     mean_std = (meta["mean"], meta["std"])
@@ -124,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         start = time.perf_counter()
         loss_sum = torch.zeros((), device=device)  # stays there: reading it would wait
         train_loader.sampler.epoch = epoch  # decides the order
-        model.train()  # evaluate() has set the other mode
+        checkpoint.set_training(model)  # evaluate() has set the other mode
         for step, (images, labels) in enumerate(train_loader, 1):
             # These four decide all random numbers, so a resumed run draws the same ones.
             rng = np.random.default_rng((args.seed, epoch, step, rank))
@@ -311,8 +317,9 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> Optimize
 
     `fused` does not read its step counters back, which would wait for the device.
     """
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+    trained = [p for p in model.parameters() if p.requires_grad]  # without what --freeze holds
+    decayed = [p for p in trained if p.ndim > 1]
+    others = [p for p in trained if p.ndim <= 1]
     groups = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},

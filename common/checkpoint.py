@@ -27,6 +27,11 @@ except ImportError:  # Windows
     fcntl = None
 
 
+# Settings that older checkpoints lack, and what they were without a word
+OLDER_SETTINGS = {"freeze": False, "channels": 64}
+BACKBONE = "backbone."  # of names of weights, where a network calls its ResNet so
+
+
 class CheckpointError(ValueError):
     """A file of a run that is missing or damaged, does not fit, or cannot be written."""
 
@@ -213,23 +218,25 @@ def load_weights(model: nn.Module, checkpoint: dict, path: Path) -> None:
 
 
 def load_fitting_weights(model: nn.Module, checkpoint: dict, path: Path) -> list[str]:
-    """Copy the weights whose name and shape fit into a bare model; the names of those that did not.
+    """Copy the weights whose name and shape fit into a bare model; the model's names of those.
 
-    For --init: another number of classes keeps all but the last layer. Raises CheckpointError if
-    nothing fits.
+    For --init: another number of classes keeps all but the last layer, another task the backbone,
+    which has a prefix where it is a part of the network. Raises CheckpointError if nothing fits.
     """
     check_weights(checkpoint["model"], path)
     own = model.state_dict()
+    given = {str(name).removeprefix(BACKBONE): w for name, w in checkpoint["model"].items()}
     fitting = {}
-    for name, weight in checkpoint["model"].items():
-        if name in own and isinstance(weight, torch.Tensor) and weight.shape == own[name].shape:
+    for name in own:
+        weight = given.get(name.removeprefix(BACKBONE))
+        if isinstance(weight, torch.Tensor) and weight.shape == own[name].shape:
             fitting[name] = weight
     if not any(weight.ndim for weight in fitting.values()):  # counters fit anything
         raise CheckpointError(
             f"{path}: none of its weights has the name and the shape of one of this model"
         )
     model.load_state_dict(own | fitting)
-    return sorted(own.keys() - fitting.keys())
+    return list(fitting)
 
 
 # --- a run: a training's folder and its state ---
@@ -285,7 +292,8 @@ class Run:
         self.epoch = row["epoch"]
         self.log.append(row)
         run = {"epoch": self.epoch, "trained_on": self.trained_on, "model": model.state_dict()}
-        contents = contents | run
+        frozen = [name for name, w in model.named_parameters() if not w.requires_grad]
+        contents = contents | run | {"frozen": frozen}
         last = self.out / "last.pt"
         if score >= self.best:
             self.best = score
@@ -304,17 +312,65 @@ def identify_run(cache: Path, world_size: int) -> dict:
 
 
 def load_init(
-    args: argparse.Namespace, model: nn.Module, device: torch.device, is_main: bool
+    args: argparse.Namespace,
+    model: nn.Module,
+    device: torch.device,
+    is_main: bool,
+    head: tuple[str, ...],
 ) -> dict:
-    """Copy what fits of --init into the model; returns its checkpoint, {} without one."""
-    if args.init is None or args.resume:
+    """Copy what fits of --init into the model; returns its checkpoint, {} without one.
+
+    --freeze then holds all that came from there (or with --pretrained) but for the head, whose
+    names begin with one of `head`; a resumed run holds what it held before. Raises CheckpointError.
+    """
+    if args.resume:
+        if args.freeze:
+            freeze(model, load_checkpoint(args.out / "last.pt").get("frozen", []))
         return {}
-    init = load_checkpoint(args.init, device)
-    missing = load_fitting_weights(model, init, args.init)
-    if missing and is_main:
-        names = ", ".join(missing)
-        print(f"note: {args.init} lacks or has in other shapes: {names}; these start at random")
+    init = {}
+    taken = list(model.state_dict())
+    if args.init:
+        init = load_checkpoint(args.init, device)
+        taken = load_fitting_weights(model, init, args.init)
+        if is_main:
+            report_init(args.init, list(model.state_dict()), taken, len(init["model"]))
+    if args.freeze:
+        frozen = freeze(model, [name for name in taken if not name.startswith(head)])
+        total = sum(1 for _ in model.parameters())
+        if not frozen:
+            raise CheckpointError(f"{args.init}: only the head fits, which leaves --freeze nothing")
+        if is_main:
+            print(f"--freeze: {len(frozen)} of {total} arrays of weights stay as they are")
     return init
+
+
+def report_init(path: Path, own: list[str], taken: list[str], given: int) -> None:
+    """Say how many arrays came from --init, and which start at random."""
+    line = f"--init {path}: {len(taken)} of its {given} arrays taken"
+    missing = sorted(set(own) - set(taken))
+    if missing:
+        examples = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
+        line += f"; {len(missing)} that it lacks or has in other shapes start at random: {examples}"
+    print(line)
+
+
+def freeze(model: nn.Module, names: list[str]) -> list[str]:
+    """Exclude weights from training; the names of those that the model has."""
+    frozen = []
+    for name, weight in model.named_parameters():
+        if name in names:
+            weight.requires_grad = False
+            frozen.append(name)
+    return frozen
+
+
+def set_training(model: nn.Module) -> None:
+    """model.train(), but norms whose weights are frozen keep the statistics that they came with."""
+    model.train()
+    for module in model.modules():
+        weights = list(module.parameters(recurse=False))
+        if weights and not any(weight.requires_grad for weight in weights):
+            module.eval()
 
 
 def check_settings(saved: dict, current: dict, path: Path) -> None:
@@ -372,7 +428,9 @@ def restore(
         raise CheckpointError(f"{found}, expected one row for each epoch")
     # older checkpoints do not say how large the arrays were
     check_settings(
-        {"array_bytes": settings["array_bytes"]} | checkpoint["settings"], settings, path
+        OLDER_SETTINGS | {"array_bytes": settings["array_bytes"]} | checkpoint["settings"],
+        settings,
+        path,
     )
     check_settings(checkpoint["meta"], meta, path)
     load_weights(model, checkpoint, path)

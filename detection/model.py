@@ -17,6 +17,7 @@ from detection.preprocess import DataError
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50")
 HEADS = ("edges", "linear")
+HEAD = ("lateral.", "smooth.", "out.")  # what --freeze trains: names of weights begin so
 # One mean and std for the one channel (the averages of ImageNet's three): with three different
 # ones the summed stem would not equal the RGB network on a gray picture.
 PRETRAINED_MEAN = 0.449

@@ -40,7 +40,7 @@ from common.metrics import detection_metrics
 from detection import dataset, preprocess
 from detection import model as network
 from detection.dataset import in_batches, make_loader, to_input
-from detection.model import ARCHITECTURES, HEADS, build_model
+from detection.model import ARCHITECTURES, HEAD, HEADS, build_model
 from detection.preprocess import DataError, is_raw, progress, run_command
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -68,6 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--channels", type=within(int, 4), help="first stage (default: 32; --pretrained: 64)")
     add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
     add("--init", type=Path, metavar="CHECKPOINT", help="start from the weights of another run")
+    add("--freeze", action="store_true", help="train the head alone, leave the rest as it came")
     add("--epochs", type=within(int, 1), help="(default: 15; synthetic set: 30)")
     add("--batch-size", type=within(int, 2), default=32, help="per process (default: %(default)s)")
     add("--lr", type=within(float, 1e-15, 1e9), default=1e-3, help="peak (default: %(default)s)")
@@ -89,6 +90,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--channels {args.channels}, expected 64 with --pretrained")
     if args.init and args.pretrained:
         parser.error("--init and --pretrained both set the first weights: choose one")
+    if args.freeze and not (args.init or args.pretrained or args.resume):
+        parser.error("--freeze needs --init or --pretrained: it keeps the weights from there")
     return args
 
 
@@ -108,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     pretrained = args.pretrained and not args.resume
     model = build_model(args.arch, args.head, args.channels, pretrained)
     model = model.to(device, memory_format=torch.channels_last)
-    init = checkpoint.load_init(args, model, device, is_main)
+    init = checkpoint.load_init(args, model, device, is_main, HEAD)
     criterion = LOSSES[args.loss]
     mean_std = (meta["mean"], meta["std"])
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
@@ -130,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
         start = time.perf_counter()
         loss_sum = torch.zeros((), device=device)  # stays there: reading it would wait
         train_loader.sampler.epoch = epoch  # decides the order
-        model.train()  # evaluate() has set the other mode
+        checkpoint.set_training(model)  # evaluate() has set the other mode
         for step, (images, boxes) in enumerate(train_loader, 1):
             # These four decide all random numbers, so a resumed run draws the same ones.
             rng = np.random.default_rng((args.seed, epoch, step, rank))
@@ -311,8 +314,9 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> Optimize
 
     `fused` does not read its step counters back, which would wait for the device.
     """
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+    trained = [p for p in model.parameters() if p.requires_grad]  # without what --freeze holds
+    decayed = [p for p in trained if p.ndim > 1]
+    others = [p for p in trained if p.ndim <= 1]
     groups = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},

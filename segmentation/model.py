@@ -26,6 +26,7 @@ NORM = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 POOL = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
 MEMORY_FORMAT = {2: torch.channels_last, 3: torch.channels_last_3d}
 
+HEAD = ("head.",)  # what --freeze trains: names of weights begin so
 MAX_PATCH = 2**18  # voxels: 512 x 512, or 64 x 64 x 64
 MAX_STAGES = 6
 MAX_WIDTH = 256  # channels

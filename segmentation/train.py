@@ -36,7 +36,7 @@ from common.checkpoint import CheckpointError, Run
 from common.metrics import dice_metrics, dice_scores
 from segmentation import dataset, preprocess
 from segmentation.dataset import make_loader, open_case, to_input
-from segmentation.model import build_model, default_patch, predict_volume, segmentation_loss
+from segmentation.model import HEAD, build_model, default_patch, predict_volume, segmentation_loss
 from segmentation.preprocess import META, DataError, is_raw, progress, read_meta, run_command
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,6 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--channels", type=within(int, 2), default=16, help="first residual unit (default: 16)")
     add("--patch", type=within(int, 4), nargs="+", metavar="N", help="voxels (default: the median)")
     add("--init", type=Path, metavar="CHECKPOINT", help="start from the weights of another run")
+    add("--freeze", action="store_true", help="train the head alone, leave the rest as it came")
     add("--epochs", type=within(int, 1), help="(default: 100; synthetic set: 12, 3D: 60)")
     add("--batch-size", type=within(int, 1), help="per process (default: 16 slices or 2 volumes)")
     add("--lr", type=within(float, 1e-15, 1e9), default=1e-3, help="peak (default: %(default)s)")
@@ -79,6 +80,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.batch_size = args.batch_size or {2: 16, 3: 2}[args.dims]
     if args.patch and len(args.patch) != args.dims:
         parser.error(f"--patch {args.patch}, expected one number for each of the --dims")
+    if args.freeze and not (args.init or args.resume):
+        parser.error("--freeze needs --init: it keeps the weights that come from there")
     return args
 
 
@@ -99,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     # Model, loss, optimizer
     torch.manual_seed(args.seed)  # the first weights
     model = build_model(meta, args.channels, args.patch).to(device)
-    init = checkpoint.load_init(args, model, device, is_main)
+    init = checkpoint.load_init(args, model, device, is_main, HEAD)
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     scaler = GradScaler(device.type, enabled=args.amp == "fp16")
 
@@ -121,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         start = time.perf_counter()
         loss_sum = torch.zeros((), device=device)  # stays there: reading it would wait
         train_loader.sampler.epoch = epoch  # decides the order
-        model.train()  # evaluate() has set the other mode
+        checkpoint.set_training(model)  # evaluate() has set the other mode
         for step, (images, masks) in enumerate(train_loader, 1):
             # These four decide all random numbers, so a resumed run draws the same ones.
             rng = np.random.default_rng((args.seed, epoch, step, rank))
@@ -312,8 +315,9 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> Optimize
 
     `fused` does not read its step counters back, which would wait for the device.
     """
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+    trained = [p for p in model.parameters() if p.requires_grad]  # without what --freeze holds
+    decayed = [p for p in trained if p.ndim > 1]
+    others = [p for p in trained if p.ndim <= 1]
     groups = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},

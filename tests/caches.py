@@ -146,7 +146,12 @@ def small_network() -> Iterator[None]:
     """In place of the ResNets for X-rays, networks of a thousandth of their weights."""
 
     def build_classifier(
-        arch: str, num_classes: int, size: int, pretrained: bool = False, channels: int = 1
+        arch: str,
+        num_classes: int,
+        size: int,
+        pretrained: bool = False,
+        channels: int = 1,
+        width: int = 64,
     ) -> nn.Module:
         layers = {
             "conv1": nn.Conv2d(channels, 8, 7, 4, 3),
@@ -162,8 +167,9 @@ def small_network() -> Iterator[None]:
             "bn1": nn.BatchNorm2d(channels),
             "relu": nn.ReLU(),
         }
+        layers = {"backbone": nn.Sequential(OrderedDict(layers))}
         layers |= {"pool": nn.AdaptiveAvgPool2d(8)}  # for images of more than 32 px
-        layers |= {"flatten": nn.Flatten(), "fc": nn.Linear(64 * channels, 4)}
+        layers |= {"flatten": nn.Flatten(), "out": nn.Linear(64 * channels, 4)}
         if head == "linear":
             layers = {"norm": nn.BatchNorm2d(1)} | layers
         return nn.Sequential(OrderedDict(layers))

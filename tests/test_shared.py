@@ -15,7 +15,7 @@ OWN = {
     | {"write_index", "main"},
     "dataset": {"open_cache", "read_index", "check_row", "XrayDataset", "augment", "to_input"}
     | {"draw_phantom", "write_dicom", "write_demo"},
-    "model": {"build_model"},
+    "model": {"build_model", "HEAD"},
     "train": {"parse_args", "make_demo", "load_data", "print_setup", "evaluate", "main"},
     "eval": {"parse_args", "load_models", "check_same", "predict", "list_cases", "load_image"}
     | {"evaluate_split", "predict_images"},

@@ -13,13 +13,19 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
+import torchvision
 from PIL import Image
+from torch import nn
 
-from common.checkpoint import load_checkpoint
+from classification.model import build_model as build_classifier
+from common.checkpoint import load_checkpoint, load_fitting_weights, save_checkpoint
+from detection.model import build_model as build_detector
 from segmentation import preprocess
 from segmentation import train as segmentation
-from tests.caches import module, small_network, train
+from tests.caches import draw_cache, evaluate, module, small_network, train
+from tests.conftest import assert_same_training, same
 
 pytestmark = pytest.mark.slow
 TASKS = pytest.mark.parametrize("task", ["classification", "detection", "segmentation"])
@@ -238,3 +244,102 @@ def test_processes_wait_for_the_cache_as_long_as_it_takes_and_end_together(make,
     assert sorted(results.get(timeout=60) for _ in both) == found
     for process in both:
         process.join(60)
+
+
+# --- from the weights of another run ---
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_a_detector_takes_the_whole_backbone_of_a_classifier_and_back(arch):
+    source = build_classifier(arch, 2, 96, width=8)
+    model = build_detector(arch, "linear", 8)
+    taken = load_fitting_weights(model, {"model": source.state_dict()}, Path("x.pt"))
+    rest = model.state_dict().keys() - taken
+    assert rest == {"out.weight", "out.bias"} and len(taken) == len(source.state_dict()) - 2
+    for name in taken:
+        weight = source.state_dict()[name.removeprefix("backbone.")]
+        assert torch.equal(model.state_dict()[name], weight)
+    other = build_classifier(arch, 3, 96, width=8)
+    load_fitting_weights(other, {"model": model.state_dict()}, Path("x.pt"))
+    assert torch.equal(other.layer4[0].conv1.weight, source.layer4[0].conv1.weight)
+
+
+def test_the_usual_width_starts_with_the_weights_that_it_always_had():
+    torch.manual_seed(3)
+    expected = torchvision.models.resnet18()
+    expected.conv1 = nn.Conv2d(1, 64, 7, 2, 3, bias=False)
+    nn.init.kaiming_normal_(expected.conv1.weight, mode="fan_out", nonlinearity="relu")
+    expected.fc = nn.Linear(512, 3)
+    torch.manual_seed(3)
+    assert same(build_classifier("resnet18", 3, 96).state_dict(), expected.state_dict())
+
+
+def test_what_was_taken_and_what_was_not_is_counted(capsys):
+    for task in ("classification", "detection"):
+        draw_cache(Path(task), task)
+    train("classification", Path("classification"), Path("a"))
+    capsys.readouterr()
+    options = ["--init", "a/last.pt", "--lr", "1e-12", "--weight-decay", "0"]
+    train("detection", Path("detection"), Path("b"), *options, "--channels", "8")
+    line = "--init a/last.pt: 7 of its 9 arrays taken; 2 that it lacks or has in other shapes start"
+    assert f"{line} at random: out.bias, out.weight\n" in capsys.readouterr().out
+    old, new = (load_checkpoint(Path(run, "last.pt"))["model"] for run in "ab")
+    assert torch.allclose(old["conv1.weight"], new["backbone.conv1.weight"], atol=1e-6)
+    train("detection", Path("detection"), Path("c"), "--init", "b/last.pt", "--channels", "8")
+    assert "--init b/last.pt: 9 of its 9 arrays taken\n" in capsys.readouterr().out
+
+
+@TASKS
+def test_freeze_trains_the_head_and_nothing_else(task, capsys):
+    draw_cache(Path("cache"), task)
+    train(task, Path("cache"), Path("a"))
+    options = ["--init", "a/last.pt", "--freeze", "--lr", "0.01", "--epochs", "2"]
+    train(task, Path("cache"), Path("b"), *options)
+    before, after = (load_checkpoint(Path(run, "last.pt")) for run in "ab")
+    head = {"classification": "fc", "detection": "out", "segmentation": "head"}[task]
+    for name, weight in after["model"].items():  # with the statistics of norms
+        assert torch.equal(weight, before["model"][name]) == (not name.startswith(head)), name
+    assert len(after["optimizer"]["state"]) == 2
+    names = [name for name in before["model"] if not name.startswith(head)]
+    assert after["frozen"] == [name for name in names if name.endswith(("weight", "bias"))]
+    said = f"--freeze: {len(after['frozen'])} of {len(after['frozen']) + 2} arrays of weights stay"
+    assert said in capsys.readouterr().out
+
+    train(task, Path("cache"), Path("c"), *options, "--stop-after", "1")
+    train(task, Path("cache"), Path("c"), "--freeze", *options[3:], "--resume")
+    for run in "bc":  # which takes time as well
+        last = load_checkpoint(Path(run, "last.pt"))
+        for row in last["log"]:
+            row.pop("train_seconds", None)
+        save_checkpoint(Path(run, "last.pt"), last)
+    assert_same_training(Path("b"), Path("c"))
+    with pytest.raises(ValueError, match=r"freeze True \(now False\)"):
+        train(task, Path("cache"), Path("c"), *options[3:], "--resume")
+
+
+def test_freeze_is_refused_where_nothing_stays(capsys):
+    draw_cache(Path("cache"), "classification")
+    train("classification", Path("cache"), Path("a"))
+    for task in ("classification", "detection", "segmentation"):
+        with pytest.raises(SystemExit) as stop:
+            module(task, "train").parse_args(["--freeze"])
+        assert stop.value.code == 2 and "--freeze needs --init" in capsys.readouterr().err
+        assert module(task, "train").parse_args(["--freeze", "--resume"]).freeze
+    last = load_checkpoint(Path("a/last.pt"))
+    last["model"] = {name: w for name, w in last["model"].items() if name.startswith("fc")}
+    save_checkpoint(Path("head.pt"), last)
+    command = ["--init", "head.pt", "--freeze"]
+    found = refusal(train, "classification", Path("cache"), Path("b"), *command)
+    assert found == "head.pt: only the head fits, which leaves --freeze nothing"
+
+
+def test_checkpoints_from_before_these_options_are_resumed_and_evaluated():
+    draw_cache(Path("cache"), "classification")
+    train("classification", Path("cache"), Path("a"), "--epochs", "2", "--stop-after", "1")
+    for name in ("last.pt", "best.pt"):
+        older = load_checkpoint(Path("a", name))
+        del older["settings"]["freeze"], older["settings"]["channels"], older["frozen"]
+        save_checkpoint(Path("a", name), older)
+    evaluate("classification", Path("cache"), "--checkpoint", "a/best.pt")
+    train("classification", Path("cache"), Path("a"), "--epochs", "2", "--resume")
+    assert load_checkpoint(Path("a/last.pt"))["epoch"] == 2
