@@ -10,6 +10,7 @@ Labelled: metrics.json with 95 % bootstrap intervals (over patients), prediction
 pictures: confusion_matrix.png, roc.png, mistakes.png. New images: predictions.csv, overlays of
 class activation maps. The probabilities of several checkpoints are averaged; those of several
 folds predict the fold that they left out each, and the metrics are of all these images together.
+Several labels an image have metrics each, and no confusion_matrix.png.
 Batch size and mixed precision are those of the run, so that the score it printed comes out again.
 
 In the shapes below N is the number of images, C that of classes, S the side of an image in pixels.

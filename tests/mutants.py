@@ -25,12 +25,23 @@ ROOT = Path(__file__).resolve().parents[1]
 # The tests that say something about a module, the quick ones first.
 TESTS = {
     "common/checkpoint.py": ["test_checkpoint", "test_safety"],
-    "common/metrics.py": ["test_metrics", "test_folds"],
-    "classification/preprocess.py": ["test_reader", "test_preprocess"],
-    "classification/dataset.py": ["test_dataset_classification", "test_safety"],
-    "classification/model.py": ["test_dataset_classification"],
+    "common/metrics.py": ["test_metrics", "test_folds", "test_multi_label"],
+    "classification/preprocess.py": [
+        "test_reader",
+        "test_preprocess",
+        "test_label_tables",
+        "test_multi_label",
+        "test_color",
+    ],
+    "classification/dataset.py": ["test_dataset_classification", "test_multi_label", "test_safety"],
+    "classification/model.py": ["test_dataset_classification", "test_multi_label"],
     "classification/train.py": ["test_training", "test_safety", "test_classification"],
-    "classification/eval.py": ["test_folds", "test_safety", "test_classification"],
+    "classification/eval.py": [
+        "test_folds",
+        "test_multi_label",
+        "test_safety",
+        "test_classification",
+    ],
     "detection/preprocess.py": ["test_detection", "test_reader"],
     "detection/dataset.py": ["test_safety", "test_detection"],
     "detection/model.py": ["test_detection"],
