@@ -126,9 +126,12 @@ def test_all_channels_are_augmented_alike():
     expected = augment(gray, Given(batch=2, **draws))
     changed = augment(gray.expand(-1, 3, -1, -1), Given(batch=2, **draws))
     assert torch.allclose(changed, expected.expand(-1, 3, -1, -1), atol=1e-5)
-    tinted = gray * torch.tensor([1, 0.5, 0.2])[:, None, None]
-    mean = augment(tinted, Given(batch=2, moves=False, contrast=1)).mean((0, 2, 3))
-    assert mean[0] > mean[1] > mean[2]  # contrast takes nothing of the tint away
+    tinted = (0.3 + 0.2 * gray) * torch.tensor([1.5, 1, 0.5])[:, None, None]
+    more = augment(tinted, Given(batch=2, moves=False, contrast=1)).mean((0, 2, 3))
+    tint = tinted.mean((0, 2, 3))  # contrast is about the mean of all channels
+    assert (more[0] - more[2]).item() == pytest.approx(
+        np.exp(0.4) * (tint[0] - tint[2]).item(), rel=1e-4
+    )
 
 
 def test_pretrained_colour_is_the_rgb_network(imagenet):  # noqa: F811

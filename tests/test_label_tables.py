@@ -46,8 +46,14 @@ def test_an_image_is_found_by_its_path_or_its_name(tmp_path, name):
 
 
 def test_a_path_never_means_an_image_of_another_folder(tmp_path):
-    raw = table(tmp_path / "raw", "image,label train/1.png,x test/1.png,y a,y", "train/1 a")
+    text = "image,label train/1.png,x test/1.png,y test/a.png,x a,y"
+    raw = table(tmp_path / "raw", text, "train/1 a")
     assert [row["source"] for row in run(raw)[1]] == ["a.png", "train/1.png"]
+
+
+def test_a_name_means_the_image_beside_the_table_or_in_images_first(tmp_path):
+    raw = table(tmp_path / "raw", "image,label a,x b.png,y", "a images/a images/b other/b")
+    assert [row["source"] for row in run(raw)[1]] == ["a.png", "images/b.png"]
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])

@@ -116,6 +116,10 @@ def test_columns_of_0_and_1_are_labels(tmp_path, capsys):
     _, rows, meta = run(raw)
     assert meta["classes"] == ["edema", "mass"] and meta["multi_label"] is True
     assert meta["positive_class"] is None
+    total = [
+        sum(fold.get(name, 0) for fold in meta["counts"].values()) for name in ("edema", "mass")
+    ]
+    assert total == [1, 1]
     assert labels_of(rows, "edema", "mass") == [["1", "0"], ["0", ""], ["", "1"]]
     assert list(rows[0]) == ["id", "patient", "fold", "edema", "mass", "age", "note", "source"]
     printed = capsys.readouterr().out
@@ -330,6 +334,10 @@ def test_labels_are_learned_and_measured_each_by_itself(cache, run_folder, capsy
     assert {"roc.png", "roc.csv"} <= names and "confusion_matrix.png" not in names
     curves = {row["class"] for row in read_table(run_folder / "eval_val/roc.csv")}
     assert curves == {"top", "low", "never"}
+    points = [p for p in read_table(run_folder / "eval_val/roc.csv") if p["class"] == "low"]
+    fpr, tpr = (torch.tensor([float(p[name]) for p in points]) for name in ("fpr", "tpr"))
+    area = torch.trapezoid(tpr, fpr).item()
+    assert area == pytest.approx(summary["auroc_low"]["value"]) and len(points) > 3
 
 
 def test_folds_groups_and_comparisons_of_several_labels(cache, run_folder, tmp_path, capsys):
@@ -386,6 +394,25 @@ def test_new_images_get_a_map_for_each_likely_label(cache, run_folder, tmp_path)
     assert float(both["probability_top"]) > 0.5 > float(none["probability_top"])
     heights = [Image.open(tmp_path / "new" / row["overlay"]).size[1] for row in (both, none)]
     assert heights[0] == 2 * heights[1]
+
+
+def test_the_worst_mistakes_of_each_label_come_first():
+    truth = torch.tensor([[1, 0], [0, -1], [1, 0], [1, 0], [0, 1]])
+    scores = torch.tensor([[0.3, 0.1], [0.9, 0.9], [0.2, 0.6], [0.4, 0.2], [0.1, 0.9]])
+    worst = evaluation.choose_worst(truth, scores, evaluation.decide(scores, True), ["a", "b"])
+    assert [(k, target) for k, target, _ in worst] == [(1, 0), (2, 0), (0, 0), (2, 1)]
+    assert worst[0][2] == "a: 0, predicted 0.900"
+    labels = torch.tensor([0, 1])
+    pair = torch.tensor([[0.4, 0.6], [0.8, 0.2]])
+    worst = evaluation.choose_worst(labels, pair, evaluation.decide(pair, False), ["no", "yes"])
+    assert worst == [(1, 0, "yes, predicted no 0.800"), (0, 1, "no, predicted yes 0.600")]
+
+
+def test_one_map_for_the_class_and_one_for_each_likely_label():
+    multi = {"multi_label": True}
+    assert evaluation.choose_targets(torch.tensor([0.5, 0.5]), {}) == [0]
+    assert evaluation.choose_targets(torch.tensor([0.5, 0.1, 0.9]), multi) == [0, 2]
+    assert evaluation.choose_targets(torch.tensor([0.1, 0.4]), multi) == [1]
 
 
 def test_stop_and_resume_equal_the_straight_run(cache, tmp_path):
