@@ -44,7 +44,7 @@ def quick() -> Iterator[None]:
 
 def constant_weights(task: str, state: dict, score: float) -> dict:
     """Weights that give every image the same probability, box (0, 0, score, 1) or class."""
-    name = "head" if task == "segmentation" else "fc"
+    name = {"classification": "fc", "detection": "out", "segmentation": "head"}[task]
     logit = math.log(score / (1 - score))
     bias = [0, 0, score, 1] if task == "detection" else [0, logit]
     weight = torch.zeros_like(state[f"{name}.weight"])
