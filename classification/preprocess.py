@@ -406,7 +406,8 @@ def find_cases(raw: Path, regex: str | None) -> tuple[str, list[str], list[Case]
 def recognise_layout(raw: Path) -> str:
     """The name of the layout in a folder (or file), by what lies in it, or ""."""
     if raw.is_file():
-        return {".npz": "MedMNIST", ".csv": "table of labels"}.get(raw.suffix.lower(), "")
+        layouts = {".npz": "MedMNIST", ".csv": "table of labels", ".tsv": "table of labels"}
+        return layouts.get(raw.suffix.lower(), "")
     if any(raw.glob("stage_[12]_train_*")):
         return "RSNA challenge"
     if any(raw.glob("Data_Entry_2017*.csv")):
@@ -668,11 +669,12 @@ def files_by_name(folder: Path) -> tuple[dict[str, list[str]], dict[str, list[st
     by_path = defaultdict(list)
     by_name = defaultdict(list)
     for path in find_images(folder):
-        below = path.relative_to(folder)
-        source = below.as_posix()
-        for key in {source, below.with_suffix("").as_posix()}:
+        source = path.relative_to(folder).as_posix()
+        # The last number of a DICOM UID is no suffix.
+        suffix = "" if path.suffix[1:].isdigit() else path.suffix
+        for key in {source, source.removesuffix(suffix)}:
             by_path[key].append(source)
-        for key in {path.name, path.stem}:
+        for key in {path.name, path.name.removesuffix(suffix)}:
             by_name[key].append(source)
     return by_path, by_name
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from classification import preprocess
-from tests.test_preprocess import folders, noise, refused, run
+from tests.test_preprocess import dicom, folders, noise, refused, run
 
 
 def table(raw: Path, text: str, files: str = "a b c", name: str = "labels.csv") -> Path:
@@ -43,6 +43,16 @@ def test_a_file_is_a_table_and_its_images_lie_beside_it(tmp_path):
 def test_an_image_is_found_by_its_path_or_its_name(tmp_path, name):
     raw = table(tmp_path / "raw", f"image,label {name},x b,y", "deep/a b")
     assert [row["source"] for row in run(raw)[1]] == ["b.png", "deep/a.png"]
+
+
+def test_the_last_number_of_a_uid_is_no_suffix(tmp_path):
+    raw = tmp_path / "raw"
+    for name in ("1.2", "1.2.3", "1.2.3.4.dcm"):
+        dicom(raw / name, noise(name))
+    (raw / "labels.tsv").write_text("image\tlabel\n1.2\tx\n1.2.3\ty\n1.2.3.4\tx\n")
+    rows = run(raw / "labels.tsv", out="../out")[1]
+    assert [(row["source"], row["label"]) for row in rows] == [
+        ("1.2", "0"), ("1.2.3", "1"), ("1.2.3.4.dcm", "0")]  # fmt: skip
 
 
 def test_a_path_never_means_an_image_of_another_folder(tmp_path):

@@ -25,6 +25,7 @@ from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from common.metrics import auroc, best_threshold, classification_metrics, youden_threshold
 from tests.caches import change_meta, change_rows, copy, small_network
 from tests.conftest import assert_same_training, read_table
+from tests.test_dataset_classification import NoReads
 from tests.test_label_tables import table
 from tests.test_preprocess import folders, noise, refused, run
 
@@ -43,6 +44,8 @@ def test_unknown_labels_add_nothing_to_the_loss():
     logits = LOGITS.clone().requires_grad_()
     multi_label_loss(logits, LABELS, ones, 0.1).backward()
     assert logits.grad[0, 1] == 0 and (logits.grad != 0).sum() == 3
+    with NoReads():  # nothing waits for the device
+        multi_label_loss(LOGITS.to("meta"), LABELS.to("meta"), ones.to("meta"), 0.1)
 
 
 def test_weights_are_those_of_the_positives_and_smoothing_moves_the_targets():
