@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
@@ -29,6 +30,8 @@ except ImportError:  # Windows
 
 # Settings that older checkpoints lack, and what they were without a word
 OLDER_SETTINGS = {"freeze": False, "channels": 64}
+PANEL = (1000, 800)  # of log.png, in pixels of twice its size
+CURVE = {"training": "#1f4e9c", "validation": "#c0392b"}
 BACKBONE = "backbone."  # of names of weights, where a network calls its ResNet so
 
 
@@ -247,8 +250,10 @@ class Run:
     """A training's folder and how far it has come. Rank 0 claims and saves, all ranks restore."""
 
     out: Path
+    score: str  # the column of log.csv that best.pt is chosen by
     epoch: int = 0  # epochs done
     best: float = -math.inf  # validation score of best.pt
+    best_epoch: int = 0
     log: list[dict] = field(default_factory=list)  # a row for each epoch
     trained_on: dict | None = None  # see list_trained_on
     lock: TextIO | None = None
@@ -260,6 +265,9 @@ class Run:
         last = self.out / "last.pt"
         state = restore(last, settings, meta, model, optimizer, scaler)
         self.epoch, self.best, self.log, self.trained_on = state
+        for row in self.log:
+            if row.get(self.score) == self.best:
+                self.best_epoch = row["epoch"]
 
     def claim(self, args: argparse.Namespace, settings: dict) -> None:
         """Keep others out of the folder. Raises CheckpointError if it holds a run that must not go.
@@ -267,8 +275,10 @@ class Run:
         What a run on the synthetic set left there goes without asking, for another such run.
         """
         self.lock = lock_folder(self.out)
+        last = self.out / "last.pt"
+        if args.resume and self.epoch >= args.epochs:
+            print(f"{last}: all {self.epoch} epochs are done; {name_way_on(last, 'N')}")
         if not args.resume:
-            last = self.out / "last.pt"
             of_demo = args.data is None and trained_on_index(last, settings["index"])
             open_run(self.out, args.overwrite or of_demo)
 
@@ -297,12 +307,15 @@ class Run:
         last = self.out / "last.pt"
         if score >= self.best:
             self.best = score
+            self.best_epoch = self.epoch
             save_checkpoint(self.out / "best.pt", contents)
         if self.epoch == 1:
             last.unlink(missing_ok=True)  # of a run that is replaced: its best.pt is gone now
         contents |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         save_checkpoint(last, contents | {"best": self.best, "log": self.log})
         write_csv(self.out / "log.csv", self.log)
+        with written(self.out / "log.png") as temporary:
+            draw_log(self.log, self.score, self.best_epoch).save(temporary)
 
 
 def identify_run(cache: Path, world_size: int) -> dict:
@@ -380,7 +393,13 @@ def check_settings(saved: dict, current: dict, path: Path) -> None:
         lines = ", ".join(
             f"{name} {saved.get(name)} (now {current.get(name)})" for name in differing
         )
-        raise CheckpointError(f"{path}: cannot resume, it was trained with {lines}")
+        hint = f"; {name_way_on(path, current['epochs'])}" if "epochs" in differing else ""
+        raise CheckpointError(f"{path}: cannot resume, it was trained with {lines}{hint}")
+
+
+def name_way_on(path: Path, epochs: object) -> str:
+    """What to type for more epochs: the learning rate of a run ends at zero, so it is a new one."""
+    return f"to go on from its weights: --init {path} --epochs {epochs} --out OTHER"
 
 
 def array_bytes(cache: Path) -> int:
@@ -447,6 +466,119 @@ def restore(
     # without best.pt the next epoch is the best one there is
     best = checkpoint["best"] if path.with_name("best.pt").exists() else -math.inf
     return checkpoint["epoch"], best, checkpoint["log"], checkpoint.get("trained_on")
+
+
+# --- log.png ---
+
+
+def draw_log(log: list[dict], score: str, best: int) -> Image.Image:
+    """Loss and score by epoch, side by side, of the rows of log.csv; the best epoch is marked.
+
+    `score` is a column, `best` an epoch, or 0 for none. What is not finite leaves a gap.
+    """
+    picture = Image.new("RGB", (2 * PANEL[0], PANEL[1]), "white")
+    draw = ImageDraw.Draw(picture)
+    losses = {"training": "train_loss", "validation": "val_loss"}
+    curves = {}
+    for name, column in losses.items():
+        if column in log[0]:  # segmentation validates by scores alone
+            curves[name] = [row.get(column, math.nan) for row in log]
+    draw_curves(draw, 0, "loss", curves, best)
+    curve = [row.get(score, math.nan) for row in log]
+    title = score.removeprefix("val_").replace("_", " ")
+    draw_curves(draw, PANEL[0], title, {"validation": curve}, best)
+    return picture.reduce(2)  # Pillow's lines are smooth only if drawn larger
+
+
+def draw_curves(
+    draw: ImageDraw.ImageDraw, x: int, title: str, curves: dict[str, list[float]], best: int
+) -> None:
+    """One panel, whose left side is at `x`: a grid with numbers, a legend, and the curves."""
+    left = x + 130  # of the axes
+    right = x + PANEL[0] - 40
+    top = 130
+    bottom = PANEL[1] - 110
+    small = ImageFont.load_default(size=24)
+    large = ImageFont.load_default(size=30)
+    epochs = len(next(iter(curves.values())))
+    finite = [v for values in curves.values() for v in values if math.isfinite(v)] or [0.0]
+    # A loss that falls to a tenth is a corner on a linear axis.
+    is_log = title == "loss" and 0 < 10 * min(finite) < max(finite)
+    ticks = log_ticks(finite) if is_log else linear_ticks(min(finite), max(finite))
+    low = min(ticks + finite)
+    high = max(ticks + finite)
+
+    def place(epoch: float, value: float) -> tuple[float, float]:
+        share = (value - low) / (high - low)
+        if is_log:
+            share = math.log(value / low) / math.log(high / low)
+        along = (epoch - 1) / max(1, epochs - 1)
+        return left + along * (right - left), bottom - share * (bottom - top)
+
+    for tick in ticks:
+        _, y = place(1, tick)
+        draw.line((left, y, right, y), "#dddddd", 2)
+        draw.text((left - 14, y), f"{tick:.4g}", "black", small, anchor="rm")
+    for epoch in linear_ticks(1, epochs):
+        if epoch == int(epoch) and 1 <= epoch <= epochs:
+            at, _ = place(epoch, low)
+            draw.line((at, bottom, at, bottom + 8), "black", 2)
+            draw.text((at, bottom + 28), f"{epoch:.0f}", "black", small, anchor="mm")
+    draw.line((left, top, left, bottom, right, bottom), "black", 2)
+    middle = (left + right) / 2
+    draw.text((middle, bottom + 74), "epoch", "black", small, anchor="mm")
+    draw.text((left, 44), f"{title} (log)" if is_log else title, "black", large, anchor="lm")
+
+    if best:
+        at, _ = place(best, low)
+        for y in range(top, bottom, 16):
+            draw.line((at, y, at, y + 8), "#888888", 2)
+        anchor = "rm" if at > middle else "lm"
+        text = f"best: epoch {best}"
+        if title != "loss":
+            text += f", {curves['validation'][best - 1]:.4g}"
+        draw.text((at - 10 if at > middle else at + 10, top - 18), text, "#666666", small, anchor)
+    at = right  # the legend from right to left, each with the last value
+    for name, values in reversed(curves.items()):
+        text = f"{name} {values[-1]:.4g}"
+        draw.text((at, 44), text, CURVE[name], small, anchor="rm")
+        at -= draw.textlength(text, small) + 20
+        draw.line((at - 40, 44, at, 44), CURVE[name], 6)
+        at -= 70
+        points = []
+        for epoch, value in enumerate([*values, math.nan], 1):
+            if math.isfinite(value):
+                points.append(place(epoch, value))
+                continue
+            if points:
+                draw.line(points, CURVE[name], 6, joint="curve")
+            for px, py in points if epochs <= 30 or len(points) == 1 else []:
+                draw.ellipse((px - 7, py - 7, px + 7, py + 7), CURVE[name])
+            points = []
+
+
+def linear_ticks(low: float, high: float) -> list[float]:
+    """Three to seven round numbers, 1, 2 or 5 times a power of ten apart, about a range."""
+    if low == high:
+        low, high = low - 0.05 * max(1, abs(low)), high + 0.05 * max(1, abs(high))
+    step = 10 ** math.floor(math.log10((high - low) / 3))
+    for factor in (5, 2):
+        if (high - low) / (factor * step) >= 2:
+            step *= factor
+            break
+    first = math.floor(low / step)
+    return [k * step for k in range(first, math.ceil(high / step) + 1)]
+
+
+def log_ticks(values: list[float]) -> list[float]:
+    """1, 2 and 5 times the powers of ten about a range; the powers alone if that is long."""
+    first = math.floor(math.log10(min(values)))
+    last = math.ceil(math.log10(max(values)))
+    factors = (1, 2, 5) if last - first <= 2 else (1,)
+    ticks = [factor * 10.0**k for k in range(first, last + 1) for factor in factors]
+    above = [tick for tick in ticks if tick >= max(values)]
+    below = [tick for tick in ticks if tick <= min(values)]
+    return [tick for tick in ticks if max(below) <= tick <= min(above)]
 
 
 # --- what was trained on ---

@@ -5,9 +5,9 @@
   python segmentation/train.py --data data/hippocampus --resume
   torchrun --nproc-per-node 4 segmentation/train.py --data data/hippocampus
 
---data is a cache of preprocess.py: fold K is the validation set, the others are the training set.
-Written to --out: last.pt, best.pt, log.csv. On a CPU, the same settings and numbers of processes
-and threads give bit-identical weights.
+--data is a cache of preprocess.py, or raw data that get one: fold K is the validation set,
+the others are the training set. Written to --out: last.pt, best.pt, log.csv, log.png. On a CPU, the
+same settings and numbers of processes and threads give bit-identical weights.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # A new run, or the state of the one to resume
     settings = collect_settings(args, cache, world_size)
-    run = Run(args.out)
+    run = Run(args.out, "val_dice")
     if args.resume:
         run.restore(settings, meta, model, optimizer, scaler)
     if is_main:

@@ -612,7 +612,7 @@ def test_an_interrupted_training_keeps_its_epochs(caches, tmp_path):
     assert running.returncode == 130 and error == "interrupted\n"
     last = load_checkpoint(out / "last.pt")
     assert last["epoch"] >= 1 and len(last["log"]) == last["epoch"]
-    assert {path.name for path in out.iterdir()} == {"last.pt", "best.pt", "log.csv"}
+    assert {path.name for path in out.iterdir()} == {"last.pt", "best.pt", "log.csv", "log.png"}
 
 
 def test_what_the_user_cannot_help_is_one_line_and_a_bug_keeps_its_traceback(capsys):

@@ -1,6 +1,7 @@
 """How a training starts: from raw data, from the weights of another one, or where one has ended."""
 
 import json
+import math
 import multiprocessing
 import os
 import shlex
@@ -16,11 +17,19 @@ import pytest
 import torch
 import torch.distributed as dist
 import torchvision
-from PIL import Image
+from PIL import Image, ImageColor
 from torch import nn
 
 from classification.model import build_model as build_classifier
-from common.checkpoint import load_checkpoint, load_fitting_weights, save_checkpoint
+from common.checkpoint import (
+    CURVE,
+    draw_log,
+    linear_ticks,
+    load_checkpoint,
+    load_fitting_weights,
+    log_ticks,
+    save_checkpoint,
+)
 from detection.model import build_model as build_detector
 from segmentation import preprocess
 from segmentation import train as segmentation
@@ -343,3 +352,77 @@ def test_checkpoints_from_before_these_options_are_resumed_and_evaluated():
     evaluate("classification", Path("cache"), "--checkpoint", "a/best.pt")
     train("classification", Path("cache"), Path("a"), "--epochs", "2", "--resume")
     assert load_checkpoint(Path("a/last.pt"))["epoch"] == 2
+
+
+# --- where another one has ended ---
+
+
+@TASKS
+def test_resume_with_more_epochs_says_how_to_go_on(task, capsys):
+    draw_cache(Path("cache"), task)
+    train(task, Path("cache"), Path("a"))
+    found = refusal(train, task, Path("cache"), Path("a"), "--epochs", "3", "--resume")
+    assert found == (
+        "a/last.pt: cannot resume, it was trained with epochs 1 (now 3); to go on from its "
+        "weights: --init a/last.pt --epochs 3 --out OTHER"
+    )
+    other = refusal(train, task, Path("cache"), Path("a"), "--lr", "0.5", "--resume")
+    assert other.endswith("lr 0.001 (now 0.5)")
+    capsys.readouterr()
+    train(task, Path("cache"), Path("a"), "--resume")
+    said = "all 1 epochs are done; to go on from its weights: --init a/last.pt --epochs N"
+    assert f"a/last.pt: {said} --out OTHER\n" in capsys.readouterr().out
+    train(task, Path("cache"), Path("b"), "--epochs", "2", "--stop-after", "1")
+    train(task, Path("cache"), Path("b"), "--epochs", "2", "--resume")
+    assert "are done" not in capsys.readouterr().out
+
+
+# --- log.png ---
+
+
+def test_ticks_are_round_numbers_about_the_range():
+    assert linear_ticks(0, 1) == [0, 0.5, 1]
+    assert linear_ticks(0.62, 0.93) == pytest.approx([0.6, 0.7, 0.8, 0.9, 1.0])
+    assert linear_ticks(1, 20) == [0, 5, 10, 15, 20]
+    assert linear_ticks(1, 3) == [1, 1.5, 2, 2.5, 3]
+    assert min(linear_ticks(0.5, 0.5)) < 0.5 < max(linear_ticks(0.5, 0.5))
+    assert log_ticks([0.03, 0.9]) == pytest.approx([0.02, 0.05, 0.1, 0.2, 0.5, 1])
+    assert log_ticks([3e-5, 0.9]) == pytest.approx([1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1])
+
+
+def test_the_picture_shows_each_value_where_it_belongs():
+    blue, red = (ImageColor.getrgb(CURVE[name]) for name in ("training", "validation"))
+    rows = [{"train_loss": 2.0, "val_loss": 1.0, "val_dice": 0.0}]
+    rows += [{"train_loss": 1.5, "val_loss": math.inf, "val_dice": 1.0}]
+    picture = draw_log(rows, "val_dice", 2)
+    # Axes from x 65 to 480 and from y 345, the lowest value, to 65; the second panel is 500 further.
+    assert picture.size == (1000, 400)
+    assert picture.getpixel((65, 65)) == picture.getpixel((480, 205)) == blue  # 2.0 and 1.5
+    assert picture.getpixel((65, 345)) == red  # a loss of 1.0; the infinite one is left out
+    assert picture.getpixel((565, 345)) == picture.getpixel((980, 65)) == red
+    dashes = [picture.getpixel((980, y)) for y in range(100, 340)]
+    before = [picture.getpixel((700, y)) for y in range(100, 340)]
+    assert sum(max(pixel) < 200 for pixel in dashes) > 100 > sum(max(p) < 200 for p in before)
+    draw_log([{"train_loss": math.nan, "val_dice": math.nan}], "val_dice", 0)
+
+
+@TASKS
+def test_log_png_is_redrawn_every_epoch_with_the_best_one(task, monkeypatch):
+    draw_cache(Path("cache"), task)
+    drawn = []
+    monkeypatch.setattr(
+        "common.checkpoint.draw_log",
+        lambda *args: drawn.append((len(args[0]), *args[1:])) or draw_log(*args),
+    )
+    train(task, Path("cache"), Path("a"), "--epochs", "3", "--stop-after", "2")
+    name = {"classification": "auroc", "detection": "mean_iou", "segmentation": "dice"}[task]
+    last = load_checkpoint(Path("a/last.pt"))
+    scores = [row[f"val_{name}"] for row in last["log"]]
+    better = 2 if scores[1] >= scores[0] else 1  # on a tie the later one
+    assert drawn == [(1, f"val_{name}", 1), (2, f"val_{name}", better)]
+    assert load_checkpoint(Path("a/best.pt"))["epoch"] == better
+    last["log"][0][f"val_{name}"] = last["best"] = 2.0  # which no later epoch reaches
+    save_checkpoint(Path("a/last.pt"), last)
+    train(task, Path("cache"), Path("a"), "--epochs", "3", "--resume")
+    assert drawn[2:] == [(3, f"val_{name}", 1)]
+    assert Image.open("a/log.png").size == (1000, 400) and not list(Path("a").glob(".partial*"))
