@@ -556,13 +556,25 @@ def find_label_table(raw: Path, regex: str | None) -> tuple[list[str], list[Case
 
 
 def list_rows(table: Path, columns: tuple[str, ...]) -> list[tuple[str, dict[str, str]]]:
-    """The rows of `read_rows` in a list, every value without blanks around it. None: DataError."""
+    """The rows of `read_rows` in a list, without control characters, which would reach the screen.
+
+    Raises DataError if there are none.
+    """
     rows = []
     for place, row in read_rows(table, columns):
-        rows.append((place, {name: (value or "").strip() for name, value in row.items()}))
+        rows.append(
+            (place, {to_blanks(name): to_blanks(value or "") for name, value in row.items()})
+        )
     if not rows:
         raise DataError(f"{table}: no rows below the names of the columns")
     return rows
+
+
+def to_blanks(text: str) -> str:
+    """Control characters (tabs, line ends) as blanks, and none around the text."""
+    if text.isprintable():  # nearly all are, and this is far quicker
+        return text.strip()
+    return "".join(" " if has_control(c) else c for c in text).strip()
 
 
 def choose_label_columns(table: Path, rows: list[tuple[str, dict[str, str]]]) -> list[str]:
@@ -579,8 +591,6 @@ def choose_label_columns(table: Path, rows: list[tuple[str, dict[str, str]]]) ->
     if len(columns) < 2:
         expected = "a column label, or two or more columns of 0 and 1"
         raise DataError(f"{table}: columns {names}, expected {expected}")
-    if any(map(has_control, columns)):
-        raise DataError(f"{table}: control characters in a column of {columns}: rename it")
     return columns
 
 
@@ -689,6 +699,7 @@ def find_named(
     """
     parts = PurePosixPath(name.replace("\\", "/")).parts
     if len(parts) == 1:
+        name = parts[0]  # without ./
         return by_path.get(name) or by_path.get(f"images/{name}") or by_name.get(name, [])
     for start in range(len(parts) - 1):
         path = "/".join(parts[start:])

@@ -38,7 +38,7 @@ def test_a_file_is_a_table_and_its_images_lie_beside_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["a.png", "a", "deep/a.png", "/home/me/raw/deep/a.png", r"x\deep\a"]
+    "name", ["a", "./a.png", "deep/a.png", "./deep/a", "/home/me/raw/deep/a.png", r"x\deep\a"]
 )
 def test_an_image_is_found_by_its_path_or_its_name(tmp_path, name):
     raw = table(tmp_path / "raw", f"image,label {name},x b,y", "deep/a b")
@@ -96,6 +96,15 @@ def test_folds_and_splits_of_a_table_are_kept(tmp_path, column, values, folds):
     text = f"image,label,{column} a,x,{values[0]} b,y,{values[1]} c,x,{values[2]} d,y,{values[0]}"
     _, rows, _ = run(table(tmp_path / "raw", text, "a b c d"), "--classes", "y", "x")
     assert [row["fold"] in fold for row, fold in zip(rows[:3], folds, strict=True)] == [True] * 3
+
+
+def test_control_characters_of_a_table_never_reach_the_screen(tmp_path):
+    folders(tmp_path / "raw", "a b")
+    text = 'image,label,re\tmark\na,x\x1b[2J,"red\x1b[31m"\nb,y,"two\twords"\n'
+    (tmp_path / "raw/labels.csv").write_text(text)
+    _, rows, meta = run(tmp_path / "raw")
+    assert meta["classes"] == ["x [2J", "y"]
+    assert [row["re mark"] for row in rows] == ["red [31m", "two words"]
 
 
 def test_rows_that_say_nothing_new_or_nothing_are_counted(tmp_path, capsys):
