@@ -1119,7 +1119,7 @@ def order_labels(
     if layout == "MedMNIST" and len(wanted) == len(names):
         names = wanted
     if len(set(wanted)) != len(wanted) or len(wanted) < 2 or not set(wanted) <= set(names):
-        raise DataError(f"{raw}: labels in the data {names}, expected two or more, not {wanted}")
+        raise DataError(f"{raw}: labels {wanted}, expected two or more of {names}")
     for case in cases:
         value_of = dict(zip(names, case.label, strict=True))
         case.label = tuple(value_of.pop(name) for name in wanted)

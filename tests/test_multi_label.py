@@ -140,7 +140,12 @@ def test_classes_chooses_labels_and_their_order(tmp_path):
     assert meta["classes"] == ["c", "a"] and labels_of(rows, "c", "a", "b") == [
         ["1", "1", "0"], ["", "0", "1"]]  # fmt: skip
     refused(
-        r"labels in the data \['a', 'b', 'c'\], expected two", raw, "--classes", "a", "q", out="x"
+        r"labels \['a', 'q'\], expected two or more of \['a', 'b', 'c'\]",
+        raw,
+        "--classes",
+        "a",
+        "q",
+        out="x",
     )
     refused("expected two or more", raw, "--classes", "a", out="x")
 
