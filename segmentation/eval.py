@@ -74,7 +74,6 @@ from segmentation.model import build_model, predict_volume
 from segmentation.preprocess import (
     META,
     PICTURE_KINDS,
-    RGB,
     DataError,
     Notes,
     check_channels,
@@ -587,7 +586,8 @@ def draw_panels(
     bare image.
     """
     axis = meta["slice_axis"]
-    shown = image[:3] if meta["channels"] == RGB else image[:1]
+    is_colour = "picture_unit" in meta and len(image) == 3
+    shown = image if is_colour else image[:1]
     plane = np.stack([take_slice(one, axis, position) for one in shown])  # (1 or 3, H, W)
     plane = plane.astype(np.float32)
     low, high = np.percentile(plane, (0.5, 99.5))  # some voxels are far brighter than all others

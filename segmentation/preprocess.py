@@ -2527,6 +2527,7 @@ def check_meta(meta: object, where: Path) -> None:
         "shape": is_triple(shape) and all(type(n) is int and n > 0 for n in shape),
         "normalisation": isinstance(normalisation, list)
         and all(map(is_normalisation, normalisation)),
+        "picture_unit": meta.get("picture_unit", "mm") in ("px", "mm"),
     }
     # One mask value a class, one normalisation a channel.
     for one, other in (("values", "classes"), ("normalisation", "channels")):

@@ -229,6 +229,52 @@ def test_a_gray_picture_among_coloured_ones_has_three_equal_channels(tmp_path, c
     assert "3 channels, expected ['gray']; convert it to gray" in capsys.readouterr().err
 
 
+def test_patients_by_a_regular_expression_and_copies_share_a_fold(tmp_path, capsys):
+    raw = tmp_path / "raw"
+    rng = np.random.default_rng(0)
+    for k in range(12):
+        picture, mask = draw(rng)
+        save(raw / "images" / f"p{k // 3}_view{k}.png", picture)
+        save(raw / "masks" / f"p{k // 3}_view{k}.png", mask)
+    save(raw / "images" / "p9_view0.tif", picture)  # the last one of p3 once more
+    save(raw / "masks" / "p9_view0.png", mask)
+    _, rows = prepare(raw, tmp_path / "cache", "--patient-regex", "p[0-9]+")
+    folds = {(row["group"], row["fold"]) for row in rows}
+    assert sorted(group for group, _ in folds) == ["p0", "p1", "p2", "p3"]
+    assert "p3_view11 and p9_view0 are one image with the same masks" in capsys.readouterr().out
+
+
+def test_pictures_in_the_layout_of_nnunet(tmp_path):
+    """A coloured file is one channel file of nnU-Net; names of four digits are no channels."""
+    raw = tmp_path / "raw"
+    rng = np.random.default_rng(0)
+    for k in range(5):
+        picture, mask = draw(rng, colour=True)
+        save(raw / "imagesTr" / f"c_{k}_0000.png", picture)
+        save(raw / "labelsTr" / f"c_{k}.png", mask)
+    description = {"channel_names": {"0": "R", "1": "G", "2": "B"}}
+    description["labels"] = {"background": 0, "nucleus": 1}
+    (raw / "dataset.json").write_text(json.dumps(description))
+    meta, rows = prepare(raw, tmp_path / "cache")
+    assert meta["channels"] == ["R", "G", "B"] and meta["classes"][1] == "nucleus"
+    assert [row["id"] for row in rows] == [f"c_{k}" for k in range(5)]
+    found = evaluation.find_images([raw / "imagesTr"], meta)
+    assert [image.name for image in found] == [f"c_{k}_0000" for k in range(5)]
+
+
+def test_pictures_below_folders_are_called_by_their_path(tmp_path):
+    picture, _ = draw(np.random.default_rng(0))
+    for name in ("a/1.png", "b/left/1.jpg", "2.TIF"):
+        save(tmp_path / name, picture)
+    (tmp_path / "a" / "notes.txt").write_text("x")
+    meta = {"channels": ["gray"], "picture_unit": "px"}
+    found = evaluation.find_images([tmp_path], meta)
+    assert [image.name for image in found] == ["2", "a_1", "b_left_1"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty: no picture in it, expected PNG, JPEG or TIFF"):
+        evaluation.find_images([tmp_path / "empty"], meta)
+
+
 def test_several_pages_are_refused_and_a_missing_colour_is_not(tmp_path):
     pages = [Image.fromarray(draw(np.random.default_rng(k))[0]) for k in range(3)]
     pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
