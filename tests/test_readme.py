@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -129,6 +131,13 @@ def small_raw(task: str) -> None:
         shutil.copy(image, "scan.nii.gz")
         Path("dicom_folder").mkdir()
         shutil.copy(image, "dicom_folder/other.nii.gz")
+        for k in range(10):
+            mask = np.zeros((24, 24), np.uint8)
+            mask[k : k + 8, 4:20] = 255
+            for name, pixels in (("images", mask // 2 + k), ("masks", mask)):
+                Path("lesions", name).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(f"lesions/{name}/{k}.png")
+        shutil.copytree("lesions/images", "new_pictures")
         return
     raw = {"classification": "rsna-pneumonia-detection-challenge", "detection": "heart_xray"}[task]
     dataset.write_demo(Path(raw), patients=40)
