@@ -1058,7 +1058,9 @@ def read_picture_mask(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """
     image, _, kind = open_picture(path, [])
     if (*image.size, 1) != shape:
-        turned = "; one of the two has an orientation tag" if image.size == shape[1::-1] else ""
+        turned = ""
+        if image.size == shape[1::-1]:
+            turned = "; has one of the two lost its orientation tag?"
         size = f"{show_size(image.size)} pixels, expected {show_size(shape[:2])} as its picture"
         raise DataError(f"{path}: {size}{turned}")
     if image.mode == "LA":
