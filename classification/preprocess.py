@@ -1425,9 +1425,8 @@ def read_dicom(path: Path) -> Picture:
     elif pixels.ndim == 3:
         gray = colour_to_gray(pixels, 2**ds.BitsStored - 1)
         colour = find_colour(pixels, 2**ds.BitsStored - 1, notes)
-    else:  # (H, W), stored values -> modality values -> gray
-        values = modality_values(ds, pixels, path)
-        gray = display_values(ds, values, padding, path, notes)
+    else:
+        gray = display_values(ds, pixels, padding, path, notes)
         if ds.PhotometricInterpretation == "MONOCHROME1":  # the lowest value is white
             gray = 1 - gray
         gray[padding] = 0  # black, also after the inversion
@@ -1510,11 +1509,14 @@ def stored_pixels(ds: pydicom.Dataset) -> tuple[np.ndarray, np.ndarray]:
         if not 0 <= shift <= ds.BitsAllocated - bits:
             shift = 0
         ds.BitsStored = ds.BitsAllocated  # so that pydicom masks nothing before the shift
-    container = pixel_array(ds)  # converts YBR to RGB
+    container = decode_pixels(ds)
     ds.BitsStored = bits
-    # To the left end and back to the right one: the shift right extends the sign of signed values.
+    # In the byte order of this machine, so that one image has one hash
+    pixels = container.astype(container.dtype.newbyteorder("="), copy=False)
     unused = max(0, 8 * container.itemsize - bits)
-    pixels = (container << (unused - min(shift, unused))) >> unused
+    if unused:
+        # To the left end and back to the right: the shift right extends the sign of signed values.
+        pixels = (pixels << (unused - min(shift, unused))) >> unused
 
     padding = np.zeros(pixels.shape[:2], bool)
     low, high = padding_range(ds)
@@ -1525,6 +1527,21 @@ def stored_pixels(ds: pydicom.Dataset) -> tuple[np.ndarray, np.ndarray]:
     if padding.all():  # then it is no padding
         padding[:] = False
     return pixels, padding
+
+
+def decode_pixels(ds: pydicom.Dataset) -> np.ndarray:
+    """What a data set stores, (H, W) or (H, W, 3), YBR converted to RGB.
+
+    Gray JPEG Baseline by Pillow: pylibjpeg, which pydicom prefers where it is installed, takes four
+    times as long, and differs by a gray level here and there.
+    """
+    syntax = ds.file_meta.TransferSyntaxUID
+    if syntax == uid.JPEGBaseline8Bit and ds.get("SamplesPerPixel") == 1:
+        try:
+            return pixel_array(ds, decoding_plugin="pillow")
+        except RuntimeError:  # not what the header promises: another decoder may know it
+            pass
+    return pixel_array(ds)
 
 
 def padding_range(ds: pydicom.Dataset) -> tuple[float, float]:
@@ -1652,12 +1669,12 @@ def first_input(first: int, count: int, inputs: np.ndarray) -> int:
 
 def display_values(
     ds: pydicom.Dataset,
-    values: np.ndarray,
+    pixels: np.ndarray,
     padding: np.ndarray,
     path: Path,
     notes: list[str],
 ) -> np.ndarray:
-    """Modality values (H, W) to gray float32 in 0..1 by VOI LUT, window or range (PS3.3 C.11.2)."""
+    """Stored values (H, W) to gray float32 in 0..1 by VOI LUT, window or range (PS3.3 C.11.2)."""
     # Only one of VOI LUT and window may be applied (C.11.2); the LUT is the richer of the two.
     every_value = modality_values(ds, stored_range(ds), path)
     table = None
@@ -1669,6 +1686,12 @@ def display_values(
     if window is None and ds.get("WindowCenter") is not None:
         notes.append("window passed over: no number, or too narrow")
 
+    # There are more pixels than values, so gray is computed for each value and then looked up.
+    has_table = ds.BitsStored <= 16
+    if has_table:
+        values = np.roll(every_value, stored_range(ds)[0])  # by stored value: [-1] is that of -1
+    else:
+        values = modality_values(ds, pixels, path)
     used = ""
     if table is not None:
         inputs, outputs = table
@@ -1682,14 +1705,18 @@ def display_values(
         gray = stretch(values, every_value.min(), every_value.max())
     else:
         # Not the extremes: a burnt-in marker or a dead pixel would decide the contrast.
-        low, high = np.percentile(values[~padding], (0.5, 99.5))
+        inside = values[pixels[~padding]] if has_table else values[~padding]
+        low, high = np.percentile(inside, (0.5, 99.5))
         gray = stretch(values, low, high)
+    if has_table:
+        gray = np.take(gray, pixels)
 
     # A window that misses all values would leave nothing to see.
-    shown = gray[~padding]
-    inside = values[~padding]
-    if used and shown.min() == shown.max() and inside.min() < inside.max():
-        raise DataError(f"{path}: {used} shows none of {inside.min():g} to {inside.max():g}")
+    shown = gray[~padding] if padding.any() else gray
+    if used and shown.min() == shown.max():
+        inside = modality_values(ds, pixels[~padding], path)
+        if inside.min() < inside.max():
+            raise DataError(f"{path}: {used} shows none of {inside.min():g} to {inside.max():g}")
     return gray
 
 
@@ -1770,7 +1797,7 @@ def read_picture(path: Path, kind: str) -> Picture:
         else:
             if image.mode not in ("1", "L", "LA"):
                 colour = find_colour(np.asarray(image.convert("RGB")), 255, notes)
-            pixels = np.asarray(image.convert("L"))
+            pixels = np.asarray(image if image.mode == "L" else image.convert("L"))
             gray = pixels.astype(np.float32) / 255
             return Picture(gray, hash_pixels(pixels), colour, notes=tuple(notes))
     # Pillow has no type for these two, and hands out their bits as another.

@@ -383,3 +383,28 @@ def test_the_hash_of_the_stored_pixels_does_not_depend_on_the_file(tmp_path):
     b = read_image(dicom(tmp_path / "b", RAMP, **WINDOW))
     assert a.notes == b.notes == ()
     assert a.digest == b.digest == hashlib.sha256(b"(24, 32)" + RAMP.tobytes()).hexdigest()
+
+
+def test_the_hash_does_not_depend_on_the_byte_order(tmp_path):
+    deep = np.arange(768, dtype=np.uint16).reshape(24, 32) * 80
+    digests = set()
+    for order in "<>":
+        ds = pydicom.dcmread(dicom(tmp_path / "a.dcm", deep, **WINDOW))
+        ds.BitsAllocated = ds.BitsStored = 16
+        ds.HighBit = 15
+        ds.PixelData = deep.astype(f"{order}u2").tobytes()
+        if order == ">":
+            ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRBigEndian
+        path = tmp_path / f"{order}.dcm"
+        pydicom.dcmwrite(path, ds, little_endian=order == "<", implicit_vr=False)
+        digests.add(read_image(path).digest)
+    assert len(digests) == 1
+
+
+def test_signed_values_are_looked_up_with_their_sign(tmp_path):
+    signed = np.array([[-2048, -1, 0, 2047]], np.int16)
+    header = {"PixelRepresentation": 1, "BitsStored": 12, "HighBit": 11, "BitsAllocated": 16}
+    window = {"WindowCenter": 0, "WindowWidth": 4096, "VOILUTFunction": "LINEAR_EXACT"}
+    path = dicom(tmp_path / "a.dcm", signed, **header, **window)
+    expected = [[0, 2047 / 4096, 0.5, 4095 / 4096]]
+    np.testing.assert_allclose(read_image(path).gray, expected, atol=1e-6)
