@@ -940,7 +940,9 @@ def read_mask(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> np.ndar
 
 def hash_pixels(pixels: np.ndarray) -> str:
     """What tells copies: the SHA-256 of shape and stored pixels."""
-    return hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{pixels.shape}".encode())
+    digest.update(np.ascontiguousarray(pixels))  # without a copy in most cases
+    return digest.hexdigest()
 
 
 def progress(text: str) -> None:

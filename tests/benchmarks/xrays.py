@@ -1,0 +1,97 @@
+"""Images per second from files to the cache, of one core, beside plainer ways to read the same.
+
+  python tests/benchmarks/xrays.py --data FOLDER_OF_DICOM_FILES
+
+Every way reads every file in turn, several times over; its best CPU time counts. Ratios within a
+run mean more than the figures, which differ between machines.
+"""
+
+import argparse
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pydicom
+from PIL import Image
+from pydicom.pixels import pixel_array
+from pydicom.uid import JPEGBaseline8Bit
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from classification.preprocess import Case, find_images, load
+
+RSNA = 26_684  # images of the RSNA challenge
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--data", type=Path, required=True, help="a folder of DICOM files")
+    parser.add_argument("--size", type=int, default=224, help="default: %(default)s")
+    parser.add_argument("--repeat", type=int, default=5, help="default: %(default)s")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    warnings.simplefilter("ignore")
+    paths = find_images(args.data)
+    ways = {
+        "this project": partial(read_as_here, raw=args.data, size=args.size),
+        "bare decode": decode,
+        "decode, float64, resize": partial(read_plainly, size=args.size),
+    }
+    try:
+        ways["MONAI LoadImage, Resize"] = read_by_monai(args.size)
+    except ImportError:
+        print("MONAI: not installed")
+    best = dict.fromkeys(ways, float("inf"))
+    for _ in range(args.repeat):
+        for name, read in ways.items():  # in turn: other work on the machine hits all of them
+            start = time.process_time()
+            for path in paths:
+                read(path)
+            best[name] = min(best[name], time.process_time() - start)
+    for name, seconds in best.items():
+        rate = len(paths) / seconds
+        ratio = best["bare decode"] / seconds
+        print(f"{name:26}{rate:7.1f} images/s{ratio:6.2f} of bare decode{RSNA / rate:7.0f} s RSNA")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
+    print(f"peak memory of all of them {peak:.0f} MB")
+
+
+def read_as_here(path: Path, raw: Path, size: int) -> np.ndarray:
+    source = path.relative_to(raw).as_posix()
+    result = load(Case(source, source, 0, ""), raw, size, "squash", 1)
+    if isinstance(result, Exception):
+        raise result
+    return result[0]
+
+
+def decode(path: Path) -> np.ndarray:
+    """The pixels, by Pillow if they are JPEG Baseline: pydicom may prefer a slower decoder."""
+    ds = pydicom.dcmread(path)
+    is_baseline = ds.file_meta.TransferSyntaxUID == JPEGBaseline8Bit
+    return pixel_array(ds, decoding_plugin="pillow" if is_baseline else "")
+
+
+def read_plainly(path: Path, size: int) -> np.ndarray:
+    gray = (decode(path) / 255).astype(np.float32)
+    small = Image.fromarray(gray).resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(small).astype(np.float16)
+
+
+def read_by_monai(size: int) -> Callable:
+    from monai.transforms import Compose, EnsureChannelFirst, LoadImage, Resize
+
+    steps = [LoadImage(image_only=True, reader="PydicomReader"), EnsureChannelFirst()]
+    return Compose([*steps, Resize((size, size))])
+
+
+if __name__ == "__main__":
+    main()
