@@ -2262,7 +2262,8 @@ def check_range(path: Path, image: np.ndarray) -> None:
 def mask_to_grid(mask: np.ndarray, affine: np.ndarray, meta: dict) -> np.ndarray:
     """Class numbers uint8 (X, Y, Z) on the grid: classes are resampled, the largest share wins."""
     orientation, spacing = orient(affine)
-    mask = np.searchsorted(meta["values"], mask).astype(np.uint8)  # values to class numbers
+    class_of = np.searchsorted(meta["values"], np.arange(256)).astype(np.uint8)  # by mask value
+    mask = class_of[mask]
     mask = apply_orientation(mask, orientation)  # RAS
     shape = grid_shape(mask.shape, spacing, meta)
     if shape == mask.shape:
