@@ -174,33 +174,14 @@ def main(argv: list[str] | None = None) -> None:
     like = read_meta(args.like) if args.like else {}
 
     # find: layout, cases, classes; then the size of what is written
-    layout, names, cases = find_cases(args.data, args.patient_regex)
-    multi_label = isinstance(cases[0].label, tuple)
-    if like and multi_label != is_multi_label(like):
-        kinds = {True: "several labels an image", False: "one label an image"}
-        expected = kinds[is_multi_label(like)]
-        raise DataError(f"{args.data}: {kinds[multi_label]}, expected {expected} as {args.like}")
-    if like and multi_label:
-        names = add_unknown_labels(args.data, names, cases, like["classes"])
-    classes = order_classes(args.data, layout, names, cases, args.classes or like.get("classes"))
-    if like and classes != like["classes"]:
-        raise DataError(f"--classes {classes}, but {args.like} has {like['classes']}")
-    if args.test_fraction and any(case.split for case in cases):
-        problem = "has an official split, which --test-fraction cannot change"
-        raise DataError(f"{args.data}: {problem}")
+    layout, cases, classes = find_labelled(args, like)
     # MedMNIST comes resized: to resize it again would only blur.
     native = 224 if cases[0].pixels is None else len(cases[0].pixels)
     size = like.get("size") or args.size or native
     fit = like.get("fit") or args.fit or "squash"
     channels = 3 if args.color else like.get("channels", 1)
-    content = f"{len(cases)} images of {' '.join(classes)}"
-    if multi_label:
-        content = f"{len(cases)} images with several labels ({', '.join(classes)})"
     kept = f"{fit}, color" if channels == 3 else fit
-    print(f"{args.data}: {layout}, {content}, to {size}x{size} ({kept})")
-    positive = None if multi_label else positive_class(classes)
-    if positive:
-        print(f"positive class: {positive}")
+    positive = print_content(args.data, layout, cases, classes, f"{size}x{size} ({kept})")
 
     out = args.out.resolve()
     with open_output(out, args.overwrite) as folder:
@@ -254,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
         # Caches of gray images with one label each do not say so.
         if channels == 3:
             meta["channels"] = channels
-        if multi_label:
+        if isinstance(cases[0].label, tuple):
             meta["multi_label"] = True
         (folder / "meta.json").write_text(json.dumps(meta, indent=1))
     command = "train.py"
@@ -372,6 +353,28 @@ class Case:
     digest: str = ""  # SHA-256 of the stored pixels: tells copies
     patient_id: str = ""  # hash of the DICOM PatientID, "" where there is none
     moments: tuple[float, float] = (0.0, 0.0)  # mean and mean square of the resized image, in 0..1
+
+
+def find_labelled(args: argparse.Namespace, like: dict) -> tuple[str, list[Case], list[str]]:
+    """The layout of RAW, its cases, and its classes in their order: with --like those of its cache.
+
+    Raises DataError if they are not what the options and the cache of --like need.
+    """
+    layout, names, cases = find_cases(args.data, args.patient_regex)
+    multi_label = isinstance(cases[0].label, tuple)
+    if like and multi_label != is_multi_label(like):
+        kinds = {True: "several labels an image", False: "one label an image"}
+        expected = kinds[is_multi_label(like)]
+        raise DataError(f"{args.data}: {kinds[multi_label]}, expected {expected} as {args.like}")
+    if like and multi_label:
+        names = add_unknown_labels(args.data, names, cases, like["classes"])
+    classes = order_classes(args.data, layout, names, cases, args.classes or like.get("classes"))
+    if like and classes != like["classes"]:
+        raise DataError(f"--classes {classes}, but {args.like} has {like['classes']}")
+    if args.test_fraction and any(case.split for case in cases):
+        problem = "has an official split, which --test-fraction cannot change"
+        raise DataError(f"{args.data}: {problem}")
+    return layout, cases, classes
 
 
 def find_cases(raw: Path, regex: str | None) -> tuple[str, list[str], list[Case]]:
@@ -1162,6 +1165,21 @@ def positive_class(classes: list[str]) -> str | None:
 
 
 # --- read: the loop ---
+
+
+def print_content(
+    raw: Path, layout: str, cases: list[Case], classes: list[str], form: str
+) -> str | None:
+    """Say what was found and what it becomes; returns the positive class, None if there is none."""
+    if isinstance(cases[0].label, tuple):
+        content = f"{len(cases)} images with several labels ({', '.join(classes)})"
+        print(f"{raw}: {layout}, {content}, to {form}")
+        return None
+    print(f"{raw}: {layout}, {len(cases)} images of {' '.join(classes)}, to {form}")
+    positive = positive_class(classes)
+    if positive:
+        print(f"positive class: {positive}")
+    return positive
 
 
 @contextmanager
