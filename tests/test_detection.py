@@ -463,7 +463,7 @@ def test_eval_refuses_what_was_trained_on(cache, raw, trained, tmp_path):
     other["settings"]["fold"] = 1
     save_checkpoint(tmp_path / "fold1.pt", other)
     paths = [str(trained / "best.pt"), str(tmp_path / "fold1.pt")]
-    with pytest.raises(DataError, match=r"folds \[0, 1\]"):
+    with pytest.raises(DataError, match=r"fold1.pt: trained on"):
         evaluation.main(["--data", str(cache), "--checkpoint", *paths])
     preprocess.main(["--data", str(raw), "--out", str(tmp_path / "like"), "--like", str(cache)])
     with pytest.raises(DataError, match="not the cache of the training"):

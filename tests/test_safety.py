@@ -985,7 +985,10 @@ def test_what_reaches_a_network_is_in_the_checks(caches):
     meta = json.loads((caches["segmentation"] / "meta.json").read_text())
     check = module("segmentation", "preprocess").check_meta
     check(meta, Path("meta.json"))
-    for name in META:
+    assert "meta.json: picture_unit 'inch'" in refusal(
+        check, meta | {"picture_unit": "inch"}, Path("meta.json")
+    )
+    for name in set(META) - {"picture_unit"}:  # which volumes do not have
         rest = {key: value for key, value in meta.items() if key != name}
         assert f"meta.json: {name} None" in refusal(check, rest, Path("meta.json"))
 

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from segmentation import dataset, preprocess, train
 from segmentation import eval as evaluation
 from segmentation.preprocess import DataError
+from tests.caches import write_index
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
@@ -202,7 +204,6 @@ def test_a_loss_that_is_not_finite_stops(cache, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--fold", "1"], "fold 1 leaves no validation cases"),
         (["--batch-size", "4000"], "less than one batch"),
         (["--init", "nowhere.pt"], "nowhere.pt: no checkpoint"),
     ],
@@ -210,6 +211,16 @@ def test_a_loss_that_is_not_finite_stops(cache, tmp_path):
 def test_what_does_not_fit_is_refused(cache, tmp_path, options, message):
     with pytest.raises((DataError, CheckpointError), match=re.escape(message)):
         train.main(["--data", str(cache), "--out", str(tmp_path), "--workers", "0", *options])
+
+
+def test_a_fold_without_cases_is_refused(cache, tmp_path):
+    shutil.copytree(cache, tmp_path / "cache")
+    rows = read_table(cache / "index.csv")
+    for row in rows:
+        row["fold"] = row["fold"].replace("1", "2")
+    write_index(tmp_path / "cache", rows)
+    with pytest.raises(DataError, match="fold 1 leaves no validation cases"):
+        train.main(["--data", str(tmp_path / "cache"), "--out", str(tmp_path), "--fold", "1"])
 
 
 @pytest.mark.parametrize(
@@ -340,7 +351,7 @@ def test_eval_refuses_what_was_trained_on(cache, raw, trained, tmp_path):
     other["settings"]["fold"] = 1
     save_checkpoint(tmp_path / "fold1.pt", other)
     paths = [str(trained["2"] / "best.pt"), str(tmp_path / "fold1.pt")]
-    with pytest.raises(DataError, match=r"folds \[0, 1\]"):
+    with pytest.raises(DataError, match=r"fold1.pt: trained on"):
         evaluation.main(["--data", str(cache), "--checkpoint", *paths])
     with pytest.raises(DataError, match="--mirror"):
         evaluation.main(["--data", str(cache), "--checkpoint", paths[0], "--tta"])
