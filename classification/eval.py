@@ -251,35 +251,14 @@ def evaluate_split(
         theirs = read_predictions(args.compare, cases, classes)
 
     # Metrics of the split, and of the bootstrap's samples of its patients
-    def metrics(chosen: Tensor) -> dict[str, float]:
-        own = None if thresholds is None else thresholds[chosen]
-        return classification_metrics(labels[chosen], probabilities[chosen], own, classes)
-
-    def metrics_of_part(chosen: Tensor) -> dict[str, float]:
-        values = metrics(chosen)
-        if len(labels[chosen].unique()) < 2:  # these then tell only which class it is
-            for name in values:
-                if name.startswith(("precision", "f1", "average_precision")):
-                    values[name] = math.nan
-        return values
-
+    metrics = partial(measure, labels, probabilities, thresholds, classes)
     patients = [case["patient"] for case in cases]
     folds = [case["fold"] for case in cases]
     summary = bootstrap(metrics, patients, args.samples)
-    tables = tabulate(metrics_of_part, folds, patients, by, args.samples)
+    tables = tabulate(partial(measure_part, metrics, labels), folds, patients, by, args.samples)
     if args.compare:
         summary |= compare_models(labels, probabilities, theirs, patients, args.samples, classes)
-    positive = None if multi_label else positive_class(classes)
-    if positive:
-        print(f"positive class: {positive}")
-    run = describe_run(args, len(row_numbers)) | {
-        "classes": classes,
-        "positive_class": positive,
-        # Several folds have no threshold in common.
-        "threshold_tuned": tuned[folds[0]] if tuned and len(tuned) == 1 else None,
-    }
-    if tuned and len(tuned) > 1:
-        run["thresholds_tuned"] = tuned
+    run = describe_run(args, len(row_numbers)) | describe_labels(meta, tuned)
 
     # Pictures
     wrong = (predictions != labels) & (labels >= 0)  # (N,) or (N, C)
@@ -291,13 +270,7 @@ def evaluate_split(
     with hold_folder(out):
         clear_results(out, RESULTS)
         write_csv(out / "predictions.csv", cases)
-        if not multi_label:
-            counts = confusion_matrix(labels, predictions, len(classes))
-            save_picture(out / "confusion_matrix.png", draw_confusion_matrix(counts, classes))
-        write_roc(out, labels, probabilities, classes)
-        if mistakes:
-            grid = torchvision.utils.make_grid(mistakes, nrow=3)
-            save_picture(out / "mistakes.png", to_pil_image(grid))
+        write_pictures(out, labels, probabilities, predictions, classes, mistakes)
         shown = choose_shown(summary, classes, labels) if multi_label else None
         write_report(out, summary, patients, cases, run, tables, shown)
     what = f"{len(rows)} images"
@@ -675,6 +648,28 @@ def compare_models(
     return bootstrap(difference, patients, samples)
 
 
+def measure(
+    labels: Tensor,
+    probabilities: Tensor,
+    thresholds: Tensor | None,
+    classes: list[str],
+    chosen: Tensor,
+) -> dict[str, float]:
+    """The metrics of the chosen rows, int64; the others are as in `classification_metrics`."""
+    own = None if thresholds is None else thresholds[chosen]
+    return classification_metrics(labels[chosen], probabilities[chosen], own, classes)
+
+
+def measure_part(metrics: Callable, labels: Tensor, chosen: Tensor) -> dict[str, float]:
+    """`metrics` of a fold or of a value of --by, which may have one class alone."""
+    values = metrics(chosen)
+    if len(labels[chosen].unique()) < 2:  # these then tell only which class it is
+        for name in values:
+            if name.startswith(("precision", "f1", "average_precision")):
+                values[name] = math.nan
+    return values
+
+
 def describe_run(args: argparse.Namespace, count: int) -> dict:
     """How the metrics of a split arose: command, versions, hashes, number of images."""
     return {
@@ -688,6 +683,19 @@ def describe_run(args: argparse.Namespace, count: int) -> dict:
 
 
 # --- pictures ---
+
+
+def describe_labels(meta: dict, tuned: dict | None) -> dict:
+    """What metrics.json says of classes and thresholds; `tuned` has a threshold by fold."""
+    positive = None if is_multi_label(meta) else positive_class(meta["classes"])
+    if positive:
+        print(f"positive class: {positive}")
+    described = {"classes": meta["classes"], "positive_class": positive, "threshold_tuned": None}
+    if tuned and len(tuned) == 1:
+        (described["threshold_tuned"],) = tuned.values()
+    elif tuned:  # several folds have no threshold in common
+        described["thresholds_tuned"] = tuned
+    return described
 
 
 def choose_worst(
@@ -770,6 +778,24 @@ def shorten(text: str, length: int) -> str:
 
 def font(size: int) -> ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
+
+
+def write_pictures(
+    out: Path,
+    labels: Tensor,
+    probabilities: Tensor,
+    predictions: Tensor,
+    classes: list[str],
+    mistakes: list[Tensor],
+) -> None:
+    """ROC, mistakes, and the confusion matrix where an image has one label."""
+    if labels.ndim == 1:
+        counts = confusion_matrix(labels, predictions, len(classes))
+        save_picture(out / "confusion_matrix.png", draw_confusion_matrix(counts, classes))
+    write_roc(out, labels, probabilities, classes)
+    if mistakes:
+        grid = torchvision.utils.make_grid(mistakes, nrow=3)
+        save_picture(out / "mistakes.png", to_pil_image(grid))
 
 
 def draw_confusion_matrix(counts: Tensor, classes: list[str]) -> Image.Image:

@@ -4,6 +4,8 @@ In the shapes below B is the batch, S the side of an image in pixels, C the numb
 """
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -90,6 +92,14 @@ def narrow(net: nn.Module, share: float) -> None:
             setattr(net, name, nn.BatchNorm2d(round(part.num_features * share)))
         else:  # a stage, a block or a shortcut
             narrow(part, share)
+
+
+def make_criterion(
+    weighting: str, counts: Tensor, smoothing: float, device: torch.device
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """`weighted_loss` of logits and labels, with the weights of --class-weights on the device."""
+    weights = class_weights(weighting, counts).to(device)
+    return partial(weighted_loss, weights=weights, smoothing=smoothing)
 
 
 def class_weights(kind: str, counts: Tensor) -> Tensor:

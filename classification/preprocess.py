@@ -483,8 +483,8 @@ def read_rsna_labels(table: Path) -> dict[str, int]:
     """Labels by patientId from the challenge's CSV: patientId, x, y, width, height, Target."""
     labels: dict[str, int] = {}
     for place, row in read_rows(table, ("patientId", "Target")):
-        name = (row["patientId"] or "").strip()
-        target = (row["Target"] or "").strip()
+        name = row["patientId"]
+        target = row["Target"]
         if target not in ("0", "1") or not name:
             raise DataError(f"{place}: {name!r} has Target {target!r}, expected 0 or 1")
         if labels.setdefault(name, int(target)) != int(target):
@@ -495,9 +495,10 @@ def read_rsna_labels(table: Path) -> dict[str, int]:
 def read_rows(table: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
     """Place (file:line) and values of every row of a CSV table that has these columns.
 
-    Commas, semicolons or tabs separate them: what the first line has most of. Raises DataError that
-    names the line: for a quote that is not closed, which would swallow all rows below, and for more
-    fields than there are columns, as decimal commas make them.
+    Commas, semicolons or tabs separate them: what the first line has most of. Values come without
+    blanks around them and without control characters, which would reach the screen. Raises
+    DataError that names the line: for a quote that is not closed, which would swallow all rows
+    below, and for more fields than there are columns, as decimal commas make them.
     """
     if not table.is_file():
         raise DataError(f"{table}: not a file")
@@ -508,7 +509,7 @@ def read_rows(table: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict
     reader = csv.DictReader(lines, delimiter=separator, skipinitialspace=True, strict=True)
     line = 1  # where the current row began
     try:
-        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+        reader.fieldnames = [to_blanks(name) for name in reader.fieldnames or []]
         missing = set(columns) - set(reader.fieldnames)
         if missing:
             raise DataError(f"{table}: no column {sorted(missing)}, found {reader.fieldnames}")
@@ -522,10 +523,17 @@ def read_rows(table: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict
                 fields = len(reader.fieldnames) + len(row[None])
                 problem = f"{fields} fields for {len(reader.fieldnames)} columns"
                 raise DataError(f"{place}: {problem}; decimal commas? expected points")
-            yield place, row
+            yield place, {name: to_blanks(value or "") for name, value in row.items()}
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{table}:{line}: {error}, expected a closing quote") from error
+
+
+def to_blanks(text: str) -> str:
+    """Control characters (tabs, line ends) as blanks, and none around the text."""
+    if text.isprintable():  # nearly all are, and this is far quicker
+        return text.strip()
+    return "".join(" " if has_control(c) else c for c in text).strip()
 
 
 def find_label_table(raw: Path, regex: str | None) -> tuple[list[str], list[Case]]:
@@ -559,25 +567,11 @@ def find_label_table(raw: Path, regex: str | None) -> tuple[list[str], list[Case
 
 
 def list_rows(table: Path, columns: tuple[str, ...]) -> list[tuple[str, dict[str, str]]]:
-    """The rows of `read_rows` in a list, without control characters, which would reach the screen.
-
-    Raises DataError if there are none.
-    """
-    rows = []
-    for place, row in read_rows(table, columns):
-        rows.append(
-            (place, {to_blanks(name): to_blanks(value or "") for name, value in row.items()})
-        )
+    """The rows of `read_rows` in a list. Raises DataError if there are none."""
+    rows = list(read_rows(table, columns))
     if not rows:
         raise DataError(f"{table}: no rows below the names of the columns")
     return rows
-
-
-def to_blanks(text: str) -> str:
-    """Control characters (tabs, line ends) as blanks, and none around the text."""
-    if text.isprintable():  # nearly all are, and this is far quicker
-        return text.strip()
-    return "".join(" " if has_control(c) else c for c in text).strip()
 
 
 def choose_label_columns(table: Path, rows: list[tuple[str, dict[str, str]]]) -> list[str]:

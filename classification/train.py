@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from classification import dataset, preprocess
 from classification import model as network
 from classification.dataset import in_batches, make_loader, to_input
-from classification.model import ARCHITECTURES, HEAD, build_model
+from classification.model import ARCHITECTURES, HEAD, build_model, make_criterion
 from classification.preprocess import DataError, is_raw, progress, run_command
 from common import checkpoint
 from common.checkpoint import CheckpointError, Run
@@ -59,7 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=within(int, 0), default=2, help="loading processes (default: 2)")
     add = parser.add_argument_group("training").add_argument
     add("--arch", choices=ARCHITECTURES, default="resnet18", help="(default: %(default)s)")
-    add("--channels", type=within(int, 4), default=64, help="first stage (default: %(default)s)")
+    add("--channels", type=within(int, 16), default=64, help="first stage (default: %(default)s)")
     add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
     add("--init", type=Path, metavar="CHECKPOINT", help="start from the weights of another run")
     add("--freeze", action="store_true", help="train the head alone, leave the rest as it came")
@@ -108,8 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     model = build_model(args.arch, len(counts), meta["size"], pretrained, channels, args.channels)
     model = model.to(device, memory_format=torch.channels_last)
     init = checkpoint.load_init(args, model, device, is_main, HEAD)
-    weights = network.class_weights(args.class_weights, counts).to(device)
-    criterion = partial(network.weighted_loss, weights=weights, smoothing=args.label_smoothing)
+    criterion = make_criterion(args.class_weights, counts, args.label_smoothing, device)
     mean_std = (meta["mean"], meta["std"])
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     scaler = GradScaler(device.type, enabled=args.amp == "fp16")

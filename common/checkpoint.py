@@ -10,7 +10,7 @@ import pickle
 import sys
 import weakref
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,8 @@ except ImportError:  # Windows
 # Settings that older checkpoints lack, and what they were without a word
 OLDER_SETTINGS = {"freeze": False, "channels": 64}
 PANEL = (1000, 800)  # of log.png, in pixels of twice its size
+TOP = 130  # of the axes in a panel
+BOTTOM = PANEL[1] - 110
 CURVE = {"training": "#1f4e9c", "validation": "#c0392b"}
 BACKBONE = "backbone."  # of names of weights, where a network calls its ResNet so
 
@@ -496,10 +498,6 @@ def draw_curves(
     """One panel, whose left side is at `x`: a grid with numbers, a legend, and the curves."""
     left = x + 130  # of the axes
     right = x + PANEL[0] - 40
-    top = 130
-    bottom = PANEL[1] - 110
-    small = ImageFont.load_default(size=24)
-    large = ImageFont.load_default(size=30)
     epochs = len(next(iter(curves.values())))
     finite = [v for values in curves.values() for v in values if math.isfinite(v)] or [0.0]
     # A loss that falls to a tenth is a corner on a linear axis.
@@ -513,54 +511,82 @@ def draw_curves(
         if is_log:
             share = math.log(value / low) / math.log(high / low)
         along = (epoch - 1) / max(1, epochs - 1)
-        return left + along * (right - left), bottom - share * (bottom - top)
+        return left + along * (right - left), BOTTOM - share * (BOTTOM - TOP)
 
     for tick in ticks:
         _, y = place(1, tick)
         draw.line((left, y, right, y), "#dddddd", 2)
-        draw.text((left - 14, y), f"{tick:.4g}", "black", small, anchor="rm")
+        draw.text((left - 14, y), f"{tick:.4g}", "black", small_font(), anchor="rm")
     for epoch in linear_ticks(1, epochs):
         if epoch == int(epoch) and 1 <= epoch <= epochs:
             at, _ = place(epoch, low)
-            draw.line((at, bottom, at, bottom + 8), "black", 2)
-            draw.text((at, bottom + 28), f"{epoch:.0f}", "black", small, anchor="mm")
-    draw.line((left, top, left, bottom, right, bottom), "black", 2)
+            draw.line((at, BOTTOM, at, BOTTOM + 8), "black", 2)
+            draw.text((at, BOTTOM + 28), f"{epoch:.0f}", "black", small_font(), anchor="mm")
+    draw.line((left, TOP, left, BOTTOM, right, BOTTOM), "black", 2)
     middle = (left + right) / 2
-    draw.text((middle, bottom + 74), "epoch", "black", small, anchor="mm")
+    draw.text((middle, BOTTOM + 74), "epoch", "black", small_font(), anchor="mm")
+    large = ImageFont.load_default(size=30)
     draw.text((left, 44), f"{title} (log)" if is_log else title, "black", large, anchor="lm")
 
     if best:
         at, _ = place(best, low)
-        for y in range(top, bottom, 16):
-            draw.line((at, y, at, y + 8), "#888888", 2)
-        anchor = "rm" if at > middle else "lm"
         text = f"best: epoch {best}"
         if title != "loss":
             text += f", {curves['validation'][best - 1]:.4g}"
-        draw.text((at - 10 if at > middle else at + 10, top - 18), text, "#666666", small, anchor)
-    at = right  # the legend from right to left, each with the last value
+        mark_best(draw, at, text, at > middle)
+    draw_legend(draw, right, curves)
+    for name, values in reversed(curves.items()):
+        draw_curve(draw, place, values, CURVE[name])
+
+
+def small_font() -> ImageFont.FreeTypeFont:
+    """That of all numbers and names in a panel."""
+    return ImageFont.load_default(size=24)
+
+
+def mark_best(draw: ImageDraw.ImageDraw, at: float, text: str, is_left: bool) -> None:
+    """A dashed line at `at`, and a text above it on its left or right side."""
+    for y in range(TOP, BOTTOM, 16):
+        draw.line((at, y, at, y + 8), "#888888", 2)
+    beside = at - 10 if is_left else at + 10
+    anchor = "rm" if is_left else "lm"
+    draw.text((beside, TOP - 18), text, "#666666", small_font(), anchor)
+
+
+def draw_legend(draw: ImageDraw.ImageDraw, right: float, curves: dict[str, list[float]]) -> None:
+    """Name, colour and last value of each curve, from right to left."""
+    at = right
     for name, values in reversed(curves.items()):
         text = f"{name} {values[-1]:.4g}"
-        draw.text((at, 44), text, CURVE[name], small, anchor="rm")
-        at -= draw.textlength(text, small) + 20
+        draw.text((at, 44), text, CURVE[name], small_font(), anchor="rm")
+        at -= draw.textlength(text, small_font()) + 20
         draw.line((at - 40, 44, at, 44), CURVE[name], 6)
         at -= 70
+
+
+def draw_curve(
+    draw: ImageDraw.ImageDraw, place: Callable, values: list[float], colour: str
+) -> None:
+    """A line through the finite values, with dots if they are few; `place` has pixels of them."""
+    points = []
+    for epoch, value in enumerate([*values, math.nan], 1):
+        if math.isfinite(value):
+            points.append(place(epoch, value))
+            continue
+        if points:
+            draw.line(points, colour, 6, joint="curve")
+        if len(values) <= 30 or len(points) == 1:
+            for x, y in points:
+                draw.ellipse((x - 7, y - 7, x + 7, y + 7), colour)
         points = []
-        for epoch, value in enumerate([*values, math.nan], 1):
-            if math.isfinite(value):
-                points.append(place(epoch, value))
-                continue
-            if points:
-                draw.line(points, CURVE[name], 6, joint="curve")
-            for px, py in points if epochs <= 30 or len(points) == 1 else []:
-                draw.ellipse((px - 7, py - 7, px + 7, py + 7), CURVE[name])
-            points = []
 
 
 def linear_ticks(low: float, high: float) -> list[float]:
     """Three to seven round numbers, 1, 2 or 5 times a power of ten apart, about a range."""
     if low == high:
-        low, high = low - 0.05 * max(1, abs(low)), high + 0.05 * max(1, abs(high))
+        margin = 0.05 * max(1, abs(low))
+        low -= margin
+        high += margin
     step = 10 ** math.floor(math.log10((high - low) / 3))
     for factor in (5, 2):
         if (high - low) / (factor * step) >= 2:

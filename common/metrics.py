@@ -696,10 +696,7 @@ def print_summary(
     """Print every metric with its interval, and what that is worth with few groups."""
     count = len(set(groups))
     for name, metric in summary.items():
-        line = f"{in_unit(name, unit):30} {metric['value']:.4f}"
-        if math.isfinite(metric["low"]):
-            line += f"  ({metric['low']:.4f} to {metric['high']:.4f})"
-        print(line)
+        print(f"{in_unit(name, unit):30} {with_interval(metric)}")
     if count == 1:
         print("note: one patient, so no intervals")
     elif count < FEW_GROUPS:

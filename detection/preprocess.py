@@ -39,7 +39,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -85,7 +85,19 @@ MORE_DECODERS = "more decoders: pip install pylibjpeg pylibjpeg-libjpeg pylibjpe
 FOLDS = 5
 COLOUR_LOST = "colour turned gray"  # a note
 MAX_PIXELS = 2**27  # of an image: five times the largest X-rays
+# Official splits by the names that their folders have, in any case
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
 BOX = ("xmin", "ymin", "xmax", "ymax")
+# The columns of index.csv that mean something to train.py and eval.py
+INDEX_COLUMNS = ("id", "patient", "fold", "site", *BOX, "height", "width", "spacing", "source")
 
 
 class DataError(ValueError):
@@ -154,6 +166,8 @@ def main(argv: list[str] | None = None) -> None:
     sites = sorted({case.site for case in cases})
     if args.test_site and args.test_site not in sites:
         raise DataError(f"--test-site {args.test_site}, found the sites {sites}")
+    if args.test_fraction and any(case.split for case in cases):
+        raise DataError(f"{args.data}: has its own folds, which --test-fraction cannot change")
     size = like.get("size") or args.size or 224
     print(f"{args.data}: {layout}, {len(cases)} images with a box, to {size}x{size}")
 
@@ -181,12 +195,13 @@ def main(argv: list[str] | None = None) -> None:
         splits = []  # a site or another hospital that is kept as test, as if it were official
         for case in good:
             is_test = like or (args.test_site and case.site == args.test_site)
-            splits.append("test" if is_test else "")
+            splits.append("test" if is_test else case.split)
         sites = [case.site for case in good]
         folds = assign_folds(patients, sites, splits, args.test_fraction)
         if not like and set(folds) == {"test"}:
             problem = "only test images; for an external test set use --like TRAIN_CACHE"
             raise DataError(f"{args.data}: {problem}")
+        note_both_sides(patients, folds)
         copies = len(digests) - len(set(digests))
         if copies:
             print(f"note: {copies} pixel-identical copies")
@@ -307,7 +322,9 @@ class Case:
     box: tuple[float, ...]  # xmin, ymin, xmax, ymax in pixels as shown, or in units of `grid`
     grid: int = 0  # the box is of an image squashed to (grid, grid); 0 = of the image itself
     patient: str = ""  # by the layout or --patient-regex; "" = the DICOM PatientID, else the file
-    site: str = ""  # by --site-regex
+    site: str = ""  # by --site-regex or boxes.csv
+    split: str = ""  # by boxes.csv: train, val, test, a fold 0 to 4, or "" for none
+    more: dict[str, str] = field(default_factory=dict)  # further columns of boxes.csv
     # Filled when the image is read:
     size: tuple[int, int] = (0, 0)  # height and width in pixels, as shown
     spacing: tuple[float, ...] = ()  # mm per pixel down and across, where the file says
@@ -361,7 +378,10 @@ def recognise_layout(raw: Path) -> str:
 
 
 def find_boxes_csv(raw: Path) -> tuple[list[Case], list[tuple[str, str]]]:
-    """boxes.csv: one row per image, every image in it. Also (source, reason) of what is wrong."""
+    """boxes.csv: one row per image, every image in it. Also (source, reason) of what is wrong.
+
+    Columns patient, site, and fold or split say what they say in index.csv; others are kept.
+    """
     table = raw / "boxes.csv"
     # Names in the table are names of files, so images in deeper folders cannot be meant.
     folder = raw / "images" if (raw / "images").is_dir() else raw
@@ -369,7 +389,7 @@ def find_boxes_csv(raw: Path) -> tuple[list[Case], list[tuple[str, str]]]:
     cases = []
     bad = []
     lines = {}  # where each name stands first
-    for place, name, box in read_table(table, ("image", *BOX)):
+    for place, name, box, row in read_table(table, ("image", *BOX)):
         name = name.removeprefix("images/")  # some tables have it
         if name in lines:
             problem = f"a second box for {name}, first in line {lines[name]}"
@@ -377,11 +397,18 @@ def find_boxes_csv(raw: Path) -> tuple[list[Case], list[tuple[str, str]]]:
         elif name not in files:
             bad.append((name, f"{place}: no image {name!r} in {folder}"))
         else:
-            cases.append(Case(name, files[name].relative_to(raw).as_posix(), box))
+            case = Case(name, files[name].relative_to(raw).as_posix(), box)
+            case.patient = row.get("patient", "")
+            case.site = row.get("site", "")
+            case.split = read_split(place, row)
+            case.more = further_columns(row, ("image", *BOX, "patient", "site", "fold", "split"))
+            cases.append(case)
         lines.setdefault(name, place.rsplit(":", 1)[1])
     for name, path in files.items():
         if name not in lines:
             bad.append((name, f"{path}: no box in {table.name}"))
+    if cases:
+        report_renamed(cases)
     known = {path.relative_to(raw).as_posix() for path in files.values()}
     report_left_out(raw, {table.name} | known)
     return cases, bad
@@ -389,20 +416,20 @@ def find_boxes_csv(raw: Path) -> tuple[list[Case], list[tuple[str, str]]]:
 
 def read_table(
     table: Path, columns: tuple[str, ...]
-) -> Iterator[tuple[str, str, tuple[float, ...]]]:
-    """Place (file:line), name (first column) and numbers (the others) of every row."""
+) -> Iterator[tuple[str, str, tuple[float, ...], dict[str, str]]]:
+    """Place (file:line), name (first column), numbers (the others) and values of every row."""
     for place, row in read_rows(table, columns):
-        name = (row[columns[0]] or "").strip()
         values = tuple(read_number(row[column]) for column in columns[1:])
-        yield place, name, values
+        yield place, row[columns[0]], values, row
 
 
 def read_rows(table: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
     """Place (file:line) and values of every row of a CSV table that has these columns.
 
-    Commas, semicolons or tabs separate them: what the first line has most of. Raises DataError that
-    names the line: for a quote that is not closed, which would swallow all rows below, and for more
-    fields than there are columns, as decimal commas make them.
+    Commas, semicolons or tabs separate them: what the first line has most of. Values come without
+    blanks around them and without control characters, which would reach the screen. Raises
+    DataError that names the line: for a quote that is not closed, which would swallow all rows
+    below, and for more fields than there are columns, as decimal commas make them.
     """
     if not table.is_file():
         raise DataError(f"{table}: not a file")
@@ -413,7 +440,7 @@ def read_rows(table: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict
     reader = csv.DictReader(lines, delimiter=separator, skipinitialspace=True, strict=True)
     line = 1  # where the current row began
     try:
-        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+        reader.fieldnames = [to_blanks(name) for name in reader.fieldnames or []]
         missing = set(columns) - set(reader.fieldnames)
         if missing:
             raise DataError(f"{table}: no column {sorted(missing)}, found {reader.fieldnames}")
@@ -427,10 +454,17 @@ def read_rows(table: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict
                 fields = len(reader.fieldnames) + len(row[None])
                 problem = f"{fields} fields for {len(reader.fieldnames)} columns"
                 raise DataError(f"{place}: {problem}; decimal commas? expected points")
-            yield place, row
+            yield place, {name: to_blanks(value or "") for name, value in row.items()}
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{table}:{line}: {error}, expected a closing quote") from error
+
+
+def to_blanks(text: str) -> str:
+    """Control characters (tabs, line ends) as blanks, and none around the text."""
+    if text.isprintable():  # nearly all are, and this is far quicker
+        return text.strip()
+    return "".join(" " if has_control(c) else c for c in text).strip()
 
 
 def read_number(text: str | None) -> float:
@@ -441,6 +475,35 @@ def read_number(text: str | None) -> float:
         return float(text)
     except ValueError:
         return math.nan
+
+
+def read_split(place: str, row: dict[str, str]) -> str:
+    """The fold (0 to 4, test) or the split (train, val, test) that a table gives, "" for none."""
+    fold = row.get("fold", "")
+    split = row.get("split", "")
+    if fold and split:
+        raise DataError(f"{place}: fold {fold!r} and split {split!r}, expected one of the two")
+    if fold and fold not in ("0", "1", "2", "3", "4", "test"):
+        raise DataError(f"{place}: fold {fold!r}, expected 0 to 4 or test")
+    if split and split.lower() not in SPLITS:
+        raise DataError(f"{place}: split {split!r}, expected train, val or test")
+    return fold or SPLITS.get(split.lower(), "")
+
+
+def further_columns(row: dict[str, str], used: tuple[str, ...]) -> dict[str, str]:
+    """What else a table says of an image, under names that index.csv has no other use for."""
+    more = {}
+    for name, value in row.items():
+        if name and name not in used:  # some tables end every line with a comma
+            more[f"table_{name}" if name in INDEX_COLUMNS else name] = value
+    return more
+
+
+def report_renamed(cases: list[Case]) -> None:
+    """Say which further columns have got another name."""
+    renamed = [name for name in INDEX_COLUMNS if f"table_{name}" in cases[0].more]
+    if renamed:
+        print(f"note: columns of the table that are called table_... now: {', '.join(renamed)}")
 
 
 def find_rsna_hearts(raw: Path) -> tuple[list[Case], list[tuple[str, str]]]:
@@ -454,7 +517,7 @@ def find_rsna_hearts(raw: Path) -> tuple[list[Case], list[tuple[str, str]]]:
     bad = []
     missing = []
     lines = {}  # where each name stands first
-    for place, name, (x, y, width, height) in read_table(table, ("name", "x0", "y0", "w", "h")):
+    for place, name, box, _ in read_table(table, ("name", "x0", "y0", "w", "h")):
         name = name.removesuffix(".dcm")
         if name in lines:
             problem = f"a second box for {name}, first in line {lines[name]}"
@@ -466,6 +529,7 @@ def find_rsna_hearts(raw: Path) -> tuple[list[Case], list[tuple[str, str]]]:
             bad.append((name, f"{place}: {problem}"))
         else:
             source = files[name][0].relative_to(raw).as_posix()
+            x, y, width, height = box
             box = (x, y, x + width, y + height)  # max exclusive, as everywhere here
             cases.append(Case(name, source, box, grid=224, patient=name))
         lines.setdefault(name, place.rsplit(":", 1)[1])
@@ -1462,20 +1526,38 @@ def assign_folds(
     return [given[split] if split in given else fold_of[group] for group, split in pairs]
 
 
+def note_both_sides(patients: list[str], folds: list[str]) -> None:
+    """Note patients whom an official split, or given folds, have on two sides."""
+    folds_of = defaultdict(set)
+    for patient, fold in zip(patients, folds, strict=True):
+        folds_of[patient].add(fold)
+    both = sorted(patient for patient, own in folds_of.items() if {"test"} < own)
+    if both:
+        count = f"{len(both)}, such as {both[0]}"
+        print(f"note: patients on both sides of the official split: {count}")
+    apart = sorted(patient for patient, own in folds_of.items() if len(own - {"test"}) > 1)
+    if apart:
+        count = f"{len(apart)}, such as {apart[0]}"
+        print(
+            f"note: patients in several folds, as given: {count}; eval.py will refuse those folds"
+        )
+
+
 def write_index(path: Path, cases: list[Case], folds: list[str], patients: list[str]) -> dict:
     """Write index.csv; returns and prints the counts per fold and site.
 
     Boxes and sizes are in pixels of the original image as it is shown, spacing in mm.
     """
     counts: dict[str, Counter] = defaultdict(Counter)
-    columns = ("id", "patient", "fold", "site", *BOX, "height", "width", "spacing", "source")
+    columns = (*INDEX_COLUMNS[:-1], *cases[0].more, "source")
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         for case, fold, patient in zip(cases, folds, patients, strict=True):
             spacing = " ".join(map(str, case.spacing))  # "" where the file does not say
             geometry = (*case.box, *case.size, spacing)
-            writer.writerow((case.id, patient, fold, case.site, *geometry, case.source))
+            row = (case.id, patient, fold, case.site, *geometry, *case.more.values(), case.source)
+            writer.writerow(row)
             counts[fold][case.site or "images"] += 1
     for fold in sorted(counts):
         cells = [f"{count:8d} {site}" for site, count in sorted(counts[fold].items())]

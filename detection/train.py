@@ -65,7 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("training").add_argument
     add("--arch", choices=ARCHITECTURES, default="resnet18", help="(default: %(default)s)")
     add("--head", choices=HEADS, default="edges", help="(default: %(default)s)")
-    add("--channels", type=within(int, 4), help="first stage (default: 32; --pretrained: 64)")
+    add("--channels", type=within(int, 16), help="first stage (default: 32; --pretrained: 64)")
     add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
     add("--init", type=Path, metavar="CHECKPOINT", help="start from the weights of another run")
     add("--freeze", action="store_true", help="train the head alone, leave the rest as it came")
@@ -108,11 +108,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # Model, loss, optimizer
     torch.manual_seed(args.seed)  # the first weights
-    pretrained = args.pretrained and not args.resume
-    model = build_model(args.arch, args.head, args.channels, pretrained)
+    model = build_model(args.arch, args.head, args.channels, args.pretrained and not args.resume)
     model = model.to(device, memory_format=torch.channels_last)
     init = checkpoint.load_init(args, model, device, is_main, HEAD)
-    criterion = LOSSES[args.loss]
     mean_std = (meta["mean"], meta["std"])
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     scaler = GradScaler(device.type, enabled=args.amp == "fp16")
@@ -142,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
             set_learning_rate(optimizer, lr)
             with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
                 pred = train_model(images)  # (B, 4) in fractions of the image
-            loss = criterion(pred.float(), boxes)  # float32, whatever --amp is
+            loss = LOSSES[args.loss](pred.float(), boxes)  # float32, whatever --amp is
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)  # to clip the true gradients, not the scaled ones
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # a bad batch moves little
@@ -162,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
         metrics = detection_metrics(pred, boxes)
         if is_main:
             row = {"epoch": epoch + 1, "lr": lr, "train_loss": train_loss}
-            row |= {"val_loss": criterion(pred, boxes).item()}
+            row |= {"val_loss": LOSSES[args.loss](pred, boxes).item()}
             row |= {f"val_{name}": metrics[name] for name in LOGGED}
             row |= {"seconds": time.perf_counter() - start}
             saved |= {"figures": metrics}

@@ -293,10 +293,8 @@ def evaluate_split(
             own = of_fold(row["fold"], checkpoints, checkpoints)
             image, mask = open_case(args.data, name)
             truth, affine, header = read_truth(args.data, name, meta["values"])
-            with name_memory_error(args.data / "volumes" / f"{name}.image.npy"):
-                probabilities = predict(own_models, own, image, device, args.amp, args.tta)
-                check_finite(probabilities, name)
-                prediction = from_grid(probabilities.numpy(), truth.shape, affine)
+            grid = (truth.shape, affine)
+            on_grid, prediction = predict_case(args, name, own_models, own, image, grid, device)
             values = np.array(meta["values"], np.uint8)
             with written(out / "predictions" / f"{name}{suffix_of(meta)}") as path:
                 write_prediction(path, values[prediction], affine, header)
@@ -305,17 +303,12 @@ def evaluate_split(
             for k in range(1, len(classes)):
                 present = int((truth == k).any()) + int((prediction == k).any())
                 structures[present] += 1
-            on_grid = probabilities.argmax(0).byte()  # (X, Y, Z) of the cache
             scores = dice_scores(torch.from_numpy(np.array(mask)), on_grid, len(classes))
             metrics["dice_cache"] = scores.nanmean().item()
             cases.append({"id": name, "group": row["group"], "fold": row["fold"]} | metrics)
 
             maps = {"truth": mask, "prediction": on_grid.numpy()}
-            position = fullest(mask != maps["prediction"], meta["slice_axis"])
-            unit = meta.get("picture_unit", "mm")
-            caption = f"dice {metrics['dice']:.3f}  hd95 {metrics['hd95_mm']:.1f} {unit}"
-            tile = draw_panels(image, {"image": None} | maps, meta, position, [name, caption])
-            tiles.append(tile)
+            tiles.append(draw_case(image, maps, meta, name, metrics))
             if math.isnan(worst_dice) or metrics["dice"] < worst_dice:
                 worst_dice = metrics["dice"]
                 worst = (image, maps, meta, name)
@@ -328,6 +321,40 @@ def evaluate_split(
         summarise(args, cases, by, meta, structures, out)
     absent = f"{structures[0]} structures absent in both, {structures[1]} in one"
     print(f"{len(rows)} cases; {absent}; all of it in {out}")
+
+
+def predict_case(
+    args: argparse.Namespace,
+    name: str,
+    models: list,
+    checkpoints: list[dict],
+    image: np.ndarray,
+    grid: tuple[tuple[int, ...], np.ndarray],
+    device: torch.device,
+) -> tuple[Tensor, np.ndarray]:
+    """Class numbers on the grid of the cache, uint8 (X, Y, Z), and on that of the file.
+
+    `grid` are shape and affine of the file. Raises DataError for what is not finite.
+    """
+    with name_memory_error(args.data / "volumes" / f"{name}.image.npy"):
+        probabilities = predict(models, checkpoints, image, device, args.amp, args.tta)
+        check_finite(probabilities, name)
+        prediction = from_grid(probabilities.numpy(), *grid)
+    return probabilities.argmax(0).byte(), prediction
+
+
+def draw_case(
+    image: np.ndarray,
+    maps: dict[str, np.ndarray],
+    meta: dict,
+    name: str,
+    metrics: dict[str, float],
+) -> Tensor:
+    """Image, truth and prediction where these two differ most, with the case's metrics."""
+    position = fullest(maps["truth"] != maps["prediction"], meta["slice_axis"])
+    unit = meta.get("picture_unit", "mm")
+    caption = f"dice {metrics['dice']:.3f}  hd95 {metrics['hd95_mm']:.1f} {unit}"
+    return draw_panels(image, {"image": None} | maps, meta, position, [name, caption])
 
 
 def choose_rows(

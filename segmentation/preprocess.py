@@ -256,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
             cases = drop_bad(cases, bad, args.skip_bad)
             split_cases(cases, args)
             meta = like or describe(cases, args.spacing, labels, channels)
-        note_both_sides(cases)
+        note_both_sides([case.group for case in cases], [case.fold for case in cases])
         note_unit(cases, meta)
         print_notes(cases)
         if not args.patient_regex and not like:
@@ -535,7 +535,6 @@ def read_cases_table(raw: Path, cases: list[Case]) -> None:
     places = {}  # of the row of each case
     lost = []
     for place, row in read_rows(table, ("id",)):
-        row = {name: (value or "").strip() for name, value in row.items()}
         name = volume_name(Path(row["id"]))
         if name not in by_id:
             lost.append(name)
@@ -564,9 +563,10 @@ def read_cases_table(raw: Path, cases: list[Case]) -> None:
 def read_rows(table: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
     """Place (file:line) and values of every row of a CSV table that has these columns.
 
-    Commas, semicolons or tabs separate them: what the first line has most of. Raises DataError that
-    names the line: for a quote that is not closed, which would swallow all rows below, and for more
-    fields than there are columns, as decimal commas make them.
+    Commas, semicolons or tabs separate them: what the first line has most of. Values come without
+    blanks around them and without control characters, which would reach the screen. Raises
+    DataError that names the line: for a quote that is not closed, which would swallow all rows
+    below, and for more fields than there are columns, as decimal commas make them.
     """
     if not table.is_file():
         raise DataError(f"{table}: not a file")
@@ -577,7 +577,7 @@ def read_rows(table: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict
     reader = csv.DictReader(lines, delimiter=separator, skipinitialspace=True, strict=True)
     line = 1  # where the current row began
     try:
-        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+        reader.fieldnames = [to_blanks(name) for name in reader.fieldnames or []]
         missing = set(columns) - set(reader.fieldnames)
         if missing:
             raise DataError(f"{table}: no column {sorted(missing)}, found {reader.fieldnames}")
@@ -591,10 +591,17 @@ def read_rows(table: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict
                 fields = len(reader.fieldnames) + len(row[None])
                 problem = f"{fields} fields for {len(reader.fieldnames)} columns"
                 raise DataError(f"{place}: {problem}; decimal commas? expected points")
-            yield place, row
+            yield place, {name: to_blanks(value or "") for name, value in row.items()}
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{table}:{line}: {error}, expected a closing quote") from error
+
+
+def to_blanks(text: str) -> str:
+    """Control characters (tabs, line ends) as blanks, and none around the text."""
+    if text.isprintable():  # nearly all are, and this is far quicker
+        return text.strip()
+    return "".join(" " if has_control(c) else c for c in text).strip()
 
 
 def read_split(place: str, row: dict[str, str]) -> str:
@@ -1971,18 +1978,16 @@ def assign_folds(
     return [given[split] if split in given else fold_of[group] for group, split in pairs]
 
 
-def note_both_sides(cases: list[Case]) -> None:
-    """Note patients whom an official split has among the training and the test cases."""
-    training = {case.group for case in cases if case.fold != "test"}
-    test = {case.group for case in cases if case.fold == "test"}
-    both = sorted(training & test)
+def note_both_sides(patients: list[str], folds: list[str]) -> None:
+    """Note patients whom an official split, or given folds, have on two sides."""
+    folds_of = defaultdict(set)
+    for patient, fold in zip(patients, folds, strict=True):
+        folds_of[patient].add(fold)
+    both = sorted(patient for patient, own in folds_of.items() if {"test"} < own)
     if both:
         count = f"{len(both)}, such as {both[0]}"
         print(f"note: patients on both sides of the official split: {count}")
-    folds_of = defaultdict(set)
-    for case in cases:
-        folds_of[case.group].add(case.fold)
-    apart = sorted(group for group, folds in folds_of.items() if len(folds - {"test"}) > 1)
+    apart = sorted(patient for patient, own in folds_of.items() if len(own - {"test"}) > 1)
     if apart:
         count = f"{len(apart)}, such as {apart[0]}"
         print(

@@ -112,7 +112,7 @@ def draw_cache(cache: Path, task: str) -> Path:
 def train(task: str, cache: Path, out: Path, *options: str) -> None:
     small = {
         "classification": ["--batch-size", "6"],
-        "detection": ["--batch-size", "6", "--channels", "8"],
+        "detection": ["--batch-size", "6", "--channels", "16"],
         "segmentation": ["--batch-size", "8", "--channels", "2"],
     }[task]
     command = [

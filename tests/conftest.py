@@ -1,11 +1,15 @@
 """What several test files use: tables, and training runs compared to the bit."""
 
 import csv
+import signal
 from pathlib import Path
 
 import torch
 
 from common.checkpoint import load_checkpoint
+
+# A job in the background of a script ignores Ctrl-C, and so would the commands that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def read_table(path: Path) -> list[dict[str, str]]:

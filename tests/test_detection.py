@@ -79,6 +79,33 @@ def run(raw: Path, *options: str, out: str = "out") -> tuple[np.ndarray, list[di
     )
 
 
+def test_a_table_gives_patient_site_fold_and_further_columns(tmp_path, capsys):
+    header = "image,xmin,ymin,xmax,ymax,patient,site,fold,sex,source"
+    rows = "a.png,1,1,9,9,p1,x,3,F,n b.png,1,1,9,9,p1,y,4,M,n c.png,1,1,9,9,p2,y,test,,n"
+    _, index, _ = run(boxes_csv(tmp_path / "raw", rows, "a.png b.png c.png", header))
+    assert [row["patient"] for row in index] == ["p1", "p1", "p2"]
+    assert [row["site"] for row in index] == ["x", "y", "y"]
+    assert [row["fold"] for row in index] == ["3", "4", "test"]
+    assert [row["sex"] for row in index] == ["F", "M", ""]
+    assert [row["table_source"] for row in index] == ["n", "n", "n"]
+    assert [row["source"] for row in index] == ["a.png", "b.png", "c.png"]
+    printed = capsys.readouterr().out
+    assert "note: patients in several folds, as given: 1, such as p1; eval.py will" in printed
+    assert "note: columns of the table that are called table_... now: source" in printed
+
+
+def test_a_split_of_the_table_is_kept_and_an_unknown_one_refused(tmp_path):
+    header = "image,xmin,ymin,xmax,ymax,split"
+    raw = boxes_csv(tmp_path / "raw", "a.png,1,1,9,9,Valid b.png,1,1,9,9,train", header=header)
+    _, index, _ = run(raw)
+    assert [row["fold"] for row in index] == ["0", "1"]
+    with pytest.raises(DataError, match="its own folds, which --test-fraction cannot change"):
+        run(raw, "--test-fraction", "0.1", out="b")
+    other = boxes_csv(tmp_path / "other", "a.png,1,1,9,9,x", "a.png", header)
+    with pytest.raises(DataError, match=r"boxes.csv:2: split 'x', expected train, val or test"):
+        run(other)
+
+
 def test_boxes_are_kept_in_original_pixels(tmp_path):
     raw = boxes_csv(tmp_path / "raw", "a.png,0,0,40,20 b.png,1.5,2,10,11")
     images, rows, meta = run(raw, "--size", "32")

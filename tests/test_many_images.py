@@ -7,10 +7,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import read_table
 from PIL import Image
 
 from tests.caches import draw_cache, module, small_network, train
+from tests.conftest import read_table
 
 TABLES = {
     "classification": "predictions.csv",

@@ -7,13 +7,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import read_table
 from PIL import Image
 
 from common.metrics import segmentation_metrics
 from segmentation import eval as evaluation
 from segmentation import preprocess, train
 from segmentation.preprocess import DataError, read_mask, read_volume
+from tests.conftest import read_table
 
 
 def draw(rng: np.random.Generator, colour: bool = False) -> tuple[np.ndarray, np.ndarray]:

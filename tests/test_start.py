@@ -289,12 +289,12 @@ def test_what_was_taken_and_what_was_not_is_counted(capsys):
     train("classification", Path("classification"), Path("a"))
     capsys.readouterr()
     options = ["--init", "a/last.pt", "--lr", "1e-12", "--weight-decay", "0"]
-    train("detection", Path("detection"), Path("b"), *options, "--channels", "8")
+    train("detection", Path("detection"), Path("b"), *options, "--channels", "16")
     line = "--init a/last.pt: 7 of its 9 arrays taken; 2 that it lacks or has in other shapes start"
     assert f"{line} at random: out.bias, out.weight\n" in capsys.readouterr().out
     old, new = (load_checkpoint(Path(run, "last.pt"))["model"] for run in "ab")
     assert torch.allclose(old["conv1.weight"], new["backbone.conv1.weight"], atol=1e-6)
-    train("detection", Path("detection"), Path("c"), "--init", "b/last.pt", "--channels", "8")
+    train("detection", Path("detection"), Path("c"), "--init", "b/last.pt", "--channels", "16")
     assert "--init b/last.pt: 9 of its 9 arrays taken\n" in capsys.readouterr().out
 
 
