@@ -1400,7 +1400,7 @@ def report_bad(bad: list[tuple[str, str]]) -> None:
         if "plugin" in reason and len(same) > 1:
             print(f"{same[0]} (and {len(same) - 1} more files)", file=sys.stderr)
         else:
-            print(*same, sep="\n", file=sys.stderr)
+            print(*map(one_line, same), sep="\n", file=sys.stderr)
 
 
 def report_notes(notes: list[tuple[str, str]]) -> None:

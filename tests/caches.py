@@ -154,12 +154,12 @@ def small_network() -> Iterator[None]:
         width: int = 64,
     ) -> nn.Module:
         layers = {
-            "conv1": nn.Conv2d(channels, 8, 7, 4, 3),
-            "bn1": nn.BatchNorm2d(8),
+            "conv1": nn.Conv2d(channels, 16, 7, 4, 3),
+            "bn1": nn.BatchNorm2d(16),
             "relu": nn.ReLU(),
         }
         layers |= {"avgpool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
-        return nn.Sequential(OrderedDict(layers | {"fc": nn.Linear(8, num_classes)}))
+        return nn.Sequential(OrderedDict(layers | {"fc": nn.Linear(16, num_classes)}))
 
     def build_detector(arch: str, head: str, channels: int, pretrained: bool = False) -> nn.Module:
         layers = {
