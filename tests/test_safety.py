@@ -921,7 +921,7 @@ def test_init_from_another_number_of_classes_keeps_all_but_the_last_layer(
         for path in (runs["classification"], tmp_path / "run")
     )
     assert torch.allclose(old["conv1.weight"], new["conv1.weight"], atol=1e-6)
-    assert new["fc.weight"].shape == (3, 8)
+    assert new["fc.weight"].shape == (3, 16)
     options[1] = str(runs["segmentation"] / "best.pt")
     assert "none of its weights has the name and the shape" in refusal(
         train, "classification", cache, tmp_path / "other", *options
