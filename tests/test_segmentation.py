@@ -1,6 +1,5 @@
 """segmentation/train.py and eval.py: the real commands at a tiny setting."""
 
-import csv
 import functools
 import json
 import os
@@ -21,6 +20,7 @@ from segmentation import dataset, preprocess, train
 from segmentation import eval as evaluation
 from segmentation.preprocess import DataError
 from tests.caches import write_index
+from tests.conftest import assert_same_training, read_table
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,11 +32,6 @@ def run(*command: str, cwd: Path) -> subprocess.CompletedProcess:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *command]
     return subprocess.run(command, check=False, cwd=cwd, env=env, capture_output=True, text=True)
-
-
-def read_table(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def read_metrics(folder: Path) -> dict:
@@ -63,31 +58,6 @@ def trained(cache, tmp_path_factory) -> dict[str, Path]:
     for dims in "23":
         train.main(["--data", str(cache), "--out", str(out / dims), "--dims", dims, *TINY])
     return {dims: out / dims for dims in "23"}
-
-
-def same(a: object, b: object) -> bool:
-    """Equal to the bit, tensors in nested dicts included; NaN is equal to NaN."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    if isinstance(a, torch.Tensor):
-        return (
-            a.dtype == b.dtype
-            and a.shape == b.shape
-            and torch.equal(a.nan_to_num(), b.nan_to_num())
-        )
-    return a == b or (a != a and b != b)
-
-
-def assert_same_training(a: Path, b: Path) -> None:
-    first = load_checkpoint(a / "last.pt")
-    second = load_checkpoint(b / "last.pt")
-    for row in first["log"] + second["log"]:
-        row.pop("seconds")
-        row.pop("train_seconds")
-    for name in ("model", "optimizer", "log", "best", "figures"):
-        assert same(first[name], second[name]), name
 
 
 # --- train.py ---
