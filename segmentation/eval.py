@@ -8,7 +8,8 @@
 With masks, written to --out: metrics.json with 95 % bootstrap intervals (over patients), cases.csv,
 predictions/ID.nii.gz, worst.png (image, truth, prediction on the slice with the most errors, worst
 case first) and worst.gif. All metrics are taken on the grid of the original file, but for
-dice_cache, on the grid of the cache: it is the score that train.py printed. The probabilities of
+dice_cache, on the grid of the cache: it is the score that train.py printed, unless --largest has
+dropped something, which is told for each case as dropped_ml. The probabilities of
 several checkpoints are averaged; those of several folds predict the fold that they left out each,
 and the metrics are of all these cases together.
 
@@ -129,6 +130,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     images_help = "new images without masks: files and folders"
     add("--images", type=Path, nargs="+", metavar="PATH", help=images_help)
     add("--tta", action="store_true", help="average over mirrored copies; for runs with --mirror")
+    largest_help = "keep the largest connected part of each class, tell what is dropped"
+    add("--largest", action="store_true", help=largest_help)
     by_help = "metrics for each value of a column of index.csv, such as fold"
     add("--by", metavar="COLUMN", help=by_help)
     out_help = "(default: eval_val, eval_folds, eval_test or predictions, beside the first run)"
@@ -294,7 +297,8 @@ def evaluate_split(
             image, mask = open_case(args.data, name)
             truth, affine, header = read_truth(args.data, name, meta["values"])
             grid = (truth.shape, affine)
-            on_grid, prediction = predict_case(args, name, own_models, own, image, grid, device)
+            result = predict_case(args, name, own_models, own, image, grid, device)
+            on_grid, prediction, dropped = result
             values = np.array(meta["values"], np.uint8)
             with written(out / "predictions" / f"{name}{suffix_of(meta)}") as path:
                 write_prediction(path, values[prediction], affine, header)
@@ -305,6 +309,8 @@ def evaluate_split(
                 structures[present] += 1
             scores = dice_scores(torch.from_numpy(np.array(mask)), on_grid, len(classes))
             metrics["dice_cache"] = scores.nanmean().item()
+            if args.largest:
+                metrics["dropped_ml"] = dropped * voxel_ml(affine)
             cases.append({"id": name, "group": row["group"], "fold": row["fold"]} | metrics)
 
             maps = {"truth": mask, "prediction": on_grid.numpy()}
@@ -331,16 +337,82 @@ def predict_case(
     image: np.ndarray,
     grid: tuple[tuple[int, ...], np.ndarray],
     device: torch.device,
-) -> tuple[Tensor, np.ndarray]:
+) -> tuple[Tensor, np.ndarray, int]:
     """Class numbers on the grid of the cache, uint8 (X, Y, Z), and on that of the file.
 
-    `grid` are shape and affine of the file. Raises DataError for what is not finite.
+    `grid` are shape and affine of the file. Also returns how many voxels of it --largest dropped.
+    Raises DataError for what is not finite.
     """
     with name_memory_error(args.data / "volumes" / f"{name}.image.npy"):
         probabilities = predict(models, checkpoints, image, device, args.amp, args.tta)
         check_finite(probabilities, name)
         prediction = from_grid(probabilities.numpy(), *grid)
-    return probabilities.argmax(0).byte(), prediction
+    on_grid = probabilities.argmax(0).byte()
+    dropped = 0
+    if args.largest:
+        prediction, dropped = keep_largest(prediction)
+        on_grid = torch.from_numpy(keep_largest(on_grid.numpy())[0])
+    return on_grid, prediction, dropped
+
+
+def keep_largest(labels: np.ndarray) -> tuple[np.ndarray, int]:
+    """Class numbers uint8 (X, Y, Z) with the largest connected part of each class, the others 0.
+
+    Voxels are connected if they share a face. Of two parts of one size the first is kept. Also
+    returns how many voxels were dropped.
+    """
+    volume = torch.from_numpy(labels.copy())  # the axes of a file may run backwards in memory
+    inside = volume > 0
+    classes = volume[inside]  # (N,), of the voxels that are not background
+    part = connected_parts(volume)  # (N,)
+    sizes = torch.bincount(part, minlength=len(part))  # (N,), 0 but at the first voxel of a part
+    kept = torch.zeros_like(classes)
+    for k in classes.unique():
+        of_class = classes == k
+        largest = torch.where(of_class, sizes, 0).argmax()  # a part is called by its first voxel
+        kept[part == largest] = k
+    volume[inside] = kept
+    return volume.numpy(), int((kept == 0).sum())
+
+
+def connected_parts(labels: Tensor) -> Tensor:
+    """The connected part of each voxel above 0 of class numbers (X, Y, Z), in their order: (N,).
+
+    A part is called by the number of its first voxel. Neighbours hook the root of one tree onto
+    that of the other, then each voxel jumps to its root (Shiloach & Vishkin, J. Algorithms 1982):
+    some ten rounds, however winding the parts are.
+    """
+    inside = labels > 0
+    count = int(inside.sum())
+    number = torch.zeros(labels.shape, dtype=torch.int32)
+    number[inside] = torch.arange(count, dtype=torch.int32)
+    firsts = []
+    seconds = []
+    for axis, length in enumerate(labels.shape):
+        below = labels.narrow(axis, 0, length - 1)
+        above = labels.narrow(axis, 1, length - 1)
+        joined = (below == above) & (below > 0)
+        firsts.append(number.narrow(axis, 0, length - 1)[joined])
+        seconds.append(number.narrow(axis, 1, length - 1)[joined])
+    first = torch.cat(firsts).long()  # (pairs,)
+    second = torch.cat(seconds).long()
+
+    root = torch.arange(count)
+    while len(first):
+        a = root[first]
+        b = root[second]
+        root.scatter_reduce_(0, torch.maximum(a, b), torch.minimum(a, b), "amin")
+        while not torch.equal(root, root[root]):
+            root = root[root]
+        apart = root[first] != root[second]
+        first = first[apart]
+        second = second[apart]
+    return root
+
+
+def voxel_ml(affine: np.ndarray) -> float:
+    """The volume of a voxel by an affine (4, 4) in mm."""
+    return float(abs(np.linalg.det(affine[:3, :3])) / 1000)
 
 
 def draw_case(
@@ -576,6 +648,7 @@ def summarise(
         "n": len(cases),
         "classes": meta["classes"],
         "tta": args.tta,
+        "largest": args.largest,
         "both_empty": structures[0],
         "one_empty": structures[1],
     }
@@ -583,6 +656,11 @@ def summarise(
     if unit:
         run["unit"] = unit
     write_report(out, summary, groups, cases, run, tables)
+    if args.largest:
+        most = max(cases, key=lambda case: case["dropped_ml"])
+        count = sum(case["dropped_ml"] > 0 for case in cases)
+        worst = f"at most {most['dropped_ml']:.3f} ml, of {most['id']}"
+        print(f"note: --largest dropped parts of {count} of {len(cases)} cases, {worst}")
     if unit == "px":
         print("note: the pictures say no resolution: distances are in pixels, in metrics.json")
         print("      and cases.csv too, and volume_error_ml is in thousands of pixels")
@@ -754,6 +832,8 @@ def predict_images(
                 write_gif(out / "first.gif", on_grid, maps, meta, image.name)
             unit = "px" if "picture_unit" in meta else "ml"
             volumes = [f"{name} {row[f'{unit}_{name}']} {unit}" for name in meta["classes"][1:]]
+            if args.largest:
+                volumes.append(f"dropped {row[f'{unit}_dropped']} {unit}")
             print(one_line(f"{row['image']}: {'  '.join(volumes)}"))
         if done:
             write_gallery(out / "overlays.png", tiles)
@@ -995,12 +1075,16 @@ def predict_image(
         probabilities = predict(models, checkpoints, on_grid, device, args.amp, args.tta)
         check_finite(probabilities, image.paths[0])
         labels = from_grid(probabilities.numpy(), shape, affine)  # (X, Y, Z) of the file
+        labels_on_grid = probabilities.argmax(0).byte().numpy()
+    if args.largest:
+        labels, dropped = keep_largest(labels)
+        labels_on_grid, _ = keep_largest(labels_on_grid)
     mask_name = f"{image.name}{suffix_of(meta)}"
     with written(out / mask_name) as path:
         values = np.array(meta["values"], np.uint8)
         write_prediction(path, values[labels], affine, header, PREDICTION)
 
-    voxel = abs(np.linalg.det(affine[:3, :3])) / 1000  # ml, of the file's grid in mm
+    voxel = voxel_ml(affine)
     counts = np.bincount(labels.reshape(-1), minlength=len(meta["classes"]))
     source = image.files[:1] or image.paths  # of a series beside others its first file
     row = {"image": ";".join(map(str, source)), "mask": mask_name}
@@ -1008,8 +1092,13 @@ def predict_image(
         if "picture_unit" in meta:
             row[f"px_{name}"] = int(count)  # pixels of the file
         else:
-            row[f"ml_{name}"] = round(float(voxel * count), 3)
-    return row, on_grid, probabilities.argmax(0).byte().numpy()
+            row[f"ml_{name}"] = round(voxel * int(count), 3)
+    if args.largest:
+        if "picture_unit" in meta:
+            row["px_dropped"] = dropped
+        else:
+            row["ml_dropped"] = round(voxel * dropped, 3)
+    return row, on_grid, labels_on_grid
 
 
 def read_image(

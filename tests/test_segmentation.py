@@ -308,6 +308,77 @@ def test_the_prediction_lies_on_its_image_in_the_world(raw, cache, tmp_path, mon
     assert np.abs(centers[0] - centers[1]).max() < 1  # a fifth of a voxel of the coarse grid
 
 
+def test_the_largest_part_of_each_class_is_kept():
+    """Drawn by hand, two slices: parts of class 1 have 5, 2 and 1 voxels, of class 2 two and 3."""
+    labels = np.array(
+        [
+            [[1, 1, 0, 1], [1, 0, 2, 1], [0, 1, 2, 0], [2, 0, 0, 0]],
+            [[1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [2, 2, 0, 0]],
+        ],
+        np.uint8,
+    )
+    expected = np.array(
+        [
+            [[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [2, 0, 0, 0]],
+            [[1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [2, 2, 0, 0]],
+        ]
+    )
+    kept, dropped = evaluation.keep_largest(labels)
+    assert np.array_equal(kept, expected) and dropped == 5
+    backwards, dropped = evaluation.keep_largest(labels[::-1, :, ::-1])
+    assert np.array_equal(backwards, expected[::-1, :, ::-1]) and dropped == 5
+    flat, dropped = evaluation.keep_largest(labels[:1])  # a picture: now 3, 2 and 1 of class 1
+    assert flat.tolist() == [[[1, 1, 0, 0], [1, 0, 2, 0], [0, 0, 2, 0], [0, 0, 0, 0]]]
+    assert dropped == 4
+    empty, dropped = evaluation.keep_largest(np.zeros_like(labels))
+    assert not empty.any() and dropped == 0
+
+
+def test_winding_parts_are_one():
+    """A path of one voxel's width through all lines of a plane, beside a straight one."""
+    labels = np.zeros((1, 41, 40), np.uint8)
+    labels[0, ::2] = 1
+    labels[0, 1:-2:4, 39] = 1
+    labels[0, 3:-2:4, 0] = 1  # the last line, 40, stays apart
+    kept, dropped = evaluation.keep_largest(labels)
+    assert dropped == 40 and np.array_equal(kept[0, :39], labels[0, :39]) and not kept[0, 40].any()
+
+
+def test_largest_tells_what_it_drops(cache, raw, trained, tmp_path, capsys, monkeypatch):
+    """By a network that takes what is bright for class 1 and what is dark for class 2."""
+
+    def outline(models: list, checkpoints: list, image: np.ndarray, *_: object) -> torch.Tensor:
+        gray = torch.from_numpy(np.array(image))
+        return torch.cat([0 * gray + 1, gray, -gray])  # (3, X, Y, Z)
+
+    monkeypatch.setattr(evaluation, "predict", outline)
+    path = str(trained["3"] / "best.pt")
+    command = ["--checkpoint", path, "--data", str(cache), "--samples", "2"]
+    evaluation.main([*command, "--out", str(tmp_path / "all")])
+    evaluation.main([*command, "--largest", "--out", str(tmp_path / "one")])
+    rows = read_table(tmp_path / "one" / "cases.csv")
+    new = [str(raw / "imagesTr" / f"{row['id']}.nii.gz") for row in rows]
+    evaluation.main(
+        ["--checkpoint", path, "--largest", "--out", str(tmp_path / "b"), "--images", *new]
+    )
+    assert f"dropped parts of {len(rows)} of {len(rows)} cases" in capsys.readouterr().out
+    table = read_table(tmp_path / "b" / "volumes.csv")
+    for row, image in zip(rows, table, strict=True):
+        masks = []
+        for folder in (
+            tmp_path / "all" / "predictions",
+            tmp_path / "one" / "predictions",
+            tmp_path / "b",
+        ):
+            masks.append(nib.load(folder / f"{row['id']}.nii.gz"))
+        everything, kept, of_image = [np.asanyarray(mask.dataobj) for mask in masks]
+        voxel = abs(np.linalg.det(masks[0].affine)) / 1000  # ml
+        lost = voxel * ((everything > 0).sum() - (kept > 0).sum())
+        assert np.array_equal(kept, of_image) and set(kept[kept != everything]) == {0}
+        assert lost > 0 and float(row["dropped_ml"]) == pytest.approx(lost)
+        assert float(image["ml_dropped"]) == pytest.approx(lost, abs=5e-4)
+
+
 def test_several_checkpoints_are_averaged(cache, trained, tmp_path):
     paths = [str(path / "last.pt") for path in trained.values()]  # slices and volumes together
     evaluation.main(
