@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,7 @@ TILE = 384  # pixels of one picture in a gallery
 MOST_VALUES = 50  # of a column of --by
 OVERLAYS = 100  # pictures of new images: the first ones
 WORST = 24  # pictures in gallery.png
+DOUBTFUL = 0.5  # IoU below which a label may be that of something else
 # What a split leaves in --out; metrics.json is written last.
 RESULTS = ("metrics.json", "predictions.csv", "gallery.png")
 TRUTH = "#30d158"  # green
@@ -230,6 +232,7 @@ def evaluate_split(
         write_csv(out / "predictions.csv", cases)
         save_picture(out / "gallery.png", gallery)
         write_report(out, summary, patients, cases, run, tables)
+    print_doubtful(cases)
     print(f"{len(rows)} images; metrics and pictures in {out}")
 
 
@@ -442,6 +445,18 @@ def group_by_site(rows: list[dict[str, str]]) -> dict[str, Tensor]:
         for site in sites:
             members[f"_{site}"] = torch.tensor([row["site"] == site for row in rows])
     return members
+
+
+def print_doubtful(cases: list[dict]) -> None:
+    """Name the images whose boxes hardly meet, the worst first: wrong labels are among them."""
+    doubtful = sorted((case for case in cases if case["iou"] < DOUBTFUL), key=itemgetter("iou"))
+    if not doubtful:
+        return
+    print(f"{len(doubtful)} with an IoU below {DOUBTFUL}: look whether the label is right")
+    for case in doubtful[:WORST]:
+        print(f"  {case['iou']:.3f}  {one_line(case['id'])}")
+    if len(doubtful) > WORST:
+        print(f"  and {len(doubtful) - WORST} more, in predictions.csv")
 
 
 def describe_run(args: argparse.Namespace, count: int) -> dict:

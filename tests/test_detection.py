@@ -425,6 +425,18 @@ def test_eval_gives_the_score_that_train_printed(cache, tmp_path, options):
     assert all(float(row["true_xmax"]) == float(truth[row["id"]]["xmax"]) for row in rows)
 
 
+def test_boxes_that_hardly_meet_are_named_the_worst_first(capsys):
+    ious = {"half": 0.5, "poor": 0.31, "missed\n": 0.0, "good": 0.9}
+    evaluation.print_doubtful([{"id": name, "iou": iou} for name, iou in ious.items()])
+    assert capsys.readouterr().out.splitlines()[1:] == ["  0.000  missed", "  0.310  poor"]
+    evaluation.print_doubtful([{"id": str(k), "iou": 0.1} for k in range(30)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("30 with an IoU below 0.5") and len(lines) == 26
+    assert lines[-1] == "  and 6 more, in predictions.csv"
+    evaluation.print_doubtful([{"id": "good", "iou": 0.9}])
+    assert capsys.readouterr().out == ""
+
+
 def test_compile_has_no_graph_breaks(cache, tmp_path, monkeypatch):
     compiler = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
     monkeypatch.setattr(torch, "compile", compiler)
