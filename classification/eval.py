@@ -130,6 +130,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--images", type=Path, nargs="+", metavar="PATH", help=images)
     compare = "predictions.csv of another model for the same images"
     add("--compare", type=Path, metavar="CSV", help=compare)
+    point = "threshold of the metrics called _tuned, such as sensitivity=0.95 (default: Youden's)"
+    add("--operating-point", type=operating_point, metavar="NAME=VALUE", help=point)
+    tune = "the cache of the training, where that threshold is chosen (default: --data)"
+    add("--tune-on", type=Path, metavar="CACHE", help=tune)
     by = "metrics for each value of a column of index.csv, such as fold"
     add("--by", metavar="COLUMN", help=by)
     out = "(default: eval_val, eval_folds, eval_test or predictions, beside the first run)"
@@ -146,9 +150,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--compare needs labels: give --data")
     if args.by and not args.data:
         parser.error("--by needs known cases: give --data")
+    if (args.operating_point or args.tune_on) and not args.data:
+        parser.error("--operating-point and --tune-on need labels: give --data")
     if args.workers < 0 or args.samples < 1:
         parser.error("expected --workers >= 0 and --samples >= 1")
     return args
+
+
+def operating_point(text: str) -> tuple[str, float]:
+    """An argparse type: sensitivity or specificity, and the least value it shall have."""
+    name, _, value = text.partition("=")
+    if name not in ("sensitivity", "specificity") or not 0 < float(value) <= 1:
+        message = f"{text}, expected sensitivity=VALUE or specificity=VALUE, above 0 to 1"
+        raise argparse.ArgumentTypeError(message)
+    return name, float(value)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -233,11 +248,13 @@ def evaluate_split(
     # Predict the split: row k of everything below is row_numbers[k] of the cache
     meta = checkpoints[0]["meta"]
     classes = meta["classes"]
+    multi_label = is_multi_label(meta)
+    if args.operating_point and len(classes) != 2 and not multi_label:
+        raise DataError(f"--operating-point: found {len(classes)} classes, expected two or labels")
     rows_by_fold = choose_rows(args.data, args.split, args.checkpoint, checkpoints)
     row_numbers = list(chain.from_iterable(rows_by_fold.values()))
     index = read_index(args.data)
     rows = [index[k] for k in row_numbers]
-    multi_label = is_multi_label(meta)
     by = choose_groups(rows if multi_label else name_labels(rows, classes), args.by)
     probabilities, labels = predict_folds(args, rows_by_fold, models, checkpoints, device)
     predictions = decide(probabilities, multi_label)
@@ -470,12 +487,13 @@ def choose_thresholds(
         return dict.fromkeys(rows_by_fold, choose_threshold(args, models, checkpoints, device))
     # A checkpoint's own one was tuned on the very images that it predicts here.
     print("note: the tuned threshold of each fold is the mean of those of the other folds")
+    thresholds = own_thresholds(args, models, checkpoints, device)
     tuned = {}
     for fold in rows_by_fold:
         others = []
-        for checkpoint in checkpoints:
+        for checkpoint, threshold in zip(checkpoints, thresholds, strict=True):
             if str(checkpoint["settings"]["fold"]) != fold:
-                others.append(checkpoint["threshold"])
+                others.append(threshold)
         tuned[fold] = mean_threshold(others)
     return tuned
 
@@ -493,23 +511,66 @@ def choose_threshold(
     checkpoints: list[dict],
     device: torch.device,
 ) -> float:
-    """The threshold of the metrics called _tuned: Youden's on the validation fold.
+    """The threshold of the metrics called _tuned, chosen on the validation fold.
 
-    One checkpoint has it. Of several their mean probability is tuned, if --data has the validation
-    fold that they have in common; otherwise it is the mean of their own thresholds.
+    One checkpoint has it. Of several their mean probability is tuned, if --tune-on or --data has
+    the validation fold that they have in common; otherwise it is the mean of their own thresholds.
     """
     # Never on the split that is reported: the metrics at this threshold would be too good.
-    own = [checkpoint["threshold"] for checkpoint in checkpoints]
-    if len(own) == 1:
-        return own[0]
+    cache = args.tune_on or args.data
     indexes = {checkpoint["settings"]["index"] for checkpoint in checkpoints}
     folds = {checkpoint["settings"]["fold"] for checkpoint in checkpoints}
-    if indexes == {file_sha256(args.data / "index.csv")} and len(folds) == 1:
-        rows_by_fold = choose_rows(args.data, "val", args.checkpoint, checkpoints)
-        probabilities, labels = predict_folds(args, rows_by_fold, models, checkpoints, device)
-        return best_threshold(labels, probabilities)
-    print("note: no validation images in common: the tuned threshold is the mean of their own ones")
+    has_folds = indexes == {file_sha256(cache / "index.csv")}
+    if len(checkpoints) > 1 and has_folds and len(folds) == 1:
+        return tune_threshold(args, args.checkpoint, models, checkpoints, device)
+    own = own_thresholds(args, models, checkpoints, device)
+    if len(own) > 1:
+        why = "no validation images in common"
+        print(f"note: {why}: the tuned threshold is the mean of their own ones")
     return mean_threshold(own)
+
+
+def own_thresholds(
+    args: argparse.Namespace,
+    models: list[nn.Module],
+    checkpoints: list[dict],
+    device: torch.device,
+) -> list:
+    """The threshold of each checkpoint on its own validation fold, or those of each label.
+
+    Youden's was stored by the training; that of --operating-point needs the images again.
+    """
+    if args.operating_point is None:
+        return [checkpoint["threshold"] for checkpoint in checkpoints]
+    runs = zip(args.checkpoint, models, checkpoints, strict=True)
+    return [
+        tune_threshold(args, [path], [model], [checkpoint], device)
+        for path, model, checkpoint in runs
+    ]
+
+
+def tune_threshold(
+    args: argparse.Namespace,
+    paths: list[Path],
+    models: list[nn.Module],
+    checkpoints: list[dict],
+    device: torch.device,
+) -> float | list[float]:
+    """The threshold of the mean probability on the validation fold that the runs have in common.
+
+    Raises DataError if the cache is not that of the training.
+    """
+    cache = args.tune_on or args.data
+    sha256 = file_sha256(cache / "index.csv")
+    if any(checkpoint["settings"]["index"] != sha256 for checkpoint in checkpoints):
+        raise DataError(
+            f"{cache}: not the cache of the training, where the threshold of --operating-point is "
+            "chosen; give that one as --tune-on"
+        )
+    rows_by_fold = choose_rows(cache, "val", paths, checkpoints)
+    args = argparse.Namespace(**vars(args) | {"data": cache})
+    probabilities, labels = predict_folds(args, rows_by_fold, models, checkpoints, device)
+    return best_threshold(labels, probabilities, args.operating_point)
 
 
 def list_cases(

@@ -198,20 +198,26 @@ def average_precision(labels: Tensor, scores: Tensor) -> float:
     return divide((tp / (tp + fp) * step).sum(), labels.sum())
 
 
-def best_threshold(labels: Tensor, probabilities: Tensor) -> float | list[float] | None:
-    """Youden's threshold for probabilities (N, 2) of the positive class; None for more classes.
+def best_threshold(
+    labels: Tensor, probabilities: Tensor, point: tuple[str, float] | None = None
+) -> float | list[float] | None:
+    """Threshold for probabilities (N, 2) of the positive class; None for more classes.
 
-    Of several labels an image, (N, C), one for each; NaN without images that have and that lack it.
+    That of the operating point, such as ("sensitivity", 0.95), or without one Youden's. Of several
+    labels an image, (N, C), one for each; NaN without images that have and that lack it.
     """
     if labels.ndim == 2:
         thresholds = []
         for truth, scores in zip(labels.T, probabilities.T, strict=True):
             known = truth >= 0
-            thresholds.append(youden_threshold(truth[known], scores[known]))
+            pair = torch.stack([1 - scores, scores], 1)[known]
+            thresholds.append(best_threshold(truth[known], pair, point))
         return thresholds
     if probabilities.shape[1] != 2:
         return None
-    return youden_threshold(labels, probabilities[:, 1])
+    if point is None:
+        return youden_threshold(labels, probabilities[:, 1])
+    return threshold_at(labels, probabilities[:, 1], *point)
 
 
 def youden_threshold(labels: Tensor, scores: Tensor) -> float:
@@ -224,6 +230,23 @@ def youden_threshold(labels: Tensor, scores: Tensor) -> float:
         return math.nan
     best = int((tpr - fpr)[1:].argmax()) + 1
     return thresholds[best : best + 2].mean().item()
+
+
+def threshold_at(labels: Tensor, scores: Tensor, name: str, least: float) -> float:
+    """Threshold where "sensitivity" or "specificity" is at least this and the other is largest.
+
+    It lies halfway to the next lower score, or just above all scores if it has to.
+    """
+    fpr, tpr, thresholds = roc_curve(labels, scores)
+    if (tpr - fpr).isnan().any():
+        return math.nan
+    if name == "sensitivity":
+        chosen = int((tpr >= least - 1e-9).nonzero()[0])  # it rises along the curve
+    else:
+        chosen = int((1 - fpr >= least - 1e-9).nonzero()[-1])  # it falls
+    if chosen == 0:  # nothing is positive there
+        return math.nextafter(thresholds[1].item(), math.inf)
+    return thresholds[chosen : chosen + 2].mean().item()
 
 
 def sensitivity_at_specificity(labels: Tensor, scores: Tensor, specificity: float) -> float:

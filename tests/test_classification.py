@@ -362,6 +362,8 @@ def test_three_classes(tmp_path):
         "1",
         "2",
     }
+    with pytest.raises(DataError, match="found 3 classes, expected two"):
+        evaluation.main([*command, "--operating-point", "sensitivity=0.9"])
 
 
 @pytest.mark.parametrize("script", ["preprocess", "train", "eval"])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from classification.preprocess import DataError
 from common.checkpoint import (
     file_sha256,
     list_trained_on,
@@ -157,6 +158,37 @@ def test_the_tuned_threshold_of_a_fold_is_that_of_the_others(studies, tmp_path, 
     of_folds = [3 / 4, 3 / 4, 1 / 4, 2 / 4, 3 / 4]
     assert [row["accuracy_tuned"] for row in result["folds"]] == of_folds
     assert result["summary"]["accuracy_tuned"]["value"] == pytest.approx(sum(of_folds) / 5)
+
+
+def test_an_operating_point_is_chosen_on_the_validation_fold(studies, tmp_path):
+    """Every network scores all images alike, so its own threshold is its score (SCORES)."""
+    cache, paths = studies["classification"]
+    point = ("--operating-point", "sensitivity=0.5")
+    one = ("--checkpoint", paths[3], *point, "--split", "test")
+    evaluate("classification", cache, *one, "--out", tmp_path / "one")
+    assert report(tmp_path / "one")["run"]["threshold_tuned"] == pytest.approx(SCORES[3])
+    evaluate("classification", cache, "--checkpoint", *paths, *point, "--out", tmp_path / "all")
+    expected = [(sum(SCORES) - own) / 4 for own in SCORES]
+    found = report(tmp_path / "all")["run"]["thresholds_tuned"]
+    assert list(found.values()) == pytest.approx(expected)
+
+    other = copy(cache, tmp_path / "other")  # its test images, in an index of its own
+    change_rows(other, lambda k, row: row.update(fold="test", id=f"o{k}", patient=f"o{k}"))
+    images = np.load(other / "images.npy")
+    np.save(other / "images.npy", 255 - images)
+    with pytest.raises(DataError, match=r"other: not the cache of the training.*--tune-on"):
+        evaluate("classification", other, *one, "--out", tmp_path / "no")
+    evaluate("classification", other, *one, "--tune-on", cache, "--out", tmp_path / "yes")
+    assert report(tmp_path / "yes")["run"]["threshold_tuned"] == pytest.approx(SCORES[3])
+    assert report(tmp_path / "yes")["run"]["n"] == len(images)
+
+
+@pytest.mark.parametrize("point", ["accuracy=0.9", "sensitivity=0", "sensitivity", "specificity=2"])
+def test_an_operating_point_is_a_sensitivity_or_a_specificity(point, capsys):
+    options = ["--checkpoint", "a.pt", "--data", "a", "--operating-point", point]
+    with pytest.raises(SystemExit, match="2"):
+        module("classification", "eval").parse_args(options)
+    assert "--operating-point" in capsys.readouterr().err
 
 
 def test_the_map_of_a_mistake_is_that_of_the_network_that_made_it(studies, tmp_path, monkeypatch):

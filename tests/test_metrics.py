@@ -27,6 +27,7 @@ from common.metrics import (
     specificity_at_sensitivity,
     surface,
     surface_distances,
+    threshold_at,
     youden_threshold,
 )
 
@@ -187,6 +188,31 @@ def test_youden_threshold_keeps_its_promise(k):
     fpr, tpr, _ = roc_curve(labels, scores)
     figures = binary_metrics(labels, scores, youden_threshold(labels, scores))
     assert figures["sensitivity"] + figures["specificity"] - 1 == approx((tpr - fpr).max().item())
+
+
+def test_the_threshold_of_an_operating_point_by_hand():
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    scores = torch.tensor([0.1, 0.2, 0.3, 0.8, 0.25, 0.5, 0.6, 0.9])
+    assert threshold_at(labels, scores, "sensitivity", 0.75) == approx((0.5 + 0.3) / 2)
+    assert threshold_at(labels, scores, "sensitivity", 0.76) == approx((0.25 + 0.2) / 2)
+    assert threshold_at(labels, scores, "specificity", 0.75) == approx((0.5 + 0.3) / 2)
+    assert threshold_at(labels, scores, "specificity", 0.76) == approx((0.9 + 0.8) / 2)
+    # Above the highest score, which a negative has: nothing is positive
+    above = threshold_at(1 - labels, scores, "specificity", 1)
+    assert binary_metrics(1 - labels, scores, above)["specificity"] == 1
+    assert math.isnan(threshold_at(torch.ones(8), scores, "sensitivity", 0.9))
+
+
+@pytest.mark.parametrize("least", [0.3, 0.9, 0.95, 1])
+@pytest.mark.parametrize("k", range(4))
+def test_an_operating_point_is_reached_at_the_least_cost(k, least):
+    labels, scores = random_task(k)
+    at = binary_metrics(labels, scores, threshold_at(labels, scores, "sensitivity", least))
+    assert at["sensitivity"] >= least - 1e-9
+    assert at["specificity"] == approx(specificity_at_sensitivity(labels, scores, least))
+    at = binary_metrics(labels, scores, threshold_at(labels, scores, "specificity", least))
+    assert at["specificity"] >= least - 1e-9
+    assert at["sensitivity"] == approx(sensitivity_at_specificity(labels, scores, least))
 
 
 def test_sensitivity_at_specificity_by_hand():
