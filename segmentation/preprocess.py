@@ -24,6 +24,7 @@ Written to OUT: index.csv (id, group, fold, image, mask), meta.json, and for eac
   ID.mask.npy      uint8 (X, Y, Z), class numbers on the same grid
   ID.points.npy    int16 (N, 4), up to 1000 voxels of each class: class, x, y, z
   ID.truth.nii.gz  the mask as it was, with its image's affine and header, for eval.py
+While it runs, OUT's disk also holds the voxels as they were read, 2 to 5 bytes each.
 
 The sections of this file, in the order of execution:
   find   the cases of RAW, and in dataset.json the names of classes and channels
@@ -54,7 +55,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -106,12 +107,14 @@ SPLITS = {
 MASK_ENDING = r"[_-](mask|seg|segmentation|label)$"  # of a mask's name, in any case
 NO_RESOLUTION = b"picture in pixels"  # in the header of a picture and its mask
 DEFAULT_DPI = (72, 96)  # what programs write that know no resolution
+AS_READ = "as_read"  # the folder of volumes that are read and not yet written
 INDEX_COLUMNS = ("id", "group", "fold", "image", "mask")
 FOLDS = 5
 MAX_GRID = 2**30  # voxels of the common grid, 2 GiB a channel: what is more has a wrong unit
 SHIFT = 0.1  # voxels: how far a slice or a corner may lie from where the affine puts it
 POINTS = 1000  # voxels of each class, to draw patches at
 SAMPLE = 10_000  # voxels of each case that the normalisation of CT is measured on
+CHUNK = 2**16  # voxels at a time: NumPy makes 8-byte indices of them, which so stay in the cache
 
 RAS = [[0, 1], [1, 1], [2, 1]]  # nibabel's way to say: every axis stays, none is flipped
 LPS_TO_RAS = np.diag([-1, -1, 1, 1])  # DICOM's axes point to the left, back and top
@@ -135,7 +138,8 @@ VARYING = (
 
 # What is odd in a header, in the same words each time, and its detail.
 Notes = list[tuple[str, str]]
-# Voxels float32 (X, Y, Z, C), affine (4, 4) to RAS in mm, and the header; None for DICOM.
+# Voxels (X, Y, Z, C) of the type that `compact` chooses, affine (4, 4) to RAS in mm, and the
+# header; None for DICOM.
 Volume = tuple[np.ndarray, np.ndarray, nib.Nifti1Header | None]
 
 
@@ -159,6 +163,8 @@ class Case:
     foreground: np.ndarray | None = None  # a sample of the image inside the mask, float32 (N, C)
     digest: str = ""  # SHA-256 of the image
     mask_digest: str = ""
+    affine: np.ndarray | None = None  # (4, 4) from voxels of the file to RAS in mm
+    header: nib.Nifti1Header | None = None  # None for DICOM
     notes: Notes = field(default_factory=list)
     unit: str = "mm"  # of the spacing; px of a picture that does not say its resolution
 
@@ -242,7 +248,8 @@ def main(argv: list[str] | None = None) -> None:
             print(reason, file=sys.stderr)
 
         # Read what has to be known of all cases before the first is written.
-        inspect_one = partial(inspect, values=list(labels or []))
+        (folder / AS_READ).mkdir()
+        inspect_one = partial(inspect, values=list(labels or []), folder=folder / AS_READ)
         cases = list(in_threads(inspect_one, cases, args.workers))
         labels, channels = complete_names(cases, labels, channels)
         check_names(cases, labels, channels)
@@ -265,8 +272,9 @@ def main(argv: list[str] | None = None) -> None:
 
         # Write the arrays, and then what says which of them there are.
         (folder / "volumes").mkdir()
-        convert_one = partial(convert, folder=folder / "volumes", meta=meta)
+        convert_one = partial(convert, folder=folder, meta=meta)
         cases = list(in_threads(convert_one, cases, args.workers))
+        shutil.rmtree(folder / AS_READ)  # holds what check_grids has refused
         if any(case.error for case in cases):
             cases = drop_bad(cases, bad, args.skip_bad)
             split_cases(cases, args)
@@ -754,12 +762,17 @@ def read_labels(path: Path, labels: dict) -> dict[int, str]:
 # --- read: every case once ---
 
 
-def inspect(case: Case, values: list[int]) -> Case:
-    """Read and check a case; its mask values must be among `values`, if there are any."""
+def inspect(case: Case, values: list[int], folder: Path) -> Case:
+    """Read and check a case; its mask values must be among `values`, if there are any.
+
+    Its voxels go to `folder` as they are, for `convert`: to decompress them again takes longer.
+    """
     with keeping_error(case):
         volume, affine, header = read_channels(case.images, case.notes)  # (X, Y, Z, C) of the file
         mask = read_mask(case.mask, volume.shape[:3], affine)  # (X, Y, Z)
-        counts = np.bincount(mask.reshape(-1), minlength=256)
+        inside = np.flatnonzero(mask > 0)  # (N,), few of all voxels
+        counts = np.bincount(mask.reshape(-1)[inside], minlength=256)
+        counts[0] = mask.size - len(inside)
         case.values = np.flatnonzero(counts).tolist()
         if values and not set(case.values) <= set(values):
             raise DataError(f"{case.mask}: mask values {case.values}, expected {values}")
@@ -769,11 +782,16 @@ def inspect(case: Case, values: list[int]) -> Case:
         _, case.spacing = orient(affine)
         case.shape = ras_shape(volume.shape[:3], affine)
         case.channels = volume.shape[3]
-        foreground = volume[mask > 0]  # (N, C)
-        every = len(foreground) // SAMPLE + 1
-        case.foreground = foreground[::every].copy()  # a view would keep all of it in memory
-        case.digest = hash_pixels(volume)
+        every = len(inside) // SAMPLE + 1
+        x, y, z = np.unravel_index(inside[::every], mask.shape)
+        case.foreground = volume[x, y, z].astype(np.float32)  # (N, C)
+        case.digest = hash_pixels(volume.T)  # NIfTI has x innermost: no copy
         case.mask_digest = hash_pixels(mask)
+        case.affine = affine
+        case.header = header
+        with open(folder / case.id, "wb") as file:
+            np.save(file, volume)
+            np.save(file, mask)
     return case
 
 
@@ -813,9 +831,10 @@ def read_channels(
 def read_volume(path: Path, notes: Notes | None = None, files: list[Path] | None = None) -> Volume:
     """Read .nii, .nii.gz or a DICOM series: voxels, affine and header.
 
-    Voxels are float32 (X, Y, Z, C) in the axes of the file. The affine (4, 4) leads to RAS in mm,
-    whatever the unit of the file. The header is None for DICOM. `notes` gets (what, detail) of what
-    is odd; `files` are those of a DICOM series that is not alone in its folder.
+    Voxels are (X, Y, Z, C) in the axes of the file, of the type that `compact` chooses. The affine
+    (4, 4) leads to RAS in mm, whatever the unit of the file. The header is None for DICOM. `notes`
+    gets (what, detail) of what is odd; `files` are those of a DICOM series that is not alone in its
+    folder.
 
     Raises DataError that names the file for whatever keeps it from being a volume with
     content.
@@ -839,12 +858,29 @@ def read_volume(path: Path, notes: Notes | None = None, files: list[Path] | None
     if not 1 <= lengths.max() <= 10_000 and not is_picture(path):
         problem = f"{lengths.max():.4g} mm long by its header, expected 1 to 10000 mm"
         raise DataError(f"{path}: {problem}: check pixdim and xyzt_units")
-    return volume, affine, header
+    return compact(volume), affine, header
+
+
+def compact(volume: np.ndarray) -> np.ndarray:
+    """Voxels in the first of uint8, int16 and float32 that holds all of them as they are.
+
+    CT and most MR are whole numbers, whatever type stores them. So copies have one hash, and
+    `normalise` can look values up.
+    """
+    low = volume.min()
+    high = volume.max()
+    for dtype in (np.uint8, np.int16):
+        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
+            small = volume.astype(dtype, copy=False)
+            if volume.dtype.kind in "iu" or np.array_equal(small, volume):
+                return small
+            break
+    return volume.astype(np.float32, copy=False)
 
 
 def check_values(path: Path, volume: np.ndarray) -> None:
     """Raise DataError if voxels (X, Y, Z, C) are not finite, or all the same in a channel."""
-    broken = int((~np.isfinite(volume)).sum())
+    broken = volume.size - np.count_nonzero(np.isfinite(volume))
     if broken:
         raise DataError(f"{path}: {broken} voxels are NaN or infinite")
     constant = 0
@@ -922,7 +958,7 @@ def read_mask(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> np.ndar
         if is_picture(path):
             return read_picture_mask(path, shape)
         mask, own, header = read_nifti(path, [])
-    turn = ornt_transform(io_orientation(own), io_orientation(affine))
+    turn = ornt_transform(find_axes(own), find_axes(affine))
     if not np.array_equal(turn, RAS):  # the same voxels along other axes, as dcm2niix has them
         own = own @ inv_ornt_aff(turn, mask.shape)
         mask = apply_orientation(mask, turn)
@@ -936,13 +972,13 @@ def read_mask(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> np.ndar
     whole = mask
     if mask.dtype.kind == "f":  # floats, or a slope in the header: 0.99999 is 1, 0.5 is no class
         whole = np.rint(mask)
-    if not np.all(np.abs(mask - whole) <= 1e-3):
-        problem = f"mask of {mask.dtype} with values between the integers"
-        raise DataError(f"{path}: {problem}, expected 0, 1, 2, ...")
+        if not np.all(np.abs(mask - whole) <= 1e-3):  # also true for NaN
+            problem = f"mask of {mask.dtype} with values between the integers"
+            raise DataError(f"{path}: {problem}, expected 0, 1, 2, ...")
     if whole.min() < 0 or whole.max() > 255:
         problem = f"mask values {whole.min():g} to {whole.max():g}"
         raise DataError(f"{path}: {problem}, expected 0 to 255")
-    return whole.astype(np.uint8)
+    return np.ascontiguousarray(whole, np.uint8)
 
 
 def hash_pixels(pixels: np.ndarray) -> str:
@@ -1119,6 +1155,7 @@ def read_nifti(
 ) -> tuple[np.ndarray, np.ndarray, nib.Nifti1Header]:
     """Voxels (X, Y, Z[, C]) with the slope applied, affine (4, 4) to RAS in mm, repaired header.
 
+    Without a slope, integers of up to 16 bits stay what they are; others become `dtype`, if any.
     `notes` gets (what, detail) of what is odd in the header. Reads to the end: gzip has its
     checksum there.
     """
@@ -1142,6 +1179,10 @@ def read_nifti(
     with open_bytes(data_path) as file:
         # By a proxy of our own: nib.load goes by the suffix, and does not read to the end.
         proxy = nib.arrayproxy.ArrayProxy(file, header, mmap=False)
+        stored = header.get_data_dtype()
+        has_slope = (proxy.slope, proxy.inter) != (1, 0)
+        if stored.kind in "iu" and stored.itemsize <= 2 and not has_slope:
+            dtype = stored.newbyteorder("=")
         try:
             voxels = np.asanyarray(proxy, dtype=dtype)
         except MemoryError as error:
@@ -1169,27 +1210,8 @@ def read_header(path: Path) -> nib.Nifti1Header:
     """The header as it stands in the file, NIfTI-1 or 2. Raises DataError for other formats."""
     with open_bytes(path) as file:
         head = file.read(540)  # the length of a NIfTI-2 header
-    if not head:
-        raise DataError(f"{path}: zero bytes")
-    # The first number is the length of the header, 348 or 540, in the byte order of the file.
-    lengths = {int.from_bytes(head[:4], order) for order in ("little", "big")}
-    if 348 in lengths and head[344:347] in (b"n+1", b"ni1"):
-        kind = nib.Nifti1Header
-    elif 540 in lengths and head[4:7] in (b"n+2", b"ni2"):
-        kind = nib.Nifti2Header
-    elif lengths & {348, 540} and len(head) < 348:
-        raise DataError(f"{path}: cut after {len(head)} bytes, within the header")
-    elif 348 in lengths:
-        raise DataError(
-            f"{path}: Analyze 7.5, which does not tell left from right; expected NIfTI: convert it "
-            "where its orientation is known (dcm2niix from DICOM, or nibabel)"
-        )
-    else:
-        raise DataError(
-            f"{path}: no NIfTI header, expected .nii, .nii.gz or a folder with one DICOM series; "
-            "convert other formats to NIfTI first"
-        )
-    with open_bytes(path) as file:
+        kind = header_kind(path, head)
+        file.seek(0)
         header = kind.from_fileobj(file, check=False)  # as it stands: we look before it is repaired
     if 3000 <= int(header["intent_code"]) < 3100:
         problem = "CIFTI (values on a brain surface), expected voxels"
@@ -1197,13 +1219,38 @@ def read_header(path: Path) -> nib.Nifti1Header:
     return header
 
 
-def open_bytes(path: Path) -> BinaryIO:
+def header_kind(path: Path, head: bytes) -> type[nib.Nifti1Header]:
+    """NIfTI-1 or 2, by the first 540 bytes of a file. Raises DataError for other formats."""
+    if not head:
+        raise DataError(f"{path}: zero bytes")
+    # The first number is the length of the header, 348 or 540, in the byte order of the file.
+    lengths = {int.from_bytes(head[:4], order) for order in ("little", "big")}
+    if 348 in lengths and head[344:347] in (b"n+1", b"ni1"):
+        return nib.Nifti1Header
+    if 540 in lengths and head[4:7] in (b"n+2", b"ni2"):
+        return nib.Nifti2Header
+    if lengths & {348, 540} and len(head) < 348:
+        raise DataError(f"{path}: cut after {len(head)} bytes, within the header")
+    if 348 in lengths:
+        raise DataError(
+            f"{path}: Analyze 7.5, which does not tell left from right; expected NIfTI: convert it "
+            "where its orientation is known (dcm2niix from DICOM, or nibabel)"
+        )
+    raise DataError(
+        f"{path}: no NIfTI header, expected .nii, .nii.gz or a folder with one DICOM series; "
+        "convert other formats to NIfTI first"
+    )
+
+
+@contextmanager
+def open_bytes(path: Path) -> Iterator[BinaryIO]:
     """Open a file to read; what is gzip by its content, whatever its name, is decompressed."""
     with open(path, "rb") as file:
-        is_packed = file.read(2) == b"\x1f\x8b"
-    if is_packed:
-        return gzip.open(path, "rb")
-    return open(path, "rb")
+        if file.peek(2)[:2] == b"\x1f\x8b":
+            with gzip.GzipFile(fileobj=file) as unpacked:
+                yield unpacked
+        else:
+            yield file
 
 
 def repair_header(header: nib.Nifti1Header) -> nib.Nifti1Header:
@@ -2142,9 +2189,19 @@ def grid_shape(shape: tuple[int, ...], spacing: np.ndarray, meta: dict) -> tuple
     return tuple(max(1, int(size)) for size in rounded)
 
 
+def find_axes(affine: np.ndarray) -> np.ndarray:
+    """Of each axis of a file (3, 2): the RAS axis that it comes next to, and 1 or -1."""
+    return find_axes_once(affine.astype(float).tobytes())
+
+
+@lru_cache  # a case asks several times, and files mostly have the affine of their neighbours
+def find_axes_once(affine: bytes) -> np.ndarray:
+    return io_orientation(np.frombuffer(affine).reshape(4, 4))
+
+
 def orient(affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How nibabel turns the axes of a file into RAS, (3, 2), and the spacing in mm along those."""
-    orientation = io_orientation(affine)  # of each axis of the file: the RAS axis, and 1 or -1
+    orientation = find_axes(affine)
     spacing = np.empty(3)
     spacing[orientation[:, 0].astype(int)] = nib.affines.voxel_sizes(affine)
     return orientation, spacing
@@ -2152,7 +2209,7 @@ def orient(affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def ras_shape(shape: tuple[int, ...], affine: np.ndarray) -> tuple[int, ...]:
     """Voxels along the RAS axes of a volume with this shape (X, Y, Z) in the axes of its file."""
-    orientation = io_orientation(affine)
+    orientation = find_axes(affine)
     return tuple(int(shape[axis]) for axis in np.argsort(orientation[:, 0]))
 
 
@@ -2173,20 +2230,25 @@ def print_plan(meta: dict) -> None:
 
 
 def convert(case: Case, folder: Path, meta: dict) -> Case:
-    """Write the four files of a case, or set its error."""
+    """Write the four files of a case, from the voxels that `inspect` has left, or set its error."""
+    path = folder / AS_READ / case.id
     with keeping_error(case):
-        volume, affine, header = read_channels(case.images)  # (X, Y, Z, C) of the file
-        mask = read_mask(case.mask, volume.shape[:3], affine)  # (X, Y, Z) of the file
-        volume, affine, header = fit_picture(case.images[0], (volume, affine, header), meta)
+        with open(path, "rb") as file:
+            volume = np.load(file)  # (X, Y, Z, C) of the file
+            mask = np.load(file)  # (X, Y, Z) of the file
+        image = (volume, case.affine, case.header)
+        volume, affine, header = fit_picture(case.images[0], image, meta)
         image = to_grid(volume, affine, meta)  # (C, X, Y, Z) of the common grid
         check_range(case.images[0], image)
         labels = mask_to_grid(mask, affine, meta)  # (X, Y, Z) of the common grid
+    path.unlink()  # so that the disk never holds all volumes twice
     if not case.error:
-        write_mask(folder / f"{case.id}.truth.nii.gz", mask, affine, header)
-        np.save(folder / f"{case.id}.image.npy", image)
-        np.save(folder / f"{case.id}.mask.npy", labels)
+        volumes = folder / "volumes"
+        write_mask(volumes / f"{case.id}.truth.nii.gz", mask, affine, header)
+        np.save(volumes / f"{case.id}.image.npy", image)
+        np.save(volumes / f"{case.id}.mask.npy", labels)
         points = draw_points(labels, len(meta["classes"]))
-        np.save(folder / f"{case.id}.points.npy", points)
+        np.save(volumes / f"{case.id}.points.npy", points)
     return case
 
 
@@ -2210,25 +2272,82 @@ def to_grid(volume: np.ndarray, affine: np.ndarray, meta: dict) -> np.ndarray:
     image = np.empty((len(volume), *shape), np.float16)
     with np.errstate(over="ignore"):  # check_range names it
         for k, constants in enumerate(meta["normalisation"]):
-            image[k] = resample(normalise(volume[k], constants), shape)
+            if shape == volume[k].shape:
+                image[k] = normalise(volume[k], constants, np.float16)
+            else:
+                image[k] = resample(normalise(volume[k], constants), shape)
     return image
 
 
-def normalise(channel: np.ndarray, constants: dict | None) -> np.ndarray:
+def normalise(
+    channel: np.ndarray, constants: dict | None, dtype: type[np.floating] = np.float32
+) -> np.ndarray:
     """CT, with constants: clip and scale by those. Others: to mean 0 and deviation 1 of the image.
 
     If more than half of the voxels have the smallest value (air set to zero), they do not count.
     """
-    if constants:
-        clipped = channel.clip(constants["low"], constants["high"])
-        return (clipped - constants["mean"]) / constants["std"]
-    inside = channel > channel.min()
     values = channel
+    is_whole = channel.dtype.kind in "iu"
+    if is_whole:
+        # There are more voxels than values: each value is normalised once, and then looked up.
+        channel = np.ascontiguousarray(channel)
+        values, counts = count_values(channel)
+    if constants:
+        clipped = values.clip(constants["low"], constants["high"])
+        normalised = (clipped - constants["mean"]) / constants["std"]
+    else:
+        mean, std = weighted_moments(values, counts) if is_whole else moments(values)
+        normalised = (values - mean) / (std or 1.0)
+    normalised = normalised.astype(dtype, copy=False)
+    return apply_table(normalised, channel) if is_whole else normalised
+
+
+def moments(values: np.ndarray) -> tuple[float, float]:
+    """Mean and deviation, without the smallest value if more than half of them have it."""
+    inside = values > values.min()
     if 0 < inside.mean() < 0.5:
-        values = channel[inside]  # (N,)
-    mean = float(values.mean(dtype=np.float64))
-    std = float(values.std(dtype=np.float64))
-    return (channel - mean) / (std or 1.0)
+        values = values[inside]  # (N,)
+    return float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64))
+
+
+def weighted_moments(values: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
+    """The `moments` of values (K,) that occur so many times."""
+    counts = counts.copy()
+    smallest = np.argmin(np.where(counts, values, np.inf))
+    above = counts.sum() - counts[smallest]
+    if 0 < above / counts.sum() < 0.5:
+        counts[smallest] = 0
+    values = values.astype(np.float64)
+    mean = counts @ values / counts.sum()
+    variance = counts @ np.square(values - mean) / counts.sum()
+    return float(mean), math.sqrt(variance)
+
+
+def count_values(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The whole numbers 0 .. highest, lowest .. -1, float32 (K,), and how often each occurs (K,).
+
+    In this order a number is its own index, where negative ones count from the end.
+    """
+    lowest = min(0, int(numbers.min()))
+    highest = max(0, int(numbers.max()))
+    counts = np.zeros(highest - lowest + 1, np.int64)
+    flat = numbers.reshape(-1)
+    for start in range(0, len(flat), CHUNK):
+        index = np.subtract(flat[start : start + CHUNK], lowest, dtype=np.intp)
+        counts += np.bincount(index, minlength=len(counts))
+    values = np.arange(lowest, highest + 1, dtype=np.float32)
+    return np.roll(values, lowest), np.roll(counts, lowest)
+
+
+def apply_table(table: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """The entry of a table (K,) for each of the whole numbers; negative ones count from its end."""
+    numbers = np.ascontiguousarray(numbers)
+    result = np.empty(numbers.shape, table.dtype)
+    flat = numbers.reshape(-1)
+    for start in range(0, len(flat), CHUNK):
+        part = slice(start, start + CHUNK)
+        np.take(table, flat[part], out=result.reshape(-1)[part], mode="wrap")
+    return result
 
 
 def resample(volume: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -2257,7 +2376,8 @@ def resampling_matrix(old: int, new: int) -> np.ndarray:
 
 def check_range(path: Path, image: np.ndarray) -> None:
     """Raise DataError if a normalised image does not fit into float16."""
-    if not np.isfinite(image).all():
+    exponents = image.view(np.uint16) & 0x7C00
+    if exponents.max() == 0x7C00:  # infinite or NaN (IEEE 754); isfinite takes 20 times as long
         raise DataError(
             f"{path}: normalised values beyond 65504, which float16 cannot hold: the object has "
             "almost no contrast of its own beside its background; check its values"
@@ -2267,8 +2387,9 @@ def check_range(path: Path, image: np.ndarray) -> None:
 def mask_to_grid(mask: np.ndarray, affine: np.ndarray, meta: dict) -> np.ndarray:
     """Class numbers uint8 (X, Y, Z) on the grid: classes are resampled, the largest share wins."""
     orientation, spacing = orient(affine)
-    class_of = np.searchsorted(meta["values"], np.arange(256)).astype(np.uint8)  # by mask value
-    mask = class_of[mask]
+    if meta["values"] != list(range(len(meta["values"]))):
+        class_of = np.searchsorted(meta["values"], np.arange(256)).astype(np.uint8)
+        mask = apply_table(class_of, mask)
     mask = apply_orientation(mask, orientation)  # RAS
     shape = grid_shape(mask.shape, spacing, meta)
     if shape == mask.shape:
@@ -2288,8 +2409,9 @@ def draw_points(labels: np.ndarray, classes: int) -> np.ndarray:
     rng = np.random.default_rng(0)
     points = [np.empty((0, 4), np.int16)]  # in case that there is no foreground
     for k in range(1, classes):  # as many of a small structure as of a large one
-        voxels = np.argwhere(labels == k)  # (n, 3)
-        voxels = voxels[rng.permutation(len(voxels))[:POINTS]]
+        inside = np.flatnonzero(labels == k)  # (n,)
+        inside = inside[rng.permutation(len(inside))[:POINTS]]
+        voxels = np.column_stack(np.unravel_index(inside, labels.shape))  # (up to POINTS, 3)
         points.append(np.insert(voxels, 0, k, axis=1).astype(np.int16))
     return np.concatenate(points)
 

@@ -153,6 +153,39 @@ def test_normalise():
     assert normalise(np.array([-100, 5, 100], np.float32), constants).tolist() == [-1, 0, 1]
 
 
+@pytest.mark.parametrize("low, high", [(0, 256), (-1024, 3000), (5, 9)])
+@pytest.mark.parametrize("constants", [None, {"low": 7.5, "high": 200, "mean": 31.7, "std": 11.3}])
+def test_whole_numbers_are_normalised_by_a_table_to_the_same_bits(low, high, constants):
+    rng = np.random.default_rng(0)
+    volume = rng.integers(low, high, (70, 60, 50)).astype(np.float32)  # several chunks
+    for air in (False, True):
+        if air:
+            volume[:40] = low
+        whole = preprocess.compact(volume)
+        assert whole.dtype == (np.uint8 if low >= 0 else np.int16)
+        for dtype in (np.float32, np.float16):
+            expected = normalise(volume, constants).astype(dtype)
+            assert np.array_equal(normalise(whole, constants, dtype), expected)
+            turned = whole.transpose(2, 0, 1)[::-1]
+            result = normalise(turned, constants, dtype)
+            assert np.array_equal(result, expected.transpose(2, 0, 1)[::-1])
+
+
+def test_voxels_get_the_smallest_type_that_holds_them():
+    for low, high, expected in (
+        (0, 255, np.uint8),
+        (-1, 255, np.int16),
+        (0, 32767, np.int16),
+        (0, 32768, np.float32),
+        (0, 0.5, np.float32),
+        (-1, np.nan, np.float32),
+    ):
+        volume = np.array([low, high, 3.0])
+        small = preprocess.compact(volume)
+        assert small.dtype == expected and np.array_equal(small, volume, equal_nan=True)
+    assert preprocess.compact(np.array([3, 40000], np.uint16)).tolist() == [3, 40000]
+
+
 # --- preprocess.py ---
 
 

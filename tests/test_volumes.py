@@ -871,6 +871,33 @@ def test_a_grid_that_is_impossible_is_refused_before_it_is_made(tmp_path, capsys
     )
 
 
+def test_files_are_decompressed_once_and_nothing_of_them_is_left(tmp_path, monkeypatch):
+    raw = make_set(tmp_path / "raw", ["c0", "c1", "c2"])
+    read = []
+
+    def note(path: Path, *more: object) -> tuple:
+        read.append(path.parent.name + "/" + path.name)
+        return original(path, *more)
+
+    original = preprocess.read_nifti
+    monkeypatch.setattr(preprocess, "read_nifti", note)
+    run(raw, tmp_path / "cache")
+    assert len(read) == len(set(read)) == 6
+    inside = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert inside == {"volumes", "index.csv", "meta.json"}
+
+
+def test_copies_are_found_whatever_type_stores_them(tmp_path):
+    raw = make_set(tmp_path / "raw", ["c0", "c1", "c2"])
+    image = nib.load(raw / "imagesTr" / "c0.nii.gz").get_fdata()
+    for name, dtype in (("c3", np.float64), ("c4", np.int32)):
+        save(raw / "imagesTr" / f"{name}.nii.gz", image.astype(dtype))
+        save(raw / "labelsTr" / f"{name}.nii.gz", block()[1].astype(dtype))
+    meta, _ = run(raw, tmp_path / "cache")
+    assert [copies["cases"] for copies in meta["copies"]] == [["c0", "c3", "c4"]]
+    assert meta["copies"][0]["masks"] == "the same"
+
+
 def test_too_little_memory_is_named_and_skipped_in_every_step(tmp_path, capsys, monkeypatch):
     raw = make_set(tmp_path / "raw", ["c0", "c1", "c2", "c3"])
     read = preprocess.read_volume
