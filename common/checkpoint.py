@@ -1,4 +1,8 @@
-"""Checkpoints and other files of a run: written atomically, loaded without running their code."""
+"""Checkpoints and other files of a run: written atomically, loaded without running their code.
+
+In this order: writing files, reading checkpoints, a run (`Run` is what the three train.py use),
+the picture of its log, and the hashes by which eval.py knows what a run was trained on.
+"""
 
 import argparse
 import csv
@@ -30,11 +34,13 @@ except ImportError:  # Windows
 
 # Settings that older checkpoints lack, and what they were without a word
 OLDER_SETTINGS = {"freeze": False, "channels": 64}
-PANEL = (1000, 800)  # of log.png, in pixels of twice its size
-TOP = 130  # of the axes in a panel
-BOTTOM = PANEL[1] - 110
+BACKBONE = "backbone."  # prefix of the ResNet's weights in detection, which classification lacks
+
+# log.png, in pixels of twice its final size
+PANEL = (1000, 800)  # width and height of a panel, of which there are two
+TOP = 130  # y of the upper end of the axes
+BOTTOM = PANEL[1] - 110  # y of the horizontal axis
 CURVE = {"training": "#1f4e9c", "validation": "#c0392b"}
-BACKBONE = "backbone."  # of names of weights, where a network calls its ResNet so
 
 
 class CheckpointError(ValueError):
@@ -55,8 +61,8 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
         with open(temporary, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.fsync(file.fileno())  # or a power cut may leave the new name with old or no content
+        os.replace(temporary, path)  # atomic, because both are in one folder
     except (OSError, RuntimeError) as error:
         # torch hides the OSError of a full disk in a RuntimeError
         raise CheckpointError(f"{path}: not written ({error.__context__ or error})") from error
@@ -70,9 +76,8 @@ def written(path: Path) -> Iterator[Path]:
 
     Raises CheckpointError naming the file if it cannot be written.
     """
-    temporary = path.with_name(
-        f".partial_{path.name[-7:]}"
-    )  # formats go by the suffix, .nii.gz at most
+    # Writers choose the format by the suffix, of which .nii.gz is the longest.
+    temporary = path.with_name(f".partial_{path.name[-7:]}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -90,7 +95,9 @@ def write_json(path: Path, values: dict) -> None:
             return {name: plain(one) for name, one in value.items()}
         if isinstance(value, list):
             return [plain(one) for one in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        return value
 
     with written(path) as temporary:
         temporary.write_text(json.dumps(plain(values), indent=1), encoding="utf-8")
@@ -120,12 +127,13 @@ def lock_folder(folder: Path) -> TextIO | None:
         return None
     file = open(folder / ".lock", "w")  # noqa: SIM115, closed by unlock_folder or with the process
     try:
+        # The system frees this lock when a process ends, however it ends: no stale locks.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         file.close()
         message = f"{folder}: another run writes here; wait for it, or use another --out"
         raise CheckpointError(message) from error
-    # also if it is never unlocked: a command that ends with an error leaves no such file
+    # A command that ends with an error never unlocks, and leaves no .lock behind either.
     weakref.finalize(file, Path.unlink, folder / ".lock", missing_ok=True)
     return file
 
@@ -153,10 +161,10 @@ def hold_folder(folder: Path) -> Iterator[None]:
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
     """Read what `save_checkpoint` wrote, tensors on `device`. Raises CheckpointError."""
     if not path.is_file():
-        raise CheckpointError(
-            f"{path}: no checkpoint here; train.py writes best.pt and last.pt to its --out"
-        )
+        hint = "train.py writes best.pt and last.pt to its --out"
+        raise CheckpointError(f"{path}: no checkpoint here; {hint}")
     try:
+        # A pickle can run any code when it is loaded; weights_only refuses such a file.
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         damaged = zipfile.ZipFile(path).testzip()  # torch does not look at the checksums
     except pickle.UnpicklingError as error:
@@ -168,20 +176,18 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
     if damaged:
         raise CheckpointError(f"{path}: not a whole checkpoint, the checksum of {damaged} is wrong")
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
-        raise CheckpointError(
-            f"{path}: not a checkpoint of train.py, expected the weights under 'model'"
-        )
+        expected = "expected the weights under 'model'"
+        raise CheckpointError(f"{path}: not a checkpoint of train.py, {expected}")
     return checkpoint
 
 
 def check_types(values: dict, types: dict[str, type], where: object) -> None:
     """Raise CheckpointError unless `values` has all these names, each with a value of its type."""
     for name, expected in types.items():
-        if type(values.get(name)) is not expected:  # isinstance would take True for an int
-            found = repr(values.get(name))[:60]
-            raise CheckpointError(
-                f"{where}: {name} is {found}, expected a value of type {expected.__name__}"
-            )
+        value = values.get(name)
+        if type(value) is not expected:  # isinstance would take True for an int
+            message = f"{name} is {repr(value)[:60]}, expected a value of type {expected.__name__}"
+            raise CheckpointError(f"{where}: {message}")
 
 
 def load_run(
@@ -194,9 +200,8 @@ def load_run(
     checkpoint = load_checkpoint(path, device)
     other = checkpoint.get("task", task)  # older checkpoints do not say
     if other != task:
-        raise CheckpointError(
-            f"{path}: a checkpoint of {other}/train.py, expected one of {task}/train.py"
-        )
+        message = f"a checkpoint of {other}/train.py, expected one of {task}/train.py"
+        raise CheckpointError(f"{path}: {message}")
     check_types(checkpoint, {"meta": dict, "settings": dict, "epoch": int, "figures": dict}, path)
     check_types(checkpoint["settings"], {"fold": int, "index": str, "amp": str} | settings, path)
     batch_size = checkpoint["settings"].get("batch_size")
@@ -230,16 +235,18 @@ def load_fitting_weights(model: nn.Module, checkpoint: dict, path: Path) -> list
     """
     check_weights(checkpoint["model"], path)
     own = model.state_dict()
-    given = {str(name).removeprefix(BACKBONE): w for name, w in checkpoint["model"].items()}
+    given = {}
+    for name, weight in checkpoint["model"].items():
+        given[str(name).removeprefix(BACKBONE)] = weight
     fitting = {}
     for name in own:
         weight = given.get(name.removeprefix(BACKBONE))
         if isinstance(weight, torch.Tensor) and weight.shape == own[name].shape:
             fitting[name] = weight
-    if not any(weight.ndim for weight in fitting.values()):  # counters fit anything
-        raise CheckpointError(
-            f"{path}: none of its weights has the name and the shape of one of this model"
-        )
+    # A norm's counter of batches has no dimensions, and so fits any network.
+    if not any(weight.ndim for weight in fitting.values()):
+        message = "none of its weights has the name and the shape of one of this model"
+        raise CheckpointError(f"{path}: {message}")
     model.load_state_dict(own | fitting)
     return list(fitting)
 
@@ -265,8 +272,12 @@ class Run:
     ) -> None:
         """Go on from last.pt. Raises CheckpointError if it was trained otherwise."""
         last = self.out / "last.pt"
-        state = restore(last, settings, meta, model, optimizer, scaler)
-        self.epoch, self.best, self.log, self.trained_on = state
+        saved = restore_state(last, settings, meta, model, optimizer, scaler)
+        self.epoch = saved["epoch"]
+        self.log = saved["log"]
+        self.trained_on = saved.get("trained_on")  # older checkpoints do not say
+        if (self.out / "best.pt").exists():  # without it the next epoch is the best one there is
+            self.best = saved["best"]
         for row in self.log:
             if row.get(self.score) == self.best:
                 self.best_epoch = row["epoch"]
@@ -279,10 +290,10 @@ class Run:
         self.lock = lock_folder(self.out)
         last = self.out / "last.pt"
         if args.resume and self.epoch >= args.epochs:
-            print(f"{last}: all {self.epoch} epochs are done; {name_way_on(last, 'N')}")
+            print(f"{last}: all {self.epoch} epochs are done; {hint_at_init(last, 'N')}")
         if not args.resume:
-            of_demo = args.data is None and trained_on_index(last, settings["index"])
-            open_run(self.out, args.overwrite or of_demo)
+            is_demo = args.data is None and trained_on_index(last, settings["index"])
+            refuse_overwriting(self.out, args.overwrite or is_demo)
 
     def save(
         self,
@@ -303,9 +314,12 @@ class Run:
         print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
         self.epoch = row["epoch"]
         self.log.append(row)
-        run = {"epoch": self.epoch, "trained_on": self.trained_on, "model": model.state_dict()}
-        frozen = [name for name, w in model.named_parameters() if not w.requires_grad]
-        contents = contents | run | {"frozen": frozen}
+        contents = contents | {
+            "epoch": self.epoch,
+            "trained_on": self.trained_on,
+            "model": model.state_dict(),
+            "frozen": [name for name, w in model.named_parameters() if not w.requires_grad],
+        }
         last = self.out / "last.pt"
         if score >= self.best:
             self.best = score
@@ -313,8 +327,13 @@ class Run:
             save_checkpoint(self.out / "best.pt", contents)
         if self.epoch == 1:
             last.unlink(missing_ok=True)  # of a run that is replaced: its best.pt is gone now
-        contents |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        save_checkpoint(last, contents | {"best": self.best, "log": self.log})
+        contents |= {
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "best": self.best,
+            "log": self.log,
+        }
+        save_checkpoint(last, contents)
         write_csv(self.out / "log.csv", self.log)
         with written(self.out / "log.png") as temporary:
             draw_log(self.log, self.score, self.best_epoch).save(temporary)
@@ -322,8 +341,11 @@ class Run:
 
 def identify_run(cache: Path, world_size: int) -> dict:
     """What tells a run from others beside its options: the number of processes and the cache."""
-    index = file_sha256(cache / "index.csv")
-    return {"world_size": world_size, "index": index, "array_bytes": array_bytes(cache)}
+    return {
+        "world_size": world_size,
+        "index": file_sha256(cache / "index.csv"),
+        "array_bytes": array_bytes(cache),
+    }
 
 
 def load_init(
@@ -338,12 +360,12 @@ def load_init(
     --freeze then holds all that came from there (or with --pretrained) but for the head, whose
     names begin with one of `head`; a resumed run holds what it held before. Raises CheckpointError.
     """
-    if args.resume:
+    if args.resume:  # the weights themselves come from last.pt, by Run.restore
         if args.freeze:
             freeze(model, load_checkpoint(args.out / "last.pt").get("frozen", []))
         return {}
     init = {}
-    taken = list(model.state_dict())
+    taken = list(model.state_dict())  # with --pretrained and no --init: all
     if args.init:
         init = load_checkpoint(args.init, device)
         taken = load_fitting_weights(model, init, args.init)
@@ -364,7 +386,9 @@ def report_init(path: Path, own: list[str], taken: list[str], given: int) -> Non
     line = f"--init {path}: {len(taken)} of its {given} arrays taken"
     missing = sorted(set(own) - set(taken))
     if missing:
-        examples = ", ".join(missing[:4]) + (", ..." if len(missing) > 4 else "")
+        examples = ", ".join(missing[:4])
+        if len(missing) > 4:
+            examples += ", ..."
         line += f"; {len(missing)} that it lacks or has in other shapes start at random: {examples}"
     print(line)
 
@@ -380,7 +404,10 @@ def freeze(model: nn.Module, names: list[str]) -> list[str]:
 
 
 def set_training(model: nn.Module) -> None:
-    """model.train(), but norms whose weights are frozen keep the statistics that they came with."""
+    """model.train(), but norms whose weights are frozen keep the statistics that they came with.
+
+    BatchNorm in training mode updates its running mean and variance even if its weights are fixed.
+    """
     model.train()
     for module in model.modules():
         weights = list(module.parameters(recurse=False))
@@ -390,16 +417,18 @@ def set_training(model: nn.Module) -> None:
 
 def check_settings(saved: dict, current: dict, path: Path) -> None:
     """Raise CheckpointError listing the settings that would change the result of a resumed run."""
-    differing = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
-    if differing:
-        lines = ", ".join(
-            f"{name} {saved.get(name)} (now {current.get(name)})" for name in differing
-        )
-        hint = f"; {name_way_on(path, current['epochs'])}" if "epochs" in differing else ""
-        raise CheckpointError(f"{path}: cannot resume, it was trained with {lines}{hint}")
+    changes = {}
+    for name in {**saved, **current}:
+        if saved.get(name) != current.get(name):
+            changes[name] = f"{name} {saved.get(name)} (now {current.get(name)})"
+    if changes:
+        message = f"{path}: cannot resume, it was trained with {', '.join(changes.values())}"
+        if "epochs" in changes:
+            message += f"; {hint_at_init(path, current['epochs'])}"
+        raise CheckpointError(message)
 
 
-def name_way_on(path: Path, epochs: object) -> str:
+def hint_at_init(path: Path, epochs: object) -> str:
     """What to type for more epochs: the learning rate of a run ends at zero, so it is a new one."""
     return f"to go on from its weights: --init {path} --epochs {epochs} --out OTHER"
 
@@ -414,50 +443,49 @@ def trained_on_index(path: Path, index: str) -> bool:
     return path.exists() and load_checkpoint(path).get("settings", {}).get("index") == index
 
 
-def open_run(out: Path, overwrite: bool) -> None:
+def refuse_overwriting(out: Path, overwrite: bool) -> None:
     """Raise CheckpointError if the output folder holds a training that nobody said may go.
 
     Nothing is deleted here: a training is replaced when the new one has finished its first epoch.
     """
     ours = [name for name in ("last.pt", "best.pt", "log.csv") if (out / name).exists()]
     if ours and not overwrite:
-        found = f"{out}: holds a training ({', '.join(ours)})"
-        raise CheckpointError(f"{found}; use --resume, --overwrite, or another --out")
+        message = f"{out}: holds a training ({', '.join(ours)})"
+        raise CheckpointError(f"{message}; use --resume, --overwrite, or another --out")
 
 
-def restore(
+def restore_state(
     path: Path,
     settings: dict,
     meta: dict,
     model: nn.Module,
     optimizer: Optimizer,
     scaler: GradScaler,
-) -> tuple[int, float, list[dict], dict | None]:
-    """Put last.pt into model, optimizer, scaler; returns epochs done, best score, log, trained_on.
+) -> dict:
+    """Put last.pt into model, optimizer and scaler, and return all that it holds.
 
     Raises CheckpointError if it was trained with other settings or on another cache.
     """
     checkpoint = load_checkpoint(path)
     if "optimizer" not in checkpoint:
-        raise CheckpointError(
-            f"{path}: no state of the optimizer in it; a copy of best.pt cannot be resumed"
-        )
+        message = "no state of the optimizer in it; a copy of best.pt cannot be resumed"
+        raise CheckpointError(f"{path}: {message}")
     types = {"settings": dict, "meta": dict, "optimizer": dict, "scaler": dict, "log": list}
     check_types(checkpoint, types | {"epoch": int, "best": float}, path)
-    if len(checkpoint["log"]) != checkpoint["epoch"] or checkpoint["epoch"] < 1:
-        found = f"{path}: epoch {checkpoint['epoch']} and a log of {len(checkpoint['log'])} epochs"
-        raise CheckpointError(f"{found}, expected one row for each epoch")
-    # older checkpoints do not say how large the arrays were
-    check_settings(
-        OLDER_SETTINGS | {"array_bytes": settings["array_bytes"]} | checkpoint["settings"],
-        settings,
-        path,
-    )
+    epoch = checkpoint["epoch"]
+    rows = len(checkpoint["log"])
+    if rows != epoch or epoch < 1:
+        message = f"epoch {epoch} and a log of {rows} epochs, expected one row for each epoch"
+        raise CheckpointError(f"{path}: {message}")
+    # Older checkpoints do not say how large the arrays were: taken to be as large as now.
+    unsaid = OLDER_SETTINGS | {"array_bytes": settings["array_bytes"]}
+    check_settings(unsaid | checkpoint["settings"], settings, path)
     check_settings(checkpoint["meta"], meta, path)
     load_weights(model, checkpoint, path)
     try:
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
+        # torch checks the number of weights, not the shapes of their moments.
         for weight, state in optimizer.state.items():
             for name in ("exp_avg", "exp_avg_sq"):
                 if state[name].shape != weight.shape:
@@ -465,9 +493,7 @@ def restore(
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: the optimizer's state does not fit ({reason})") from error
-    # without best.pt the next epoch is the best one there is
-    best = checkpoint["best"] if path.with_name("best.pt").exists() else -math.inf
-    return checkpoint["epoch"], best, checkpoint["log"], checkpoint.get("trained_on")
+    return checkpoint
 
 
 # --- log.png ---
@@ -480,15 +506,14 @@ def draw_log(log: list[dict], score: str, best: int) -> Image.Image:
     """
     picture = Image.new("RGB", (2 * PANEL[0], PANEL[1]), "white")
     draw = ImageDraw.Draw(picture)
-    losses = {"training": "train_loss", "validation": "val_loss"}
-    curves = {}
-    for name, column in losses.items():
+    losses = {}
+    for name, column in {"training": "train_loss", "validation": "val_loss"}.items():
         if column in log[0]:  # segmentation validates by scores alone
-            curves[name] = [row.get(column, math.nan) for row in log]
-    draw_curves(draw, 0, "loss", curves, best)
-    curve = [row.get(score, math.nan) for row in log]
+            losses[name] = [row.get(column, math.nan) for row in log]
+    draw_curves(draw, 0, "loss", losses, best)
+    scores = [row.get(score, math.nan) for row in log]
     title = score.removeprefix("val_").replace("_", " ")
-    draw_curves(draw, PANEL[0], title, {"validation": curve}, best)
+    draw_curves(draw, PANEL[0], title, {"validation": scores}, best)
     return picture.reduce(2)  # Pillow's lines are smooth only if drawn larger
 
 
@@ -496,10 +521,13 @@ def draw_curves(
     draw: ImageDraw.ImageDraw, x: int, title: str, curves: dict[str, list[float]], best: int
 ) -> None:
     """One panel, whose left side is at `x`: a grid with numbers, a legend, and the curves."""
-    left = x + 130  # of the axes
+    left = x + 130  # ends of the horizontal axis
     right = x + PANEL[0] - 40
     epochs = len(next(iter(curves.values())))
-    finite = [v for values in curves.values() for v in values if math.isfinite(v)] or [0.0]
+    finite = []
+    for values in curves.values():
+        finite += [value for value in values if math.isfinite(value)]
+    finite = finite or [0.0]
     # A loss that falls to a tenth is a corner on a linear axis.
     is_log = title == "loss" and 0 < 10 * min(finite) < max(finite)
     ticks = log_ticks(finite) if is_log else linear_ticks(min(finite), max(finite))
@@ -507,12 +535,14 @@ def draw_curves(
     high = max(ticks + finite)
 
     def place(epoch: float, value: float) -> tuple[float, float]:
-        share = (value - low) / (high - low)
+        """Pixel (x, y) of a value; y points downwards."""
+        share = (value - low) / (high - low)  # of the height of the axes
         if is_log:
             share = math.log(value / low) / math.log(high / low)
         along = (epoch - 1) / max(1, epochs - 1)
         return left + along * (right - left), BOTTOM - share * (BOTTOM - TOP)
 
+    # Horizontal lines with their values, ticks with their epochs, axes, title
     for tick in ticks:
         _, y = place(1, tick)
         draw.line((left, y, right, y), "#dddddd", 2)
@@ -528,6 +558,7 @@ def draw_curves(
     large = ImageFont.load_default(size=30)
     draw.text((left, 44), f"{title} (log)" if is_log else title, "black", large, anchor="lm")
 
+    # Curves last, above all other lines
     if best:
         at, _ = place(best, low)
         text = f"best: epoch {best}"
@@ -567,9 +598,12 @@ def draw_legend(draw: ImageDraw.ImageDraw, right: float, curves: dict[str, list[
 def draw_curve(
     draw: ImageDraw.ImageDraw, place: Callable, values: list[float], colour: str
 ) -> None:
-    """A line through the finite values, with dots if they are few; `place` has pixels of them."""
-    points = []
-    for epoch, value in enumerate([*values, math.nan], 1):
+    """A line through the finite values, with dots if they are few.
+
+    `place(epoch, value)` gives their pixels. A value that is not finite interrupts the line.
+    """
+    points = []  # since the last gap
+    for epoch, value in enumerate([*values, math.nan], 1):  # the gap at the end draws the last part
         if math.isfinite(value):
             points.append(place(epoch, value))
             continue
@@ -588,7 +622,7 @@ def linear_ticks(low: float, high: float) -> list[float]:
         low -= margin
         high += margin
     step = 10 ** math.floor(math.log10((high - low) / 3))
-    for factor in (5, 2):
+    for factor in (5, 2):  # the largest step that leaves three numbers
         if (high - low) / (factor * step) >= 2:
             step *= factor
             break
@@ -601,7 +635,9 @@ def log_ticks(values: list[float]) -> list[float]:
     first = math.floor(math.log10(min(values)))
     last = math.ceil(math.log10(max(values)))
     factors = (1, 2, 5) if last - first <= 2 else (1,)
-    ticks = [factor * 10.0**k for k in range(first, last + 1) for factor in factors]
+    ticks = []
+    for exponent in range(first, last + 1):
+        ticks += [factor * 10.0**exponent for factor in factors]
     above = [tick for tick in ticks if tick >= max(values)]
     below = [tick for tick in ticks if tick <= min(values)]
     return [tick for tick in ticks if max(below) <= tick <= min(above)]

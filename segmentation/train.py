@@ -214,7 +214,7 @@ def prepare_cache(args: argparse.Namespace, is_main: bool, world_size: int) -> P
         waiting = dist.new_group(timeout=timedelta(days=7), backend="gloo")
     if is_main and args.data:
         if not args.resume:
-            checkpoint.open_run(args.out, args.overwrite)  # before what takes long
+            checkpoint.refuse_overwriting(args.out, args.overwrite)  # before what takes long
         make_cache(args.data, cache, [])
     elif is_main:
         make_cache(DEMO / "raw", cache, make_demo())
