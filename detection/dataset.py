@@ -245,11 +245,12 @@ def augment(
     rng: np.random.Generator,
     strength: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Random affine, gamma, contrast, brightness, blur and noise for float (B, 1, S, S) in 0..1.
+    """Random affine, gray, cutout and (one image in 20) mirroring for float (B, 1, S, S) in 0..1.
 
-    Boxes (B, 4) in fractions move with them. No mirroring: the heart has a side. Parameters are
-    drawn per image on the CPU from `rng`, so that neither workers nor the device change them; only
-    the noise is drawn on the device, from a generator that `rng` seeds. The images may leave 0..1.
+    Boxes (B, 4) in fractions move with the images. Few are mirrored, because the heart has a side,
+    but some, because not in everyone. Parameters are drawn per image on the CPU from `rng`, so that
+    neither workers nor the device change them; only the noise is drawn on the device, from a
+    generator that `rng` seeds. The images may leave 0..1.
     """
     if strength == 0:
         return images, boxes
@@ -260,7 +261,12 @@ def augment(
     grid = F.affine_grid(affine, list(images.shape), align_corners=False)  # (B, S, S, 2)
     images = F.grid_sample(images, grid, align_corners=False)  # (B, 1, S, S), black outside
     boxes = move_boxes(boxes, affine)
-    return change_gray(images, draws[6:], rng), boxes
+    images = change_gray(images, draws[6:], rng)
+    draws = torch.from_numpy(rng.uniform(0, 1, (9, len(images))).astype(np.float32))
+    draws = draws.to(images.device, non_blocking=True)  # (9, B)
+    images = cut_out(images, draws[:4], strength)
+    images = cut_out(images, draws[4:8], strength)
+    return mirror(images, boxes, draws[8] < 0.05 * strength)
 
 
 def make_affine(draws: Tensor, degrees: float) -> Tensor:
@@ -288,22 +294,36 @@ def make_affine(draws: Tensor, degrees: float) -> Tensor:
 def move_boxes(boxes: Tensor, affine: Tensor) -> Tensor:
     """Boxes (B, 4) in fractions, of images resampled by `affine` (B, 2, 3), affine_grid's theta.
 
-    What moves is the ellipse inside the box, and the new box is drawn around it: a box around the
-    moved corners would grow with every rotation, while hearts are round. Cut off at the edge of the
-    image.
+    What moves is the mean outline of a heart inside the box, and the new box is drawn around it: a
+    box around the moved corners would grow with every rotation. Cut off at the edge of the image.
     """
     # From fractions to the coordinates of affine_grid: -1 to 1, edge to edge, so twice as long.
     center = boxes[:, 2:] + boxes[:, :2] - 1  # (B, 2): x, y
-    radius = boxes[:, 2:] - boxes[:, :2]  # (B, 2), half an axis
+    radius = boxes[:, 2:] - boxes[:, :2]  # (B, 2), half a side
     # Theta leads from the new image to the old one: old = matrix @ new + shift.
     matrix = affine[:, :, :2]  # (B, 2, 2)
     shift = affine[:, :, 2]  # (B, 2)
     forward = inverse(matrix)  # (B, 2, 2)
     center = (forward @ (center - shift)[:, :, None])[:, :, 0]  # (B, 2)
-    # The ellipse becomes another one, which reaches this far along the axes.
-    radius = (forward * radius[:, None]).square().sum(2).sqrt()  # (B, 2)
-    corners = torch.cat([center - radius, center + radius], 1)  # (B, 4)
+    # What will lie farthest along x lies farthest in this direction now, and so for y; in units of
+    # half a side, where the box is a square.
+    direction = forward * radius[:, None]  # (B, 2, 2): x, y of the direction last
+    low = center - reach(-direction)  # (B, 2)
+    high = center + reach(direction)
+    corners = torch.cat([low, high], 1)  # (B, 4)
     return ((corners + 1) / 2).clamp(0, 1)
+
+
+def reach(direction: Tensor) -> Tensor:
+    """How far the mean outline of a heart reaches in directions (..., 2), times their length.
+
+    The outline fills a box from -1 to 1, y down, and this is its support function: 1 along the
+    axes and 1.22 towards the apex, below at the image's right, 0.74 above it; an ellipse has 1 all
+    around, a full box 1.41 at its corners. A series in the angle, of adults' hearts.
+    """
+    length = direction.square().sum(-1).sqrt()  # (...)
+    cos, sin = (direction / length[..., None]).unbind(-1)
+    return length * (1 + 2 * cos * sin * (0.11 + 0.184 * cos - 0.03 * sin))
 
 
 def inverse(matrix: Tensor) -> Tensor:
@@ -358,6 +378,29 @@ def blur(images: Tensor, sigma: Tensor) -> Tensor:
     images = F.conv2d(images, kernel[..., None], groups=len(sigma))  # down: (C, B, H, W + 8)
     images = F.conv2d(images, kernel[:, None], groups=len(sigma))  # across: (C, B, H, W)
     return images.transpose(0, 1)
+
+
+def cut_out(images: Tensor, draws: Tensor, strength: float) -> Tensor:
+    """A gray rectangle anywhere in each image (B, 1, S, S), by draws (4, B) in 0..1.
+
+    At strength 1 its sides are 0.1 to 0.4 of the image. The network has to look at all of the
+    heart, and takes longer to memorise images (DeVries & Taylor, 2017).
+    """
+    x, y, width, height = draws[:, :, None]  # (B, 1) each
+    middle = (torch.arange(images.shape[-1], device=images.device) + 0.5) / images.shape[-1]  # (S,)
+    is_across = (middle - x).abs() < strength * (0.05 + 0.15 * width)  # (B, S)
+    is_down = (middle - y).abs() < strength * (0.05 + 0.15 * height)  # (B, S)
+    inside = (is_down[:, :, None] & is_across[:, None])[:, None]  # (B, 1, S, S)
+    mean = images.mean((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
+    return torch.where(inside, mean, images)
+
+
+def mirror(images: Tensor, boxes: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Exchange left and right of the chosen (B,) of images (B, 1, S, S) and boxes (B, 4)."""
+    xmin, ymin, xmax, ymax = boxes.unbind(1)
+    mirrored = torch.stack([1 - xmax, ymin, 1 - xmin, ymax], 1)
+    boxes = torch.where(chosen[:, None], mirrored, boxes)
+    return torch.where(chosen[:, None, None, None], images.flip(3), images), boxes
 
 
 # --- the synthetic raw set ---

@@ -13,14 +13,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from detection import dataset, preprocess, train
 from detection import eval as evaluation
-from detection import preprocess, train
-from detection.dataset import augment, draw_phantom, move_boxes, to_input, write_demo, write_dicom
-from detection.model import build_model, edge_positions, narrow
+from detection.dataset import (
+    augment,
+    cut_out,
+    draw_phantom,
+    mirror,
+    move_boxes,
+    reach,
+    to_input,
+    write_demo,
+    write_dicom,
+)
+from detection.model import build_model, edge_positions, narrow, smooth_l1_giou
 from detection.preprocess import DataError
 from tests.caches import write_index
 from tests.conftest import assert_same_training, read_table
@@ -263,15 +274,28 @@ def test_groups_and_like(raw, cache, tmp_path):
 # --- dataset.py and model.py ---
 
 
-def test_box_and_pixels_stay_together():
+def heart(points: int = 720) -> np.ndarray:
+    """The outline whose support function `reach` is, (points, 2), in a box from -1 to 1."""
+    angle = torch.arange(points, dtype=torch.float64) * 2 * math.pi / points
+    across = torch.stack([angle.cos(), angle.sin()], 1)
+    along = torch.stack([-angle.sin(), angle.cos()], 1)
+    ahead, behind = (reach(across + step * along) for step in (1e-4, -1e-4))
+    return (reach(across)[:, None] * across + ((ahead - behind) / 2e-4)[:, None] * along).numpy()
+
+
+def test_box_and_pixels_stay_together(monkeypatch):
+    monkeypatch.setattr(dataset, "cut_out", lambda images, *_: images)  # what it hides is not found
     size = 512  # finer than the networks' 128, so that what is found is not the raster
-    y, x = np.mgrid[:size, :size] + 0.5
     for seed in range(20):
         rng = np.random.default_rng(seed)
-        (cx, cy), (rx, ry) = rng.uniform(200, 312, 2), rng.uniform(60, 120, 2)
-        ellipse = 255.0 * (((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 <= 1)
-        images = torch.from_numpy(ellipse).float()[None, None].repeat(4, 1, 1, 1) / 255
-        boxes = torch.tensor([[cx - rx, cy - ry, cx + rx, cy + ry]]).float().repeat(4, 1) / size
+        center, radius = rng.uniform(200, 312, 2), rng.uniform(60, 120, 2)
+        picture = Image.new("L", (4 * size, 4 * size))
+        outline = 4 * (center + radius * heart()) - 0.5
+        ImageDraw.Draw(picture).polygon(outline.ravel().tolist(), fill=255)
+        image = np.asarray(picture.reduce(4)) / np.float32(255)
+        images = torch.from_numpy(image).expand(4, 1, -1, -1)
+        box = np.concatenate([center - radius, center + radius]) / size
+        boxes = torch.from_numpy(box).float().expand(4, -1)
         moved, boxes = augment(images, boxes, rng)
         for image, box in zip(moved[:, 0], boxes * size, strict=True):
             low, high = image.quantile(0.02), image.quantile(0.995)
@@ -280,20 +304,70 @@ def test_box_and_pixels_stay_together():
             assert (found - box).abs().max() < size / 256, (seed, found, box)  # half a pixel of 128
 
 
-def test_a_box_turns_like_its_ellipse():
-    box, angle = torch.tensor([[0.2, 0.4, 0.8, 0.6]]), math.radians(30)
-    turn = torch.tensor(
-        [[math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]]
-    )
-    half = torch.tensor([math.hypot(0.3 * math.cos(angle), 0.1 * math.sin(angle)),
-                         math.hypot(0.3 * math.sin(angle), 0.1 * math.cos(angle))])  # fmt: skip
-    assert torch.allclose(
-        move_boxes(box, turn[None])[0], torch.cat([0.5 - half, 0.5 + half]), atol=1e-6
-    )
+def test_a_box_turns_like_the_heart_in_it():
+    degrees = 30
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    turn = torch.tensor([[[cos, sin, 0], [-sin, cos, 0]]])  # the picture turns clockwise
+    points = (
+        np.array([0.3, 0.1]) * heart() @ np.array([[cos, sin], [-sin, cos]])
+    )  # x to the right, y down
+    found = move_boxes(torch.tensor([[0.2, 0.4, 0.8, 0.6]]), turn)[0].numpy()
+    assert np.abs(found - 0.5 - [*points.min(0), *points.max(0)]).max() < 1e-3
     shift = torch.tensor(
         [[[1.0, 0, 0.4], [0, 1, -0.2]]]
     )  # theta moves the picture the other way, by half
+    box = torch.tensor([[0.2, 0.4, 0.8, 0.6]])
     assert torch.allclose(move_boxes(box, shift), torch.tensor([[0.0, 0.5, 0.6, 0.7]]), atol=1e-6)
+
+
+def test_the_outline_of_a_heart_touches_its_box_and_points_to_the_apex():
+    axes = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]])
+    assert torch.equal(reach(axes), torch.ones(4))
+    assert torch.allclose(reach(3 * axes), 3 * torch.ones(4))
+    diagonals = torch.tensor([[1.0, 1], [-1, 1], [-1, -1], [1, -1]]) / math.sqrt(2)
+    assert reach(diagonals).tolist() == pytest.approx([1.219, 1.041, 1.001, 0.739], abs=1e-3)
+
+
+def test_a_mirrored_image_takes_its_box_along():
+    images, boxes = torch.zeros(2, 1, 8, 8), torch.tensor([[0.125, 0.25, 0.5, 1.0]]).repeat(2, 1)
+    images[:, :, 2:8, 1:4] = 1
+    mirrored, moved = mirror(images, boxes, torch.tensor([False, True]))
+    assert torch.equal(mirrored[0], images[0]) and torch.equal(moved[0], boxes[0])
+    assert moved[1].tolist() == [0.5, 0.25, 0.875, 1.0]
+    assert mirrored[1, 0, 2:8, 4:7].all() and mirrored.sum() == images.sum()
+
+
+def test_one_image_in_twenty_is_mirrored(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(dataset, "mirror", lambda images, boxes, some: chosen.append(some))
+    for strength in (1.0, 0.5):
+        images, boxes = torch.rand(4000, 1, 8, 8), torch.tensor([[0.3, 0.3, 0.7, 0.7]] * 4000)
+        augment(images, boxes, np.random.default_rng(0), strength)
+    shares = [some.float().mean().item() for some in chosen]
+    assert shares == pytest.approx([0.05, 0.025], abs=0.01)
+
+
+def test_cutout_paints_a_rectangle_in_the_mean_gray():
+    images = torch.rand(2, 1, 40, 40)
+    draws = torch.tensor([[0.5, 1.0], [0.25, 1.0], [0.0, 1.0], [1.0, 1.0]])  # x, y, width, height
+    cut = cut_out(images, draws, 1.0)
+    changed = (cut != images)[:, 0]
+    assert changed[0].nonzero().tolist() == [[y, x] for y in range(2, 18) for x in range(18, 22)]
+    assert changed[1].nonzero().tolist() == [[y, x] for y in range(32, 40) for x in range(32, 40)]
+    assert torch.allclose(cut[0, 0, 10, 20], images[0].mean())
+    half = cut_out(images, draws, 0.5) != images
+    assert half[0].sum() == 8 * 2 and half[1].sum() == 4 * 4
+
+
+def test_generalized_iou_is_that_of_torchvision():
+    corners = torch.rand(50, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+    pred, boxes = torch.cat([corners.amin(2), corners.amax(2)], 2).unbind(1)
+    giou = torchvision.ops.generalized_box_iou_loss(pred, boxes, reduction="mean")
+    expected = giou + F.smooth_l1_loss(pred, boxes, beta=0.02)
+    assert torch.allclose(smooth_l1_giou(pred, boxes), expected)
+    nothing = torch.zeros(1, 4, requires_grad=True)  # no side: the loss stays finite
+    smooth_l1_giou(nothing, nothing.detach()).backward()
+    assert nothing.grad.isfinite().all()
 
 
 def test_augmentation_is_a_function_of_its_rng():
