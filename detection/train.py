@@ -136,23 +136,23 @@ def main(argv: list[str] | None = None) -> None:
         for step, (images, boxes) in enumerate(train_loader, 1):
             # These four decide all random numbers, so a resumed run draws the same ones.
             rng = np.random.default_rng((args.seed, epoch, step, rank))
+            # To the device and augmented: float32 (B, 1, S, S) and (B, 4)
             images, boxes = to_input(images, boxes, device, *mean_std, rng, args.augment)
             lr = learning_rate(epoch * steps_per_epoch + step - 1, total_steps, args.lr)
             set_learning_rate(optimizer, lr)
             with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
                 pred = train_model(images)  # (B, 4) in fractions of the image
             loss = LOSSES[args.loss](pred.float(), boxes)  # float32, whatever --amp is
-            scaler.scale(loss).backward()
+            scaler.scale(loss).backward()  # fp16: a larger loss, or small gradients would be 0
             scaler.unscale_(optimizer)  # to clip the true gradients, not the scaled ones
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # a bad batch moves little
             scaler.step(optimizer)  # left out if fp16 overflowed
             scaler.update()  # the factor of the fp16 loss
-            optimizer.zero_grad()
+            optimizer.zero_grad()  # backward() adds to what is there
             loss_sum += loss.detach()
             if step % 20 == 0:  # seldom: .item() waits for the device
                 mean_loss = check_loss(loss_sum.item() / step, epoch)
-                if is_main:
-                    show_progress(args, epoch, step, steps_per_epoch, mean_loss, start)
+                show_progress(args, epoch, step, steps_per_epoch, mean_loss, start)
 
         # Validation on the whole fold, shared out among the processes
         train_loss = mean_over_processes(loss_sum, steps_per_epoch, world_size, epoch)
@@ -184,13 +184,13 @@ def within(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
 
 def start_processes(device_name: str, amp: str) -> tuple[torch.device, int, int]:
     """Device, rank and number of processes; torchrun passes them in environment variables."""
-    rank = int(os.environ.get("RANK", "0"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))  # the number of this process
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # on its machine: which GPU is its own
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))  # processes on all machines
     device = choose_device(device_name, local_rank)
     if world_size > 1:
         if device.type == "cuda":
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(device)  # where NCCL takes the memory it needs
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     is_slow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
@@ -205,7 +205,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{local_rank}"
-    try:
+    try:  # the one question that every kind of device answers
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # by build of torch
         raise DataError(f"--device {name}: {str(error).splitlines()[0]}") from error
@@ -246,6 +246,7 @@ def make_cache(raw: Path, cache: Path, options: list[str]) -> None:
         source = preprocess.describe_source(preprocess.parse_args(words))
         difference = preprocess.compare_source(preprocess.read_meta(cache), source, raw)
         if difference:
+            # A user may have trained on it for days: only --overwrite replaces it.
             use = f"train on it as it is with --data {cache}"
             again = f"make it again: {command} --overwrite"
             raise DataError(f"{cache}: made {difference}; {use}, or {again}")
@@ -279,7 +280,7 @@ def load_data(
     """
     meta, index = dataset.open_cache(cache)
     meta = {name: meta[name] for name in ("size", "mean", "std")}
-    if args.pretrained:
+    if args.pretrained:  # normalised as the images that those weights were trained on
         meta |= {"mean": network.PRETRAINED_MEAN, "std": network.PRETRAINED_STD}
     train_rows, val_rows = split_rows(index, args.fold)
     for side, row_numbers in (("training", train_rows), ("validation", val_rows)):
@@ -291,6 +292,7 @@ def load_data(
             f"{cache}: {len(train_rows)} training images, less than one batch of --batch-size"
         )
     train_loader = make_loader(cache, batches, args.workers, device)
+    # Every process validates a share; no image twice, and none is left over.
     val_batches = in_batches(val_rows[rank::world_size], args.batch_size)
     val_loader = make_loader(cache, val_batches, args.workers, device)
     return meta, train_loader, val_loader, len(train_rows)
@@ -303,7 +305,7 @@ def split_rows(index: list[dict[str, str]], fold: int) -> tuple[list[int], list[
     for row_number, row in enumerate(index):
         if row["fold"] == str(fold):
             val_rows.append(row_number)
-        elif row["fold"] != "test":
+        elif row["fold"] != "test":  # kept for the end
             train_rows.append(row_number)
     return train_rows, val_rows
 
@@ -314,8 +316,8 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> Optimize
     `fused` does not read its step counters back, which would wait for the device.
     """
     trained = [p for p in model.parameters() if p.requires_grad]  # without what --freeze holds
-    decayed = [p for p in trained if p.ndim > 1]
-    others = [p for p in trained if p.ndim <= 1]
+    decayed = [p for p in trained if p.ndim > 1]  # filters and matrices
+    others = [p for p in trained if p.ndim <= 1]  # pulled to zero, a norm would switch layers off
     groups = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
@@ -356,9 +358,9 @@ def wrap_model(
     model: nn.Module, device: torch.device, world_size: int, compiled: bool
 ) -> nn.Module:
     """The model to call in training; the bare one is what is saved."""
-    if world_size > 1:
+    if world_size > 1:  # backward() then averages the gradients of all processes
         model = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
-    if compiled:
+    if compiled:  # by the first step; the weights stay those of the bare model
         model = torch.compile(model)
     return model
 
@@ -366,9 +368,9 @@ def wrap_model(
 def learning_rate(step: int, total_steps: int, peak: float) -> float:
     """Linear warm-up over 5 % of the steps, cosine to zero (Loshchilov & Hutter, ICLR 2017)."""
     warm_up = max(1, total_steps // 20)
-    if step < warm_up:
+    if step < warm_up:  # AdamW's averages are those of few gradients yet
         return peak * (step + 1) / warm_up
-    angle = math.pi * (step - warm_up) / max(1, total_steps - warm_up)
+    angle = math.pi * (step - warm_up) / max(1, total_steps - warm_up)  # 0 to pi
     return peak * 0.5 * (1 + math.cos(angle))
 
 
@@ -386,6 +388,7 @@ def check_loss(loss: float, epoch: int) -> float:
 
 def check_finite(outputs: Tensor, where: object) -> None:
     """Raise DataError if a network gave NaN or infinity: no score of it would mean anything."""
+    # One NaN makes both ends NaN, so that two numbers answer for all.
     if not all(value.isfinite() for value in outputs.aminmax()):
         raise DataError(
             f"{where}: the network gives NaN or infinite values; lower --lr, or try another --amp"
@@ -396,6 +399,8 @@ def show_progress(
     args: argparse.Namespace, epoch: int, step: int, steps_per_epoch: int, loss: float, start: float
 ) -> None:
     """One line that overwrites itself: mean loss, images a second of all processes, time left."""
+    if dist.is_initialized() and dist.get_rank() > 0:  # process 0 speaks for all
+        return
     rate = step / (time.perf_counter() - start)  # steps a second
     steps_left = (args.epochs - epoch) * steps_per_epoch - step
     eta = timedelta(seconds=int(steps_left / rate))
@@ -409,7 +414,7 @@ def mean_over_processes(
 ) -> float:
     """The mean loss of the steps of all processes, checked by `check_loss`."""
     if world_size > 1:
-        dist.all_reduce(loss_sum)
+        dist.all_reduce(loss_sum)  # the sum over the processes, on each of them
     return check_loss(loss_sum.item() / (steps_per_epoch * world_size), epoch)
 
 
@@ -424,15 +429,15 @@ def evaluate(
     if dist.is_initialized():
         for buffer in model.buffers():  # otherwise the score is not that of the model that is saved
             dist.broadcast(buffer, 0)
-    model.eval()
+    model.eval()  # BatchNorm by its running averages
     pred = []
     boxes = []
     for images, truth in loader:
         images, _ = to_input(images, truth, device, mean, std)
         with torch.autocast(device.type, AMP[amp], enabled=amp != "off"):
-            pred.append(model(images).float().cpu())
+            pred.append(model(images).float().cpu())  # (B, 4); waits for the device
         boxes.append(truth)
-    if dist.is_initialized():
+    if dist.is_initialized():  # a list of the batches of all, in place of one's own
         pred = gather(pred)
         boxes = gather(boxes)
     return torch.cat(pred), torch.cat(boxes)

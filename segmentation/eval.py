@@ -232,7 +232,7 @@ def predict(
             AMP[amp or settings["amp"]],
             settings["batch_size"],
             tta,
-        )
+        ).cpu()
         part /= len(models)  # in place: the array can be larger than all else
         if total is None:
             total = part

@@ -30,6 +30,7 @@ HEAD = ("head.",)  # what --freeze trains: names of weights begin so
 MAX_PATCH = 2**18  # voxels: 512 x 512, or 64 x 64 x 64
 MAX_STAGES = 6
 MAX_WIDTH = 256  # channels
+MAX_ON_DEVICE = 2**30  # bytes of a result that stays there until it is whole
 
 
 def default_patch(dims: int, meta: dict) -> list[int]:
@@ -253,14 +254,15 @@ def predict_volume(
     batch_size: int,
     mirror: bool = False,
 ) -> Tensor:
-    """Class probabilities float16 (K, X, Y, Z), on the CPU, of a volume (C, X, Y, Z).
+    """Class probabilities float16 (K, X, Y, Z) of a volume (C, X, Y, Z).
 
     The model sees overlapping windows of the size of the patch, `batch_size` at a time; with a
     patch of two axes they are whole slices. `mirror` averages each window over all ways to flip its
     axes.
 
     Windows lie on a lattice, so their weights are known beforehand to add up to one: a single array
-    of the result's size is all that is kept, no array of weights to divide by at the end.
+    of the result's size is all that is kept, no array of weights to divide by at the end. It is on
+    the device, or on the CPU if it has more than MAX_ON_DEVICE bytes.
     """
     shape = image.shape[1:]
     is_slice = len(patch) == 2
@@ -270,7 +272,10 @@ def predict_volume(
         for axis in range(3):
             if axis != slice_axis:
                 size[axis] = max(size[axis], shape[axis])
-    along_axes = [window_weights(length, side) for length, side in zip(shape, size, strict=True)]
+    along_axes = []  # of each axis: the windows' starts and weights
+    for length, side in zip(shape, size, strict=True):
+        axis_windows = window_weights(length, side)
+        along_axes.append([(start, weights.to(device)) for start, weights in axis_windows])
     windows = list(itertools.product(*along_axes))
 
     result = None
@@ -286,9 +291,11 @@ def predict_volume(
         probabilities = predict_batch(model, images, amp, mirror)  # (B, K, *S)
         if is_slice:
             probabilities = probabilities.unsqueeze(thin)  # (B, K, *size)
-        probabilities = probabilities.cpu()
         if result is None:  # only the output tells the number of classes
-            result = torch.zeros(probabilities.shape[1], *shape, dtype=torch.float16)
+            result_shape = (probabilities.shape[1], *shape)
+            is_large = 2 * math.prod(result_shape) > MAX_ON_DEVICE
+            place = "cpu" if is_large else device
+            result = torch.zeros(result_shape, dtype=torch.float16, device=place)
         for window, one in zip(batch, probabilities, strict=True):
             add_window(result, window, one)
     return result
@@ -351,5 +358,5 @@ def add_window(
     (x, weights_x), (y, weights_y), (z, weights_z) = window
     weights = weights_x[:, None, None] * weights_y[:, None] * weights_z  # (*size)
     inside, place = box_slices([x, y, z], list(weights.shape), result.shape[1:])
-    weighted = probabilities * weights  # (K, *size)
-    result[(slice(None), *inside)] += weighted[(slice(None), *place)].half()
+    weighted = (probabilities * weights).half()  # (K, *size)
+    result[(slice(None), *inside)] += weighted[(slice(None), *place)].to(result.device)

@@ -1,13 +1,14 @@
-"""No step of a training reads from the device: a GPU would stand still until the host goes on.
+"""Nothing in a step of a training waits for the device, nor between the windows of a volume.
 
-Device "meta" has shapes but no values, so that there every such read raises: the real loops run on
-it, with the real networks, augmentation and optimizer.
+A GPU would stand still until the host goes on. Device "meta" has shapes but no values, so that there
+every read raises: the real loops run on it, with the real networks, augmentation and optimizer.
 """
 
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -85,3 +86,22 @@ def test_a_step_reads_nothing_from_the_device(tmp_path, monkeypatch, name):
     with within, pytest.raises(StepsDone):
         script.main([*command, *options])
     assert 2 <= steps[0] < 20  # the loop reads the loss every 20 steps
+
+
+def test_windows_are_added_up_on_the_device_unless_the_result_is_large(monkeypatch):
+    network = module("segmentation", "model")
+    meta = {"channels": ["MRI"], "classes": ["background", "cube"]}
+    meta |= {"spacing": [1, 1, 1], "slice_axis": 2}
+    model = network.build_model(meta, 2, [8, 8, 8]).to("meta")
+    image = np.zeros((1, 20, 10, 8), np.float16)
+
+    def predict() -> torch.Tensor:
+        return network.predict_volume(model, image, [8, 8, 8], 2, torch.device("meta"), None, 2)
+
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    assert predict().device.type == "meta"
+    monkeypatch.setattr(network, "MAX_ON_DEVICE", 2 * 2 * image.size)
+    assert predict().device.type == "meta"
+    monkeypatch.setattr(network, "MAX_ON_DEVICE", 2 * 2 * image.size - 1)
+    with pytest.raises(NotImplementedError, match="meta tensor"):  # which has no values to copy
+        predict()
