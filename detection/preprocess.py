@@ -51,12 +51,17 @@ import pydicom
 from PIL import Image, ImageOps
 from PIL.ExifTags import Base as Tag
 from pydicom import uid
+from pydicom.encaps import generate_frames
 from pydicom.pixels import apply_color_lut, apply_windowing, pixel_array
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+# MB that Pillow keeps for the next image. To ask for fresh memory, and to have it cleared, takes as
+# long for every image as to decode it.
+Image.core.set_blocks_max(64)
 
 # ITU-R BT.601, what Pillow uses for convert("L")
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
@@ -827,8 +832,32 @@ def prepare(picture: np.ndarray, size: int) -> np.ndarray:
     Scanners differ in range far more than hearts do: 1 % of the pixels on either side (borders,
     labels) clip.
     """
-    low, high = np.percentile(picture, (1, 99))  # stretch clips what lies beyond
+    low, high = gray_percentiles(picture, (1, 99))  # stretch clips what lies beyond
     return resize(stretch(picture, low, high), size, "squash")
+
+
+def gray_percentiles(picture: np.ndarray, percents: tuple[float, float]) -> np.ndarray:
+    """np.percentile of a picture (H, W) in 0..1, in half of its time.
+
+    Pixels are counted in bins, and only those near the wanted ranks are sorted.
+    """
+    bins = (picture * 1023).astype(np.uint16)  # rise as the picture does
+    ends = np.cumsum(np.bincount(bins.reshape(-1)))
+    ranks = (picture.size - 1) * (np.array(percents) / 100)  # from 0, mostly between two pixels
+    below = np.floor(ranks).astype(int)
+    above = np.minimum(below + 1, picture.size - 1)
+    low = []
+    high = []
+    for pair in zip(below, above, strict=True):
+        first, last = np.searchsorted(ends, pair, side="right")  # the bins of the two, mostly one
+        is_near = bins == first
+        if last > first:
+            is_near |= bins == last
+        near = np.sort(picture[is_near])
+        before = ends[first - 1] if first else 0
+        low.append(near[pair[0] - before])
+        high.append(near[pair[1] - before])
+    return interpolate(np.array(low), np.array(high), ranks - below)
 
 
 def gray_moments(image: np.ndarray) -> tuple[float, float]:
@@ -1005,18 +1034,29 @@ def stored_pixels(ds: pydicom.Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 
 def decode_pixels(ds: pydicom.Dataset) -> np.ndarray:
-    """What a data set stores, (H, W) or (H, W, 3), YBR converted to RGB.
-
-    Gray JPEG Baseline by Pillow: pylibjpeg, which pydicom prefers where it is installed, takes four
-    times as long, and differs by a gray level here and there.
-    """
+    """What a data set stores, (H, W) or (H, W, 3), YBR converted to RGB."""
     syntax = ds.file_meta.TransferSyntaxUID
     if syntax == uid.JPEGBaseline8Bit and ds.get("SamplesPerPixel") == 1:
-        try:
-            return pixel_array(ds, decoding_plugin="pillow")
-        except RuntimeError:  # not what the header promises: another decoder may know it
-            pass
+        pixels = decode_gray_jpeg(ds)
+        if pixels is not None:
+            return pixels
     return pixel_array(ds)
+
+
+def decode_gray_jpeg(ds: pydicom.Dataset) -> np.ndarray | None:
+    """Pixels uint8 (H, W) of gray JPEG Baseline by Pillow; None where that is not what is there.
+
+    pydicom prefers pylibjpeg where it is installed, which takes four times as long, and differs by
+    a gray level here and there. Its own way to Pillow takes half as long again.
+    """
+    try:
+        frame = next(generate_frames(ds.PixelData, number_of_frames=1))
+        with Image.open(io.BytesIO(frame), formats=["JPEG"]) as image:
+            is_gray = image.mode == "L" and image.size == (ds.Columns, ds.Rows)
+            is_plain = ds.BitsAllocated == 8 and ds.PixelRepresentation == 0
+            return np.asarray(image) if is_gray and is_plain else None
+    except (OSError, SyntaxError, ValueError, StopIteration):  # pydicom's decoders may know it
+        return None
 
 
 def padding_range(ds: pydicom.Dataset) -> tuple[float, float]:
@@ -1180,8 +1220,12 @@ def display_values(
         gray = stretch(values, every_value.min(), every_value.max())
     else:
         # Not the extremes: a burnt-in marker or a dead pixel would decide the contrast.
-        inside = values[pixels[~padding]] if has_table else values[~padding]
-        low, high = np.percentile(inside, (0.5, 99.5))
+        if has_table:
+            inside = pixels[~padding] if padding.any() else pixels
+            numbers, counts = count_pixels(inside)
+            low, high = percentiles(values[numbers], counts, (0.5, 99.5))
+        else:
+            low, high = np.percentile(values[~padding], (0.5, 99.5))
         gray = stretch(values, low, high)
     if has_table:
         gray = look_up(gray, pixels)
@@ -1201,7 +1245,9 @@ def look_up(table: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     Some rows at a time: NumPy makes 8-byte indices of the values, and so they stay in the cache.
     """
     if pixels.dtype == np.uint8 and np.array_equal(table, np.arange(256, dtype=np.float32) / 255):
-        return pixels.astype(np.float32) / 255  # the same, and faster
+        gray = pixels.astype(np.float32)
+        gray /= 255  # the same, and faster
+        return gray
     gray = np.empty(pixels.shape, np.float32)
     for start in range(0, len(pixels), 32):
         rows = slice(start, start + 32)
@@ -1209,8 +1255,39 @@ def look_up(table: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     return gray
 
 
+def count_pixels(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The whole numbers from the lowest to the highest of the pixels, and how often each occurs."""
+    lowest = int(pixels.min())
+    counts = np.bincount(np.subtract(pixels, lowest, dtype=np.intp).reshape(-1))
+    return np.arange(lowest, lowest + len(counts)), counts
+
+
+def percentiles(
+    values: np.ndarray, counts: np.ndarray, percents: tuple[float, float]
+) -> np.ndarray:
+    """np.percentile, which would sort all pixels, of values (K,) that occur so many times (K,)."""
+    order = np.argsort(values)  # a modality LUT may fall
+    ends = np.cumsum(counts[order])
+    ranks = (ends[-1] - 1) * (np.array(percents) / 100)  # from 0, mostly between two pixels
+    below = np.floor(ranks).astype(int)
+    above = np.minimum(below + 1, ends[-1] - 1)
+    low = values[order[np.searchsorted(ends, below, side="right")]]
+    high = values[order[np.searchsorted(ends, above, side="right")]]
+    return interpolate(low, high, ranks - below)
+
+
+def interpolate(low: np.ndarray, high: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """The values between low and high, rounded as np.percentile rounds them."""
+    width = high - low
+    return np.where(share < 0.5, low + width * share, high - width * (1 - share))
+
+
 def read_window(ds: pydicom.Dataset) -> pydicom.Dataset | None:
     """The first window, as a data set for pydicom; None without a usable one."""
+    center = number(ds, "WindowCenter", math.nan)
+    width = number(ds, "WindowWidth", math.nan)
+    if math.isnan(center) or math.isnan(width):
+        return None
     # One stored bit makes 0..1 the output range of pydicom's apply_windowing.
     window = pydicom.Dataset()
     window.PhotometricInterpretation = "MONOCHROME2"
@@ -1220,9 +1297,7 @@ def read_window(ds: pydicom.Dataset) -> pydicom.Dataset | None:
     window.VOILUTFunction = function if function in ("LINEAR_EXACT", "SIGMOID") else "LINEAR"
     # PS3.3 C.11.2.1.2.1 wants a width of at least 1, C.11.2.1.3.2 one above 0.
     narrowest = 1 if window.VOILUTFunction == "LINEAR" else 1e-9
-    center = number(ds, "WindowCenter", math.nan)
-    width = number(ds, "WindowWidth", math.nan)
-    if math.isnan(center) or not width >= narrowest:  # also true for NaN
+    if width < narrowest:
         return None
     window.WindowCenter = center
     window.WindowWidth = width
@@ -1233,7 +1308,9 @@ def stretch(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """Map low..high to 0..1, float32, and clip what lies outside."""
     # float(): a NumPy scalar would promote float32 values to float64.
     width = float(high - low) or 1.0
-    return ((values - float(low)) / width).clip(0, 1).astype(np.float32)
+    scaled = values - float(low)
+    scaled /= width  # in place: fresh memory for a whole image takes longer than the arithmetic
+    return scaled.clip(0, 1, out=scaled).astype(np.float32, copy=False)
 
 
 def hash_pixels(pixels: np.ndarray) -> str:
@@ -1289,7 +1366,8 @@ def read_picture(path: Path, kind: str) -> Picture:
             if image.mode not in ("1", "L", "LA"):
                 colour = find_colour(np.asarray(image.convert("RGB")), 255, notes)
             pixels = np.asarray(image if image.mode == "L" else image.convert("L"))
-            gray = pixels.astype(np.float32) / 255
+            gray = pixels.astype(np.float32)
+            gray /= 255
             return Picture(gray, hash_pixels(pixels), colour, notes=tuple(notes))
     # Pillow has no type for these two, and hands out their bits as another.
     if pixels.dtype == np.uint8:
@@ -1298,7 +1376,11 @@ def read_picture(path: Path, kind: str) -> Picture:
         pixels = pixels.view(np.uint32)
     # WhiteIsZero, which Pillow heeds in 8 bits only
     is_inverse = tags.get(Tag.PhotometricInterpretation) == 0
-    black, white = np.percentile(pixels, (99.5, 0.5) if is_inverse else (0.5, 99.5))
+    ends = (99.5, 0.5) if is_inverse else (0.5, 99.5)
+    if pixels.dtype.kind in "iu" and pixels.itemsize <= 2:
+        black, white = percentiles(*count_pixels(pixels), ends)
+    else:
+        black, white = np.percentile(pixels, ends)
     if colour is not None:
         colour = stretch(colour, black, white)
     gray = stretch(pixels, black, white)

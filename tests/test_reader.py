@@ -17,7 +17,16 @@ from PIL import Image
 from pydicom import uid
 from pydicom.encaps import encapsulate
 
-from classification.preprocess import DataError, find_images, image_kind, read_image
+from classification.preprocess import (
+    DataError,
+    count_pixels,
+    decode_gray_jpeg,
+    find_images,
+    image_kind,
+    percentiles,
+    read_image,
+)
+from detection.preprocess import gray_percentiles
 from tests.test_preprocess import dicom
 
 pytestmark = pytest.mark.filterwarnings("ignore:::pydicom|PIL")
@@ -408,3 +417,58 @@ def test_signed_values_are_looked_up_with_their_sign(tmp_path):
     path = dicom(tmp_path / "a.dcm", signed, **header, **window)
     expected = [[0, 2047 / 4096, 0.5, 4095 / 4096]]
     np.testing.assert_allclose(read_image(path).gray, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 199, 200, 201, 60_000])
+def test_percentiles_are_those_of_numpy_to_the_last_bit(size):
+    rng = np.random.default_rng(size)
+    for pixels in (
+        rng.integers(-2000, 2000, size).astype(np.int16),
+        rng.integers(0, 65536, size).astype(np.uint16),
+        rng.integers(0, 3, size).astype(np.uint8),
+    ):
+        numbers, counts = count_pixels(pixels[None])
+        for percents in ((0.5, 99.5), (99.5, 0.5)):
+            expected = np.percentile(pixels, percents).tolist()
+            assert percentiles(numbers, counts, percents).tolist() == expected
+        falling = -0.3 * numbers + 7  # as a modality LUT may fall
+        expected = np.percentile(-0.3 * pixels + 7, percents).tolist()
+        assert percentiles(falling, counts, percents).tolist() == expected
+    for picture in (
+        rng.random(size, np.float32),
+        rng.integers(0, 256, size).astype(np.float32) / 255,
+        rng.integers(0, 2, size).astype(np.float32),
+    ):
+        expected = np.percentile(picture, (1, 99)).tolist()
+        assert gray_percentiles(picture[None], (1, 99)).tolist() == expected
+
+
+def gray_jpeg(path: Path, pixels: np.ndarray, **header: object) -> pydicom.Dataset:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG")
+    ds = pydicom.dcmread(dicom(path, pixels.astype(np.uint16)))
+    ds.file_meta.TransferSyntaxUID = uid.JPEGBaseline8Bit
+    ds.BitsAllocated = ds.BitsStored = 8
+    ds.HighBit = 7
+    ds.PixelData = encapsulate([stream.getvalue()])
+    ds["PixelData"].VR = "OB"
+    for keyword, value in header.items():
+        setattr(ds, keyword, value)
+    return ds
+
+
+def test_gray_jpeg_is_decoded_as_pydicom_does_by_pillow_or_left_to_it(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32)).astype(np.uint8)
+    ds = gray_jpeg(tmp_path / "a.dcm", pixels)
+    expected = pydicom.pixels.pixel_array(ds, decoding_plugin="pillow")
+    assert np.array_equal(decode_gray_jpeg(ds), expected)
+    assert decode_gray_jpeg(gray_jpeg(tmp_path / "a.dcm", pixels, Rows=23)) is None
+    assert decode_gray_jpeg(gray_jpeg(tmp_path / "a.dcm", pixels, PixelRepresentation=1)) is None
+    colour = gray_jpeg(tmp_path / "a.dcm", pixels)
+    stream = io.BytesIO()
+    Image.new("RGB", (32, 24)).save(stream, "JPEG")
+    colour.PixelData = encapsulate([stream.getvalue()])
+    assert decode_gray_jpeg(colour) is None
+    for damaged in (encapsulate([b"\xff\xd8\xff nothing"]), b"nothing"):
+        ds.PixelData = damaged
+        assert decode_gray_jpeg(ds) is None
