@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +49,29 @@ def read_metrics(out: Path) -> dict:
 
 
 # --- a step ---
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
+@TASKS
+def test_a_compiled_run_and_a_bare_one_resume_each_other(caches, tmp_path, task, monkeypatch):
+    compiled = []
+    compiler = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda model: compiled.append(model) or compiler(model, fullgraph=True)
+    )
+    for first, second in ((["--compile"], []), ([], ["--compile"])):
+        out = tmp_path / f"run{len(compiled)}"
+        train(task, caches[task], out, "--epochs", "2", "--stop-after", "1", *first)
+        train(task, caches[task], out, "--epochs", "2", "--resume", *second)
+        evaluate(task, caches[task], "--checkpoint", out / "last.pt", "--split", "val")
+    train(task, caches[task], tmp_path / "bare", "--epochs", "2")
+    bare = load_checkpoint(tmp_path / "bare" / "last.pt")["model"]
+    assert len(compiled) == 2
+    for run in ("run0", "run1"):
+        model = load_checkpoint(tmp_path / run / "last.pt")["model"]
+        assert model.keys() == bare.keys()  # not those of the wrapper, which begin with _orig_mod
+        for name, weight in bare.items():
+            torch.testing.assert_close(model[name], weight, rtol=0.05, atol=5e-3)
 
 
 @TASKS
