@@ -1,14 +1,19 @@
 """Images per second from files to the cache, of one core, beside plainer ways to read the same.
 
   python tests/benchmarks/xrays.py --data FOLDER_OF_DICOM_FILES
+  python tests/benchmarks/xrays.py --data FOLDER_OF_DICOM_FILES --counts 500 1000 2000 4000
 
 Every way reads every file in turn, several times over; its best CPU time counts. Ratios within a
-run mean more than the figures, which differ between machines.
+run mean more than the figures, which differ between machines. With --counts the whole of
+classification/preprocess.py runs on so many links to the files: time an image, and peak memory.
 """
 
 import argparse
+import contextlib
+import io
 import resource
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -24,6 +29,7 @@ from pydicom.uid import JPEGBaseline8Bit
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from classification.preprocess import Case, find_images, load
+from classification.preprocess import main as preprocess
 
 RSNA = 26_684  # images of the RSNA challenge
 
@@ -34,6 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="a folder of DICOM files")
     parser.add_argument("--size", type=int, default=224, help="default: %(default)s")
     parser.add_argument("--repeat", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--counts", type=int, nargs="+", help="sizes of sets, in rising order")
     return parser.parse_args(argv)
 
 
@@ -41,6 +48,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     warnings.simplefilter("ignore")
     paths = find_images(args.data)
+    if args.counts:
+        for count in args.counts:
+            measure_set(paths, count)
+        return
     ways = {
         "this project": partial(read_as_here, raw=args.data, size=args.size),
         "bare decode": decode,
@@ -63,8 +74,30 @@ def main(argv: list[str] | None = None) -> None:
         rate = len(paths) / seconds
         ratio = best["bare decode"] / seconds
         print(f"{name:26}{rate:7.1f} images/s{ratio:6.2f} of bare decode{RSNA / rate:7.0f} s RSNA")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
-    print(f"peak memory of all of them {peak:.0f} MB")
+    print(f"peak memory of all of them {peak_memory():.0f} MB")
+
+
+def peak_memory() -> float:
+    """MB of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
+
+
+def measure_set(paths: list[Path], count: int) -> None:
+    """Print the CPU time an image of preprocessing a set of `count` links to the files."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for k in range(count):
+            source = k % len(paths)
+            link = folder / "raw" / "ab"[source % 2] / f"{k:06d}.dcm"  # copies have one class
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(paths[source].resolve())
+        command = ["--data", f"{folder}/raw", "--out", f"{folder}/cache", "--workers", "1"]
+        start = time.process_time()
+        with contextlib.redirect_stdout(io.StringIO()):
+            preprocess(command)
+        seconds = (time.process_time() - start) / count
+    line = f"{count:6} images{1000 * seconds:8.2f} ms each{RSNA * seconds:7.0f} s RSNA"
+    print(f"{line}, peak memory {peak_memory():.0f} MB", flush=True)
 
 
 def read_as_here(path: Path, raw: Path, size: int) -> np.ndarray:
