@@ -257,21 +257,36 @@ class EpochBatches(Sampler):
 def to_input(
     images: Tensor,
     device: torch.device,
-    mean: float,
-    std: float,
+    mean: float | None,
+    std: float | None,
     rng: np.random.Generator | None = None,
     strength: float = 1.0,
     flip: bool = False,
 ) -> Tensor:
     """uint8 (B, C, S, S) to float32 on `device`, normalised, channels last: what the network takes.
 
-    With `rng` the images are augmented, in 0..1, before they are normalised.
+    `mean` and `std` are those of 0..1, or None, which takes each image's own. With `rng` the images
+    are augmented, in 0..1, before they are normalised.
     """
     images = images.to(device, non_blocking=True).float() / 255
     if rng is not None:
         images = augment(images, rng, strength, flip)
+    if mean is None:
+        std, mean = torch.std_mean(images, (1, 2, 3), keepdim=True)  # (B, 1, 1, 1) each
+        std = std + 1e-3  # an image may be of one gray value
     images = (images - mean) / std
     return images.contiguous(memory_format=torch.channels_last)
+
+
+def choose_scale(meta: dict) -> tuple[float | None, float | None]:
+    """Mean and standard deviation for `to_input` by the meta of a run.
+
+    Brightness and contrast depend on the machine, so images are normalised one by one. --pretrained
+    takes the numbers that its weights know, and older checkpoints took those of their cache.
+    """
+    if meta.get("per_image", False):
+        return None, None
+    return meta["mean"], meta["std"]
 
 
 def augment(
@@ -280,7 +295,7 @@ def augment(
     strength: float = 1.0,
     flip: bool = False,
 ) -> Tensor:
-    """Random affine, gamma, contrast, brightness, blur and noise for float (B, C, S, S) in 0..1.
+    """Random affine, gray curves, sharpness and noise for float (B, C, S, S) in 0..1.
 
     Parameters are drawn per image on the CPU from `rng`, so that neither workers nor the device
     change them; only the noise is drawn on the device, from a generator that `rng` seeds. `flip`
@@ -305,6 +320,7 @@ def augment(
     images = F.grid_sample(images, grid, align_corners=False)  # (B, C, S, S), black outside
     if strength == 0:
         return images
+    images = change_look(images, rng, strength)
     return change_gray(images, draws[6:], rng)
 
 
@@ -328,6 +344,53 @@ def make_affine(draws: Tensor, degrees: float) -> Tensor:
     row_x = [x_from_x, x_from_y, 0.2 * dx]  # a tenth of the image: its width is 2
     row_y = [y_from_x, y_from_y, 0.2 * dy]
     return torch.stack(row_x + row_y, 1).view(-1, 2, 3)
+
+
+def change_look(images: Tensor, rng: np.random.Generator, strength: float) -> Tensor:
+    """Gray values and sharpness as of another machine; float (B, C, S, S) in 0..1.
+
+    Where the sick were imaged in another way than the healthy, a network learns that first, and
+    fails elsewhere (Zech et al., PLOS Medicine 2018). Half the images go part of the way to the
+    histogram of another one of the batch, all get a random rising curve, and most are sharpened or
+    softened.
+    """
+    batch = len(images)
+    share, amount = strength * rng.uniform(-1, 1, (2, batch))
+    amount *= rng.random(batch) < 0.7
+    bends = 0.6 * strength * rng.normal(0, 1, (batch, 8))
+    sigma = rng.uniform(0.3, max(1.0, 0.018 * images.shape[-1]), batch)  # pixels
+    draws = np.column_stack([share.clip(0, 1), amount.clip(-1), sigma, bends])
+    draws = torch.from_numpy(draws.astype(np.float32))
+    draws = draws.to(images.device, non_blocking=True)  # (B, 11)
+    share, amount, sigma = draws[:, :3].T[..., None, None, None]  # (B, 1, 1, 1) each
+
+    levels = torch.linspace(0, 1, 256, device=images.device)
+    curve = torch.lerp(levels, borrow_histogram(images), share[:, :, 0, 0])  # (B, 256)
+    rises = F.softmax(draws[:, 3:], 1)  # of eight parts of the gray scale, which add up to 1
+    curve = apply_curve(curve, F.pad(rises.cumsum(1), (1, 0)))
+    images = apply_curve(images, curve)
+    fine = images - blur(images, sigma.flatten())
+    # Up to three times the fine structure, or none
+    return images + torch.where(amount > 0, 2 * amount, amount) * fine
+
+
+def borrow_histogram(images: Tensor) -> Tensor:
+    """The gray curves (B, 256) that give images (B, C, S, S) the histogram of the one before."""
+    values = (images.clamp(0, 1) * 255).round().long().flatten(1)
+    counts = torch.zeros(len(images), 256, device=images.device)
+    counts.scatter_add_(1, values, torch.ones_like(values, dtype=torch.float32))
+    up_to = counts.cumsum(1)  # exact: whole numbers
+    middle = up_to - counts / 2  # of the pixels of each gray value in their order
+    return torch.searchsorted(up_to.roll(1, 0), middle).clamp(max=255) / 255
+
+
+def apply_curve(values: Tensor, curves: Tensor) -> Tensor:
+    """Values (B, ...) in 0..1 by curves (B, K), their ordinates at K equal steps from 0 to 1."""
+    place = values.clamp(0, 1).flatten(1) * (curves.shape[1] - 1)
+    below = place.long().clamp(max=curves.shape[1] - 2)
+    low = curves.gather(1, below)
+    high = curves.gather(1, below + 1)
+    return torch.lerp(low, high, place - below).view_as(values)
 
 
 def change_gray(images: Tensor, draws: Tensor, rng: np.random.Generator) -> Tensor:

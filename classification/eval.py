@@ -34,6 +34,7 @@ from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_imag
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from classification.dataset import (
     XrayDataset,
+    choose_scale,
     fingerprints,
     in_batches,
     make_loader,
@@ -457,7 +458,7 @@ def predict(
     for number, (model, checkpoint) in enumerate(zip(models, checkpoints, strict=True), 1):
         meta = checkpoint["meta"]
         mode = amp or checkpoint["settings"]["amp"]
-        logits, labels = evaluate(model, loader, device, mode, meta["mean"], meta["std"])
+        logits, labels = evaluate(model, loader, device, mode, *choose_scale(meta))
         check_finite(logits, f"checkpoint {number}")
         probabilities.append(to_probabilities(logits, meta))
     return torch.stack(probabilities).mean(0), labels
@@ -815,7 +816,7 @@ def draw_activation(
     """
     device = next(model.parameters()).device
     with torch.no_grad():
-        inputs = to_input(image[None], device, meta["mean"], meta["std"])  # (1, 1 or 3, S, S)
+        inputs = to_input(image[None], device, *choose_scale(meta))  # (1, 1 or 3, S, S)
         _, maps = class_activation_maps(model, inputs)  # (1, C, h, w)
     gray = resize(image.float(), [TILE, TILE]).expand(3, -1, -1)  # (3, TILE, TILE)
     # What speaks against the class is left out; the strongest place covers 60 % of the image.

@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     model = model.to(device, memory_format=torch.channels_last)
     init = checkpoint.load_init(args, model, device, is_main, HEAD)
     criterion = make_criterion(args.class_weights, counts, args.label_smoothing, device)
-    mean_std = (meta["mean"], meta["std"])
+    mean_std = dataset.choose_scale(meta)
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     scaler = GradScaler(device.type, enabled=args.amp == "fp16")
 
@@ -279,6 +279,7 @@ def load_data(
     meta, index = dataset.open_cache(cache)
     names = ("classes", "size", "fit", "mean", "std", "channels", "multi_label")
     meta = {name: meta[name] for name in names if name in meta}
+    meta["per_image"] = not args.pretrained  # whether images are normalised one by one
     if args.pretrained:  # normalised as the images that those weights were trained on
         meta |= {"mean": network.PRETRAINED_MEAN, "std": network.PRETRAINED_STD}
     train_rows, val_rows = split_rows(index, args.fold)
@@ -422,7 +423,12 @@ def mean_over_processes(
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: DataLoader, device: torch.device, amp: str, mean: float, std: float
+    model: nn.Module,
+    loader: DataLoader,
+    device: torch.device,
+    amp: str,
+    mean: float | None,
+    std: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Logits float32 (N, C) and labels (N,) or (N, C) of the images of all processes, on the CPU.
 

@@ -22,8 +22,11 @@ from classification import dataset
 from classification.dataset import (
     EpochBatches,
     XrayDataset,
+    apply_curve,
     augment,
     blur,
+    borrow_histogram,
+    choose_scale,
     draw_phantom,
     in_batches,
     make_loader,
@@ -174,12 +177,20 @@ class Given:
         self, batch: int = 1, noise_seed: int = 0, moves: bool = True, **draws: float
     ) -> None:
         self.noise_seed, self.moves, self.draws = noise_seed, moves, np.zeros((len(DRAWS), batch))
+        self.look = np.array([[draws.pop(name, 0.0)] * batch for name in ("share", "amount")])
+        self.bend = draws.pop("bend", 0.0)  # of the darkest eighth of the gray scale
         for name, value in draws.items():
             self.draws[DRAWS.index(name)] = value
 
-    def uniform(self, low: float, high: float, shape: tuple) -> np.ndarray:
-        assert (low, high) == (-1, 1) and shape == self.draws.shape
-        return self.draws
+    def uniform(self, low: float, high: float, shape: tuple | int) -> np.ndarray:
+        if isinstance(shape, int):
+            return np.full(shape, high)
+        given = self.draws if shape == self.draws.shape else self.look
+        assert (low, high) == (-1, 1) and shape == given.shape
+        return given.copy()
+
+    def normal(self, mean: float, std: float, shape: tuple) -> np.ndarray:
+        return np.array([[self.bend] + [0.0] * (shape[1] - 1)] * shape[0])
 
     def random(self, batch: int) -> np.ndarray:
         return np.full(batch, 0.499 if self.moves else 0.5)
@@ -308,6 +319,42 @@ def test_each_change_of_gray_by_itself():
     assert not close(changed(noise=1), changed(noise=1, noise_seed=1))
 
 
+def test_each_change_of_the_look_by_itself():
+    images = torch.rand(2, 1, 64, 64) ** torch.tensor([0.8, 1.3])[:, None, None, None]
+    inner = 0.3 + 0.4 * images
+
+    def changed(images: torch.Tensor, **draws: float) -> torch.Tensor:
+        return augment(images, Given(batch=2, **draws))
+
+    def close(a: torch.Tensor, b: torch.Tensor, atol: float = 1e-4) -> bool:
+        return torch.allclose(a, b, atol=atol)
+
+    # Each gets the histogram of the other, to a gray value, and keeps the order of its own
+    swapped = changed(images, share=1)
+    shares = torch.linspace(0.02, 0.98, 9)
+    expected = images.flip(0).flatten(1).quantile(shares, 1)
+    assert close(swapped.flatten(1).quantile(shares, 1), expected, 0.006)
+    order = images.flatten(1).argsort(1)
+    assert (swapped.flatten(1).gather(1, order).diff(dim=1) > -1e-4).all()
+    assert close(changed(images, share=0.5), (images + swapped) / 2)
+    assert close(changed(images, share=-1), images)  # half keep theirs
+    # The darkest eighth of the gray scale takes e**0.6 times the range of each of the others
+    dark = math.exp(0.6) / (math.exp(0.6) + 7)
+    bent = changed(torch.tensor([1 / 16, 1 / 8, 1]).view(1, 1, 1, 3).expand(2, -1, -1, -1), bend=1)
+    assert bent[0, 0, 0].tolist() == pytest.approx([dark / 2, dark, 1], abs=0.005)
+    fine = inner - blur(inner, torch.full((2,), 0.018 * 64))
+    assert close(changed(inner, amount=1), (inner + 2 * fine).clamp(1e-4, 1))
+    assert close(changed(inner, amount=-1), inner - fine)
+    assert close(changed(inner, amount=-5), inner - fine)  # not turned over
+
+
+def test_the_histogram_of_the_one_before():
+    images = torch.tensor([[0.0, 0.2, 0.2, 1.0], [0.4, 0.6, 0.8, 0.6]]).view(2, 1, 2, 2)
+    out = apply_curve(images, borrow_histogram(images)).flatten(1)
+    assert out[1].tolist() == pytest.approx([0, 0.2, 1, 0.2], abs=1e-6)
+    assert out[0].tolist() == pytest.approx([0.4, 0.6, 0.6, 0.8], abs=1e-6)
+
+
 def test_blur_is_a_gaussian():
     sigma = torch.tensor([0.05, 0.8, 1.3])
     impulse = torch.zeros(3, 1, 15, 17)
@@ -335,6 +382,21 @@ def test_to_input_normalises():
     )
     augmented = (augment(images / 255, rng(1), 0.5, True) - 0.45) / 0.25
     assert torch.equal(to_input(images, CPU, 0.45, 0.25, rng(1), 0.5, True), augmented)
+
+
+def test_images_are_normalised_one_by_one():
+    """A gain and an offset are gone, and what older checkpoints and --pretrained know stays."""
+    images = torch.randint(20, 60, (2, 1, 16, 16), dtype=torch.uint8)
+    images[1] = 2 * images[0] + 40
+    assert choose_scale({"mean": 0.4, "std": 0.2, "per_image": True}) == (None, None)
+    assert choose_scale({"mean": 0.4, "std": 0.2, "per_image": False}) == (0.4, 0.2)
+    assert choose_scale({"mean": 0.4, "std": 0.2}) == (0.4, 0.2)
+    out = to_input(images, CPU, None, None)
+    assert out.mean((1, 2, 3)).tolist() == pytest.approx([0, 0], abs=1e-5)
+    assert out.std((1, 2, 3)).tolist() == pytest.approx([1, 1], abs=0.03)
+    assert torch.allclose(out[0], out[1], atol=0.05)
+    flat = to_input(torch.full((1, 1, 8, 8), 7, dtype=torch.uint8), CPU, None, None)
+    assert flat.abs().max() < 1e-3
 
 
 # --- the synthetic raw set ---
