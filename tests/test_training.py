@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.checkpoint import load_checkpoint
+from common.checkpoint import load_checkpoint, save_checkpoint
 from tests.caches import (
     change_rows,
     copy,
@@ -20,9 +20,11 @@ from tests.caches import (
     draw_images,
     evaluate,
     module,
+    read_rows,
     small_network,
     train,
 )
+from tests.conftest import read_table
 
 pytestmark = pytest.mark.slow
 TASKS = pytest.mark.parametrize("task", ["classification", "detection", "segmentation"])
@@ -295,3 +297,27 @@ def test_the_confusion_is_counted_at_a_half_and_the_tables_agree(caches, tmp_pat
     assert {row["class"] for row in curve} == {"yes"} and float(curve[-1]["tpr"]) == float(
         curve[-1]["fpr"]
     ) == 1
+
+
+def test_older_checkpoints_are_evaluated_with_the_scale_of_their_cache(caches, tmp_path):
+    cache = caches["classification"]
+    train("classification", cache, tmp_path / "run")
+    checkpoint = load_checkpoint(tmp_path / "run" / "best.pt")
+    meta = checkpoint["meta"]
+    assert meta.pop("per_image")  # which older ones do not have
+    save_checkpoint(tmp_path / "old.pt", checkpoint)
+
+    in_fold = [k for k, row in enumerate(read_rows(cache)) if row["fold"] == "0"]
+    images = torch.from_numpy(np.load(cache / "images.npy")[in_fold])[:, None] / 255
+    std, mean = torch.std_mean(images, (2, 3), keepdim=True)
+    one_by_one = (images - mean) / (std + 1e-3)
+    by_cache = (images - meta["mean"]) / meta["std"]
+    for name, inputs in (("run/best.pt", one_by_one), ("old.pt", by_cache)):
+        path = tmp_path / name
+        (model,), _ = module("classification", "eval").load_models([path], torch.device("cpu"))
+        with torch.no_grad():
+            expected = model.eval()(inputs).softmax(1)[:, 1].tolist()
+        out = tmp_path / "eval"
+        evaluate("classification", cache, "--checkpoint", path, "--out", out)
+        found = [float(row["probability_yes"]) for row in read_table(out / "predictions.csv")]
+        assert found == pytest.approx(expected, abs=1e-5)
