@@ -87,9 +87,8 @@ def main(argv: list[str] | None = None) -> None:
         clear_peak()
         before = peak_memory()
         result = here(volume)
-        need = peak_memory() - before
-        if device.type == "cpu":
-            need -= result.nbytes / 2**20
+        need = peak_memory() - before - result.nbytes / 2**20
+        del result
         print(f"memory beyond the result, {times} x the volume: {need:.0f} MB")
 
 

@@ -13,6 +13,7 @@ without its workers.
 import argparse
 import contextlib
 import csv
+import ctypes
 import importlib
 import io
 import json
@@ -62,7 +63,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, help="default: that of each train.py")
     add("--waits", action="store_true", help="list what makes the host wait for the GPU")
     add("--epochs", type=int, default=3, help="with the one to warm up (default: %(default)s)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.epochs < 2:
+        parser.error(f"--epochs {args.epochs}, expected at least 2: the first does not count")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -318,7 +322,8 @@ def time_loading(loader: DataLoader) -> float:
 def clear_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):  # Linux: begin anew with the memory of this moment
+    with contextlib.suppress(OSError, AttributeError):  # Linux: begin anew with what is in use
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
 
 
