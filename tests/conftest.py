@@ -1,7 +1,13 @@
-"""What several test files use: tables, and training runs compared to the bit."""
+"""What several test files use: tables, commands, and training runs compared to the bit."""
 
 import csv
+import multiprocessing
+import os
+import runpy
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -15,6 +21,62 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def read_table(path: Path) -> list[dict[str, str]]:
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+# --- the scripts as processes ---
+
+# Importing torch and torchvision takes a process four seconds: this server has done it, and
+# every command starts as a fork of it. Windows has no such thing.
+FORKS = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+FORKS.set_forkserver_preload(["torch", "torchvision", "pydicom", "nibabel", "tests.conftest"])
+
+
+def run_script(script: str, options: list[str], folder: Path, output: str, environment: dict):
+    """In a process of its own: a script as the shell would run it, its output in two files."""
+    os.environ.update(environment)
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    for stream, suffix in ((1, "out"), (2, "err")):
+        file = os.open(f"{output}.{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, stream)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115, until the process ends
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    root = Path(__file__).resolve().parents[1]  # which scripts have to find by themselves
+    others = [path for path in sys.path if Path(path).resolve() != root]
+    sys.path[:] = [str(Path(script).parent), *others]
+    sys.argv = [script, *options]
+    runpy.run_path(script, run_name="__main__")
+
+
+def run_scripts(
+    script: Path, *options: str, cwd: Path, processes: int = 1
+) -> subprocess.CompletedProcess:
+    """A script in a process, or in several with the environment of torchrun, and what they print."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started = []
+    for rank in range(processes):
+        environment = {}
+        if processes > 1:
+            environment = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            environment |= {"WORLD_SIZE": str(processes), "MASTER_PORT": port}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": str(processes)}
+        output = str(cwd / f".rank{rank}")
+        arguments = (str(script), list(options), cwd, output, environment)
+        started.append(FORKS.Process(target=run_script, args=arguments))
+        started[-1].start()
+    for process in started:
+        process.join(300)
+    codes = [process.exitcode for process in started]
+    outputs = []
+    for suffix in ("out", "err"):
+        texts = [(cwd / f".rank{rank}.{suffix}").read_text() for rank in range(processes)]
+        outputs.append("".join(texts))
+    return subprocess.CompletedProcess(options, next(filter(None, codes), 0), *outputs)
+
+
+# --- runs compared ---
 
 
 def same(a: object, b: object) -> bool:

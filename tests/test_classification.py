@@ -3,10 +3,7 @@
 import functools
 import importlib
 import json
-import os
 import re
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -25,18 +22,12 @@ from classification.preprocess import DataError
 from common.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from detection.model import narrow
 from tests.caches import change_rows, copy, small_network, write_index
-from tests.conftest import assert_same_training, read_table, same
+from tests.conftest import assert_same_training, read_table, run_scripts, same
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--epochs", "2", "--batch-size", "8", "--workers", "0", "--device", "cpu"]
-
-
-def run(*command: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run(
-        [sys.executable, *command], check=False, cwd=cwd, env=env, capture_output=True, text=True
-    )
+TINY += ["--channels", "16"]
 
 
 @pytest.fixture(scope="session")
@@ -95,10 +86,9 @@ def test_resume_refuses_other_settings_and_other_data(cache, trained, tmp_path):
 
 
 def test_two_processes(cache, tmp_path):
-    script = str(ROOT / "classification" / "train.py")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    command += ["--data", str(cache), *TINY]
-    done = run(*command, "--out", "a", cwd=tmp_path)
+    script = ROOT / "classification" / "train.py"
+    options = ["--data", str(cache), *TINY, "--out", "a"]
+    done = run_scripts(script, *options, cwd=tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 2 ") == 1  # only rank 0 speaks
     printed = load_checkpoint(tmp_path / "a" / "last.pt")["figures"]["auroc"]
@@ -368,7 +358,7 @@ def test_three_classes(tmp_path):
 
 @pytest.mark.parametrize("script", ["preprocess", "train", "eval"])
 def test_help_and_errors_of_the_command_line(script, tmp_path, capsys):
-    path = str(ROOT / "classification" / f"{script}.py")
+    path = ROOT / "classification" / f"{script}.py"
     options = {
         "preprocess": ["--data", "nowhere", "--out", "cache"],
         "train": ["--data", "nowhere"],
@@ -377,7 +367,7 @@ def test_help_and_errors_of_the_command_line(script, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(f"classification.{script}").main(["--help"])
     assert stop.value.code == 0 and f"python classification/{script}.py" in capsys.readouterr().out
-    done = run(path, *options, cwd=tmp_path)
+    done = run_scripts(path, *options, cwd=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: nowhere") and done.stderr.count("\n") == 1
 

@@ -4,10 +4,7 @@ import functools
 import importlib
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +31,7 @@ from detection.dataset import (
 from detection.model import build_model, edge_positions, narrow, smooth_l1_giou
 from detection.preprocess import DataError
 from tests.caches import write_index
-from tests.conftest import assert_same_training, read_table
+from tests.conftest import assert_same_training, read_table, run_scripts
 from tests.test_preprocess import dicom
 
 pytestmark = pytest.mark.slow
@@ -454,20 +451,9 @@ def test_stop_and_resume_equal_the_straight_run_with_any_workers(cache, trained,
 
 
 def test_two_processes(cache, tmp_path):
-    script = str(ROOT / "detection" / "train.py")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        script,
-    ]
-    command += ["--data", str(cache), *TINY, "--batch-size", "4"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "--out", "a"], check=False, cwd=tmp_path, env=env,
-                          capture_output=True, text=True)  # fmt: skip
+    script = ROOT / "detection" / "train.py"
+    options = ["--data", str(cache), *TINY, "--batch-size", "4", "--out", "a"]
+    done = run_scripts(script, *options, cwd=tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 2 ") == 1  # only rank 0 speaks
     printed = load_checkpoint(tmp_path / "a" / "last.pt")["figures"]
@@ -599,20 +585,16 @@ def test_to_input_normalises():
 
 @pytest.mark.parametrize("script", ["preprocess", "train", "eval"])
 def test_help_and_errors_of_the_command_line(script, tmp_path, capsys):
-    path = str(ROOT / "detection" / f"{script}.py")
+    path = ROOT / "detection" / f"{script}.py"
     options = {
         "preprocess": ["--data", "nowhere", "--out", "cache"],
         "train": ["--data", "nowhere"],
         "eval": ["--data", "nowhere", "--checkpoint", "nowhere.pt"],
     }[script]
-    command = functools.partial(
-        subprocess.run, check=False, cwd=tmp_path, capture_output=True, text=True
-    )
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(f"detection.{script}").main(["--help"])
     assert stop.value.code == 0 and f"python detection/{script}.py" in capsys.readouterr().out
-    command = [sys.executable, path, *options]
-    done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
+    done = run_scripts(path, *options, cwd=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: nowhere") and done.stderr.count("\n") == 1
 

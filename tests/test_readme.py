@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.caches import small_network
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MANUALS = [
@@ -99,8 +101,8 @@ def test_the_first_command_is_the_training_that_is_tested_below():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task, options, figure, low, picture", [
-    ("classification", "", "auroc", 0.8, "mistakes"),
-    ("detection", "--epochs 4", "mean_iou", 0.6, "gallery"),  # of 30 epochs
+    ("classification", "--epochs 7 --channels 16 --lr 2e-3", "auroc", 0.8, "mistakes"),  # of 64
+    ("detection", "--epochs 4 --channels 16", "mean_iou", 0.6, "gallery"),  # of 30 and of 32
 ])  # fmt: skip
 def test_a_training_without_data_names_the_next_command(
     task, options, figure, low, picture, tmp_path
@@ -147,6 +149,86 @@ def small_raw(task: str) -> None:
     shutil.copy(image, "more_scans/IM0001")
 
 
+def list_commands(manual: str) -> list[list[str]]:
+    """Task, script and options of all commands in blocks, of a loop the first two."""
+    lines = re.findall(r"^ {4}python (\w+)/(\w+)\.py(.*)$", unroll(manual, 2), re.MULTILINE)
+    return [[task, script, *shlex.split(options)] for task, script, options in lines]
+
+
+def run_small(commands: list[list[str]]) -> None:
+    """The commands one after another, in the working folder, with options that save time."""
+    with small_network():
+        for task, script, *options in commands:
+            words = []
+            for word in options:
+                words += sorted(glob.glob(word)) if "?" in word else [word]
+            if script == "preprocess" and task != "segmentation":
+                words += ["--size", "32"]
+            if script == "train":
+                words += ["--epochs", "1", "--batch-size", "4", "--workers", "0"]
+            if script == "train" and task == "segmentation":
+                words += ["--channels", "2"]
+            if "--patch" in options:
+                words += [
+                    "--patch",
+                    *["8"] * (3 if options[options.index("--dims") + 1] == "3" else 2),
+                ]
+            if script == "eval":
+                words += ["--samples", "20"]
+            importlib.import_module(f"{task}.{script}").main(words)
+
+
+def write_recipe_data(task: str, raw: Path) -> None:
+    """A small set in the layout of the one that a recipe names."""
+    rng = np.random.default_rng(0)
+    if task == "segmentation":
+        importlib.import_module("segmentation.dataset").write_demo(raw, cases=10, size=36)
+        return
+    pictures = rng.integers(0, 256, (40, 32, 32), dtype=np.uint8)
+    if raw.suffix == ".npz":
+        labels = np.arange(40)[:, None] % 2
+        train = {"train_images": pictures[:30], "train_labels": labels[:30]}
+        np.savez(raw, **train, val_images=pictures[30:], val_labels=labels[30:])
+        return
+    labels = ["image,pneumonia,bacteria,virus"]
+    boxes = ["image,xmin,ymin,xmax,ymax"]
+    for k, picture in enumerate(pictures):
+        names = {
+            "chest_xray": (f"NORMAL/IM-{k}-0001.png", f"PNEUMONIA/person{k}_virus_1.png"),
+            "kermany": (f"train/IM-{k}-0001.png", f"train/person{k}_virus_1.png"),
+            "heart_xray": (f"jsrt{k}.png", f"wingspan{k}.png"),
+        }[raw.name]
+        name = names[k % 2]
+        (raw / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(raw / name)
+        labels.append(f"{name},1,{k // 2 % 2},{1 - k // 2 % 2}" if k % 2 else f"{name},0,,")
+        boxes.append(f"{name},4,4,20,{20 + k % 8}")
+    if raw.name == "kermany":
+        (raw / "labels.csv").write_text("\n".join(labels))
+    if task == "detection":
+        (raw / "boxes.csv").write_text("\n".join(boxes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["classification", "detection", "segmentation"])
+def test_the_recipes_of_a_manual_run_on_small_data(task, tmp_path, monkeypatch):
+    """All commands between the headings "Recipe..." and "Copy it", in their order."""
+    monkeypatch.chdir(tmp_path)
+    manual = (ROOT / task / "README.md").read_text(encoding="utf-8")
+    commands = list_commands(manual.split("## Recipe")[1].split("## Copy it")[0])
+    preparations = [words for words in commands if words[1] == "preprocess"]
+    for raw in {words[words.index("--data") + 1] for words in preparations}:
+        write_recipe_data(task, Path(raw))
+    for words in commands:
+        if words[1] == "preprocess" and Path(words[words.index("--out") + 1]).exists():
+            words.append("--overwrite")
+    run_small(commands)
+    trainings = [words for words in commands if words[1] == "train"]
+    assert preparations and trainings
+    outs = {Path(words[words.index("--out") + 1]) for words in trainings}
+    assert {path.parent for path in Path("runs").glob("*/best.pt")} == outs
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["classification", "detection", "segmentation"])
 def test_the_steps_of_a_manual_run_as_they_stand(task, tmp_path, monkeypatch):
@@ -154,21 +236,10 @@ def test_the_steps_of_a_manual_run_as_they_stand(task, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small_raw(task)
     manual = (ROOT / task / "README.md").read_text(encoding="utf-8").split("Recipe")[0]
-    manual = unroll(manual, most=2)
-    commands = re.findall(r"^ {4}python (\w+)/(\w+)\.py(.*)$", manual, re.MULTILINE)
-    done = []
-    for folder, script, options in commands:
-        if re.search("other|left_atrium|acdc|lesions", options):
-            continue
-        words = []
-        for word in shlex.split(options):
-            words += sorted(glob.glob(word)) if "?" in word else [word]
-        if script == "preprocess" and task != "segmentation":
-            words += ["--size", "64"]
-        if script == "train":
-            words += ["--epochs", "1", "--batch-size", "4", "--workers", "0"]
-        importlib.import_module(f"{folder}.{script}").main(words)
-        done.append(script)
+    commands = list_commands(manual)
+    own = [words for words in commands if not re.search("other|atrium|acdc|lesions", str(words))]
+    run_small(own)
+    done = [script for _, script, *_ in own]
     assert done[0] == "preprocess" and done[-2:] == ["eval", "eval"] and "train" in done
     assert list(tmp_path.glob("runs/*/eval_val/metrics.json"))
     assert list(tmp_path.glob("runs/*_0/eval_folds/metrics.json"))

@@ -20,18 +20,12 @@ from segmentation import dataset, preprocess, train
 from segmentation import eval as evaluation
 from segmentation.preprocess import DataError
 from tests.caches import write_index
-from tests.conftest import assert_same_training, read_table
+from tests.conftest import assert_same_training, read_table, run_scripts
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--epochs", "2", "--workers", "0", "--device", "cpu", "--channels", "4"]
 DIMS = pytest.mark.parametrize("dims", ["2", "3"])
-
-
-def run(*command: str, cwd: Path) -> subprocess.CompletedProcess:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *command]
-    return subprocess.run(command, check=False, cwd=cwd, env=env, capture_output=True, text=True)
 
 
 def read_metrics(folder: Path) -> dict:
@@ -81,14 +75,19 @@ def test_resume_refuses_other_settings(cache, trained):
 
 
 def test_two_processes_and_eval(cache, tmp_path):
-    script = str(ROOT / "segmentation" / "train.py")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    command += ["--data", str(cache), *TINY]
-    done = run(*command, "--out", "a", cwd=tmp_path)
+    script = ROOT / "segmentation" / "train.py"
+    options = ["--data", str(cache), *TINY]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launcher, str(script), *options, "--out", "a"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 2 ") == 1  # only rank 0 speaks
-    assert run(*command, "--out", "b", "--stop-after", "1", cwd=tmp_path).returncode == 0
-    assert run(*command, "--out", "b", "--resume", cwd=tmp_path).returncode == 0
+    for more in (["--stop-after", "1"], ["--resume"]):  # and without the launcher
+        done = run_scripts(script, *options, "--out", "b", *more, cwd=tmp_path, processes=2)
+        assert done.returncode == 0, done.stderr
     assert_same_training(tmp_path / "a", tmp_path / "b")
     printed = load_checkpoint(tmp_path / "a" / "last.pt")["figures"]["dice"]
     evaluation.main(
@@ -416,11 +415,11 @@ def test_eval_refuses_what_was_trained_on(cache, raw, trained, tmp_path):
 
 @pytest.mark.parametrize("script", ["preprocess", "eval"])  # train.py is run above
 def test_errors_of_the_command_line(script, tmp_path):
-    path = str(ROOT / "segmentation" / f"{script}.py")
+    path = ROOT / "segmentation" / f"{script}.py"
     options = {
         "preprocess": ["--data", "nowhere", "--out", "cache"],
         "eval": ["--data", "nowhere", "--checkpoint", "nowhere.pt"],
     }[script]
-    done = run(path, *options, cwd=tmp_path)
+    done = run_scripts(path, *options, cwd=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: nowhere") and done.stderr.count("\n") == 1
