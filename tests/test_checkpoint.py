@@ -106,6 +106,7 @@ def test_the_file_is_on_the_disk_before_it_gets_its_name(path, monkeypatch):
     assert calls == [path.stat().st_size, (path.with_name("last.pt.tmp"), path)]
 
 
+@pytest.mark.slow
 def test_disk_full(path):
     pytest.importorskip("resource")
     command = [sys.executable, "-c", FILL_DISK, str(path)]

@@ -22,6 +22,8 @@ from tests.test_dataset_classification import Given, imagenet  # noqa: F401, a f
 from tests.test_preprocess import dicom, folders, noise, refused, run
 from tests.test_reader import png
 
+pytestmark = pytest.mark.slow
+
 RGB = noise("rgb", 6, 8, 3)
 
 

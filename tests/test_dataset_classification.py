@@ -155,6 +155,7 @@ def two_epochs(cache: Path, workers: int, context: str | None = None) -> list[tu
     return fetched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "context"), [(2, None), (1, "spawn")])
 def test_workers_give_the_same_batches(cache, workers, context):
     expected, got = two_epochs(cache, 0), two_epochs(cache, workers, context)
@@ -457,6 +458,7 @@ def test_demo_table_has_a_row_per_box(demo):
     assert not {row["patientId"] for row in negative} & {row["patientId"] for row in positive}
 
 
+@pytest.mark.slow
 def test_boxes_lie_on_the_opacities():
     rise = []
     for seed in range(12):
@@ -486,6 +488,7 @@ def test_demo_is_a_function_of_its_seed(demo, tmp_path):
 # --- the model ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "size", "stem", "side"),
     [
@@ -585,6 +588,7 @@ def training_step(
     return loss.detach()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [32, 96])
 def test_a_training_step_runs_without_values(size, monkeypatch):
     # device meta has no values to read; AdamW's list of devices with a fused kernel does not name it
@@ -595,6 +599,7 @@ def test_a_training_step_runs_without_values(size, monkeypatch):
         loss.item()
 
 
+@pytest.mark.slow
 def test_a_training_step_reads_no_scalar():
     with NoReads():
         training_step(CPU, 32, 1.0)

@@ -29,6 +29,8 @@ from tests.caches import (
 )
 from tests.conftest import read_table
 
+pytestmark = pytest.mark.slow
+
 TASKS = ("classification", "detection", "segmentation")
 FOLDS = ("0", "1", "2", "3", "4")
 SCORES = (0.1, 0.9, 0.8, 0.3, 0.6)  # what the network of each fold gives, whatever the image

@@ -12,6 +12,8 @@ from PIL import Image
 from tests.caches import draw_cache, module, small_network, train
 from tests.conftest import read_table
 
+pytestmark = pytest.mark.slow
+
 TABLES = {
     "classification": "predictions.csv",
     "detection": "predictions.csv",

@@ -331,6 +331,7 @@ def coverage(count: int, trials: int) -> float:
     return held / trials
 
 
+@pytest.mark.slow
 def test_intervals_over_few_patients_are_wider():
     assert coverage(5, 120) > 0.83  # 0.88 in 2,000 trials; the plain percentiles have 0.81
     values = torch.arange(20.0)

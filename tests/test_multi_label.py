@@ -311,6 +311,7 @@ def evaluate(*options: object) -> None:
         evaluation.main([str(word) for word in command])
 
 
+@pytest.mark.slow
 def test_labels_are_learned_and_measured_each_by_itself(cache, run_folder, capsys):
     evaluate("--data", cache, "--checkpoint", run_folder / "best.pt")
     report = json.loads((run_folder / "eval_val/metrics.json").read_text())
@@ -348,6 +349,7 @@ def test_labels_are_learned_and_measured_each_by_itself(cache, run_folder, capsy
     assert area == pytest.approx(summary["auroc_low"]["value"]) and len(points) > 3
 
 
+@pytest.mark.slow
 def test_folds_groups_and_comparisons_of_several_labels(cache, run_folder, tmp_path, capsys):
     with small_network():
         train(

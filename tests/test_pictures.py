@@ -15,6 +15,8 @@ from segmentation import preprocess, train
 from segmentation.preprocess import DataError, read_mask, read_volume
 from tests.conftest import read_table
 
+pytestmark = pytest.mark.slow
+
 
 def draw(rng: np.random.Generator, colour: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """A dark picture of 24 rows and 32 columns with a bright block, and its mask."""

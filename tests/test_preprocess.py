@@ -501,6 +501,7 @@ def test_impossible_options(options):
 BAD = ["B/constant.png", "B/text.png", "B/truncated.dcm", "B/truncated.jpg", "B/zero.png"]
 
 
+@pytest.mark.slow
 def test_bad_files(tmp_path, capsys):
     raw = folders(
         folders(tmp_path / "raw", "A/a0 A/a1 B/x0 B/x1"), "B/constant", np.zeros_like(GRAY)

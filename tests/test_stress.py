@@ -8,6 +8,8 @@ import pytest
 from tests.benchmarks import stress
 from tests.caches import copy, draw_cache, evaluate, read_rows, small_network, train
 
+pytestmark = pytest.mark.slow
+
 
 def smooth_image(seed: int, size: int = 48) -> np.ndarray:
     """Noise, blurred, uint8 (S, S)."""

@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.caches import draw_cache, module
 
+pytestmark = pytest.mark.slow
+
 TRAININGS = {
     "classification": ("classification", []),
     "classification, more": (
