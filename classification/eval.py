@@ -217,7 +217,7 @@ def check_threshold(threshold: object, meta: dict, path: Path) -> None:
 
 def check_same(meta: dict, expected: dict, path: Path, other: Path) -> None:
     """Raise CheckpointError if images were not prepared in the same way."""
-    usual = {"channels": 1, "multi_label": False}  # what caches do not say
+    usual = {"channels": 1, "multi_label": False, "fast_decode": False}  # what caches do not say
     for name in ("classes", "size", "fit", *usual):
         ours = meta.get(name, usual.get(name))
         theirs = expected.get(name, usual.get(name))
@@ -1088,7 +1088,8 @@ def read_batches(
 def load_image(path: Path, meta: dict) -> tuple[Tensor, tuple[str, ...]] | DataError:
     """One image as in the cache of the run, uint8 (1 or 3, S, S), and notes; or why not."""
     try:
-        picture = read_image(path)
+        # As its training images were decoded
+        picture = read_image(path, meta["size"] if meta.get("fast_decode") else 0)
     except DataError as error:
         return error
     image, notes = prepare_image(picture, meta["size"], meta["fit"], meta.get("channels", 1))

@@ -277,7 +277,7 @@ def load_data(
     Raises DataError if the fold leaves a class out on either side, or less than one batch.
     """
     meta, index = dataset.open_cache(cache)
-    names = ("classes", "size", "fit", "mean", "std", "channels", "multi_label")
+    names = ("classes", "size", "fit", "mean", "std", "channels", "multi_label", "fast_decode")
     meta = {name: meta[name] for name in names if name in meta}
     meta["per_image"] = not args.pretrained  # whether images are normalised one by one
     if args.pretrained:  # normalised as the images that those weights were trained on

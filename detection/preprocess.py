@@ -86,6 +86,8 @@ MAGIC = {
 }
 DICOM_SUFFIXES = {".dcm", ".dicom"}
 SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff"} | DICOM_SUFFIXES
+# What is done to gray values that no average of pixels may come before
+NOT_LINEAR = ("ModalityLUTSequence", "VOILUTSequence", "WindowCenter", "PixelPaddingValue")
 MORE_DECODERS = "more decoders: pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
 FOLDS = 5
 COLOUR_LOST = "colour turned gray"  # a note
@@ -792,6 +794,7 @@ def load(case: Case, raw: Path, size: int) -> tuple[np.ndarray, tuple[str, ...]]
     if has_control(case.source):
         return DataError(f"{case.source}: control characters in the name: rename the file")
     try:
+        # Never at half scale: it would move the percentiles of `prepare`, 1.2 gray levels (RMS).
         picture = read_image(raw / case.source)
     except DataError as error:
         return error
@@ -869,9 +872,10 @@ def gray_moments(image: np.ndarray) -> tuple[float, float]:
 # --- read: one file. The same text in classification/ and detection/ ---
 
 
-def read_image(path: Path) -> Picture:
+def read_image(path: Path, least: int = 0) -> Picture:
     """Read any supported file as it is meant to be shown, whatever its suffix.
 
+    `least` allows gray JPEG in DICOM at half scale if that leaves so many pixels a side (0: never).
     Raises DataError that names the file for whatever keeps it from being one gray picture with
     content.
     """
@@ -882,7 +886,7 @@ def read_image(path: Path) -> Picture:
             raise DataError(f"{path}: zero bytes")
         kind = image_kind(path)
         if kind == "DICOM":
-            picture = read_dicom(path)
+            picture = read_dicom(path, least)
         elif kind and path.suffix.lower() in DICOM_SUFFIXES:
             problem = f"holds a {kind} picture, not DICOM"
             raise DataError(f"{path}: {problem}: rename it to .{kind.lower()}")
@@ -905,7 +909,7 @@ def read_image(path: Path) -> Picture:
     return picture
 
 
-def read_dicom(path: Path) -> Picture:
+def read_dicom(path: Path, least: int) -> Picture:
     """Read a single-frame DICOM image as it is meant to be shown (PS3.3 C.7.6.3, C.11.1, C.11.2).
 
     Modality LUT or rescale, then VOI LUT or window. Without a window, up to 8 bits keep their range
@@ -914,8 +918,11 @@ def read_dicom(path: Path) -> Picture:
     """
     ds = open_dicom(path)
     check_single_image(ds, path)  # before pixels are decoded: a header may claim any size
-    pixels, padding = stored_pixels(ds)
-    if pixels.shape[:2] != (ds.Rows, ds.Columns):
+    pixels, padding = stored_pixels(ds, least)
+    allowed = [(ds.Rows, ds.Columns)]
+    if least:
+        allowed.append(((ds.Rows + 1) // 2, (ds.Columns + 1) // 2))
+    if pixels.shape[:2] not in allowed:
         expected = f"a single image ({ds.Rows}, {ds.Columns})"
         raise DataError(f"{path}: pixels {pixels.shape}, expected {expected}")
     notes = []
@@ -1000,7 +1007,7 @@ def numbers(ds: pydicom.Dataset, keyword: str) -> list[float]:
     return converted
 
 
-def stored_pixels(ds: pydicom.Dataset) -> tuple[np.ndarray, np.ndarray]:
+def stored_pixels(ds: pydicom.Dataset, least: int) -> tuple[np.ndarray, np.ndarray]:
     """The stored values, (H, W) or RGB (H, W, 3), and where they are padding, bool (H, W).
 
     Bits outside BitsStored are no image (PS3.5 8.1.1), natively or compressed. A HighBit other than
@@ -1013,7 +1020,7 @@ def stored_pixels(ds: pydicom.Dataset) -> tuple[np.ndarray, np.ndarray]:
         if not 0 <= shift <= ds.BitsAllocated - bits:
             shift = 0
         ds.BitsStored = ds.BitsAllocated  # so that pydicom masks nothing before the shift
-    container = decode_pixels(ds)
+    container = decode_pixels(ds, least)
     ds.BitsStored = bits
     # In the byte order of this machine, so that one image has one hash
     pixels = container.astype(container.dtype.newbyteorder("="), copy=False)
@@ -1033,17 +1040,17 @@ def stored_pixels(ds: pydicom.Dataset) -> tuple[np.ndarray, np.ndarray]:
     return pixels, padding
 
 
-def decode_pixels(ds: pydicom.Dataset) -> np.ndarray:
+def decode_pixels(ds: pydicom.Dataset, least: int) -> np.ndarray:
     """What a data set stores, (H, W) or (H, W, 3), YBR converted to RGB."""
     syntax = ds.file_meta.TransferSyntaxUID
     if syntax == uid.JPEGBaseline8Bit and ds.get("SamplesPerPixel") == 1:
-        pixels = decode_gray_jpeg(ds)
+        pixels = decode_gray_jpeg(ds, least)
         if pixels is not None:
             return pixels
     return pixel_array(ds)
 
 
-def decode_gray_jpeg(ds: pydicom.Dataset) -> np.ndarray | None:
+def decode_gray_jpeg(ds: pydicom.Dataset, least: int = 0) -> np.ndarray | None:
     """Pixels uint8 (H, W) of gray JPEG Baseline by Pillow; None where that is not what is there.
 
     pydicom prefers pylibjpeg where it is installed, which takes four times as long, and differs by
@@ -1054,6 +1061,10 @@ def decode_gray_jpeg(ds: pydicom.Dataset) -> np.ndarray | None:
         with Image.open(io.BytesIO(frame), formats=["JPEG"]) as image:
             is_gray = image.mode == "L" and image.size == (ds.Columns, ds.Rows)
             is_plain = ds.BitsAllocated == 8 and ds.PixelRepresentation == 0
+            # libjpeg makes 4 x 4 pixels of a block of 8 x 8. What is not linear has to come before.
+            is_linear = not any(keyword in ds for keyword in NOT_LINEAR)
+            if least and 2 * least <= min(image.size) and is_linear:
+                image.draft("L", (image.width // 2, image.height // 2))
             return np.asarray(image) if is_gray and is_plain else None
     except (OSError, SyntaxError, ValueError, StopIteration):  # pydicom's decoders may know it
         return None

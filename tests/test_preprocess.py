@@ -536,10 +536,10 @@ def test_bad_files(tmp_path, capsys):
 def test_overwrite_and_interrupt(tmp_path, monkeypatch):
     raw, out = folders(tmp_path / "raw", "A/1 B/2"), tmp_path / "out"
 
-    def read(path: Path) -> tuple:
+    def read(path: Path, least: int) -> tuple:
         if path.stem == "2":
             raise KeyboardInterrupt
-        return read_image(path)
+        return read_image(path, least)
 
     def interrupted(*options: str) -> None:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

@@ -17,6 +17,8 @@ from PIL import Image
 from pydicom import uid
 from pydicom.encaps import encapsulate
 
+from classification import preprocess
+from classification.eval import load_image
 from classification.preprocess import (
     DataError,
     count_pixels,
@@ -27,6 +29,7 @@ from classification.preprocess import (
     read_image,
 )
 from detection.preprocess import gray_percentiles
+from tests.conftest import read_table
 from tests.test_preprocess import dicom
 
 pytestmark = pytest.mark.filterwarnings("ignore:::pydicom|PIL")
@@ -472,3 +475,40 @@ def test_gray_jpeg_is_decoded_as_pydicom_does_by_pillow_or_left_to_it(tmp_path):
     for damaged in (encapsulate([b"\xff\xd8\xff nothing"]), b"nothing"):
         ds.PixelData = damaged
         assert decode_gray_jpeg(ds) is None
+
+
+def test_fast_decode_is_near_the_full_path_and_eval_does_the_same(tmp_path):
+    rng = np.random.default_rng(0)
+    for k in range(6):
+        x, y = np.mgrid[:256, :256] / 40
+        shape = 128 + 60 * np.sin(x + k) * np.cos(y) + rng.normal(0, 2, (256, 256))
+        folder = tmp_path / "raw" / "ab"[k % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = shape.clip(0, 255).astype(np.uint8)
+        ds = gray_jpeg(folder / f"{k}.dcm", pixels, PatientID=f"p{k}")
+        if k == 5:
+            ds.add(element("PixelPaddingValue", "US", 0))
+        ds.save_as(folder / f"{k}.dcm")
+    images = {}
+    for size in (128, 129):
+        for options in ([], ["--fast-decode"]):
+            cache = tmp_path / f"cache{size}{len(options)}"
+            command = ["--data", tmp_path / "raw", "--out", cache, "--size", size, *options]
+            preprocess.main([str(word) for word in command])
+            images[size, len(options)] = np.load(cache / "images.npy").astype(float)
+    apart = np.sqrt(np.square(images[128, 1] - images[128, 0]).mean((1, 2)))  # gray levels
+    sources = [row["source"] for row in read_table(tmp_path / "cache1281" / "index.csv")]
+    padded = sources.index("b/5.dcm")
+    assert apart[padded] == 0 and np.delete(apart, padded).min() > 0 and apart.max() < 0.6
+    assert np.array_equal(images[129, 1], images[129, 0])  # half would be less than 129
+
+    fast = tmp_path / "cache1281"
+    meta = preprocess.read_meta(fast)
+    assert meta["fast_decode"] is True
+    assert "fast_decode" not in preprocess.read_meta(tmp_path / "cache1280")
+    image, _ = load_image(tmp_path / "raw" / "a" / "0.dcm", meta)
+    assert np.array_equal(image[0], images[128, 1][sources.index("a/0.dcm")])
+    command = ["--data", tmp_path / "raw", "--out", tmp_path / "other", "--like", fast]
+    preprocess.main([str(word) for word in command])
+    assert np.array_equal(np.load(tmp_path / "other" / "images.npy"), np.load(fast / "images.npy"))
+    assert preprocess.read_meta(tmp_path / "other")["fast_decode"] is True
