@@ -41,6 +41,7 @@ STUDENT = """
 
 
 def divide(a: float, b: float) -> float:
+    """a / b, and NaN where b is 0: a metric of nothing is not defined."""
     return float(a) / float(b) if b else math.nan
 
 
@@ -93,9 +94,9 @@ def multi_label_metrics(
     of_whole_labels = []  # those with both values
     for k in range(len(names)):
         known = labels[:, k] >= 0
-        truth = labels[known, k]
+        truth = labels[known, k]  # (M,), M <= N
         positive = probabilities[known, k]
-        pair = torch.stack([1 - positive, positive], 1)
+        pair = torch.stack([1 - positive, positive], 1)  # (M, 2): a binary task
         threshold = None if thresholds is None else thresholds[known, k]
         metrics = classification_metrics(truth, pair, threshold)
         of_each_label.append(metrics)
@@ -153,6 +154,7 @@ def macro_metrics(labels: Tensor, probabilities: Tensor) -> dict[str, float]:
 
 def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
     """Counts int64 (C, C): rows are the truth, columns the prediction."""
+    # The pair (truth, prediction) as one number, so that one pass counts all pairs
     counts = torch.bincount(labels * num_classes + predictions, minlength=num_classes**2)
     return counts.reshape(num_classes, num_classes)
 
@@ -179,8 +181,10 @@ def count_by_threshold(labels: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, 
     scores, order = scores.double().sort(descending=True)
     positive = labels[order].double()
     is_last = torch.ones_like(positive, dtype=torch.bool)
-    is_last[:-1] = scores[1:] != scores[:-1]  # ties move together
-    return scores[is_last], positive.cumsum(0)[is_last], (1 - positive).cumsum(0)[is_last]
+    is_last[:-1] = scores[1:] != scores[:-1]  # of a tie only the last: ties move together
+    true_positives = positive.cumsum(0)[is_last]
+    false_positives = (1 - positive).cumsum(0)[is_last]
+    return scores[is_last], true_positives, false_positives
 
 
 def auroc(labels: Tensor, scores: Tensor) -> float:
@@ -194,8 +198,9 @@ def average_precision(labels: Tensor, scores: Tensor) -> float:
     if scores.isnan().any():
         return math.nan
     _, tp, fp = count_by_threshold(labels, scores)
-    step = torch.diff(tp, prepend=torch.zeros(1, dtype=torch.float64))
-    return divide((tp / (tp + fp) * step).sum(), labels.sum())
+    precision = tp / (tp + fp)
+    new_positives = torch.diff(tp, prepend=torch.zeros(1, dtype=torch.float64))
+    return divide((precision * new_positives).sum(), labels.sum())
 
 
 def best_threshold(
@@ -226,9 +231,10 @@ def youden_threshold(labels: Tensor, scores: Tensor) -> float:
     It lies halfway to the next lower score.
     """
     fpr, tpr, thresholds = roc_curve(labels, scores)
-    if (tpr - fpr).isnan().any():
+    youden = tpr - fpr  # sensitivity + specificity - 1
+    if youden.isnan().any():
         return math.nan
-    best = int((tpr - fpr)[1:].argmax()) + 1
+    best = int(youden[1:].argmax()) + 1  # the first threshold is infinite
     return thresholds[best : best + 2].mean().item()
 
 
@@ -254,11 +260,12 @@ def sensitivity_at_specificity(labels: Tensor, scores: Tensor, specificity: floa
     fpr, tpr, _ = roc_curve(labels, scores)
     if not fpr.isfinite().all():
         return math.nan
-    return tpr[1 - fpr >= specificity - 1e-9].max().item()
+    return tpr[1 - fpr >= specificity - 1e-9].max().item()  # 1 - 0.05 is not quite 0.95
 
 
 def specificity_at_sensitivity(labels: Tensor, scores: Tensor, sensitivity: float) -> float:
     """Largest specificity among the thresholds whose sensitivity is at least this."""
+    # With the classes exchanged one is called the other.
     return sensitivity_at_specificity(1 - labels, -scores, sensitivity)
 
 
@@ -295,9 +302,9 @@ def box_iou(pred: Tensor, truth: Tensor) -> Tensor:
 
     Inverted or empty boxes have IoU 0. (torchvision's box_iou is that of all pairs.)
     """
-    top_left = torch.maximum(pred, truth)[:, :2]
+    top_left = torch.maximum(pred, truth)[:, :2]  # (N, 2), of the intersection
     bottom_right = torch.minimum(pred, truth)[:, 2:]
-    overlap = (bottom_right - top_left).clamp(min=0).prod(1)
+    overlap = (bottom_right - top_left).clamp(min=0).prod(1)  # (N,), 0 where they do not meet
     areas = [(boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1) for boxes in (pred, truth)]
     iou = overlap / (areas[0] + areas[1] - overlap)
     return torch.where(overlap == 0, 0, iou)  # NaN stays NaN
@@ -359,6 +366,7 @@ def surface_distances(truth: Tensor, prediction: Tensor, spacing: list[float]) -
 
     Of a volume of one slice, a picture, the surfaces are outlines.
     """
+    # A picture has no neighbours in front and behind; taken as borders they would be surface.
     axes = [axis for axis in range(3) if truth.shape[axis] > 1] or [0]
     box = []  # the part of the volume that holds both: distances do not look beyond it
     for axis in range(3):
@@ -367,15 +375,15 @@ def surface_distances(truth: Tensor, prediction: Tensor, spacing: list[float]) -
         box.append(slice(int(used[0]), int(used[-1]) + 1))
     truth = surface(truth[tuple(box)], axes)
     prediction = surface(prediction[tuple(box)], axes)
-    there = distances_to(truth.nonzero(), prediction, spacing)
-    back = distances_to(prediction.nonzero(), truth, spacing)
-    return torch.cat([there, back])
+    from_truth = distances_to(truth.nonzero(), prediction, spacing)
+    from_prediction = distances_to(prediction.nonzero(), truth, spacing)
+    return torch.cat([from_truth, from_prediction])
 
 
 def surface(mask: Tensor, axes: Sequence[int] = (0, 1, 2)) -> Tensor:
     """Voxels of a bool mask (X, Y, Z) with a face neighbour outside; the border counts as such."""
-    padded = torch.nn.functional.pad(mask, [1] * 6)
-    core = padded.clone()
+    padded = torch.nn.functional.pad(mask, [1] * 6)  # so that roll() brings in False
+    core = padded.clone()  # voxels whose neighbours all belong to the mask
     for axis in axes:
         core &= padded.roll(1, axis) & padded.roll(-1, axis)
     return mask & ~core[1:-1, 1:-1, 1:-1]
@@ -400,12 +408,12 @@ def distances_to(points: Tensor, feature: Tensor, spacing: list[float]) -> Tenso
         lower_envelope(some, steps[2])
     squared = lines.view(feature.shape)
 
-    way = torch.arange(feature.shape[1], dtype=torch.float64) * steps[1]
-    cost = (way[:, None] - way).square()
+    position = torch.arange(feature.shape[1], dtype=torch.float64) * steps[1]  # mm
+    cost = (position[:, None] - position).square()  # (Y, Y): of the way from one to the other
     nearest = []
     for some in points.split(16384):
         x, y, z = some.unbind(1)
-        nearest.append((squared[x, :, z] + cost[y]).amin(1))
+        nearest.append((squared[x, :, z] + cost[y]).amin(1))  # (P, Y) to (P,)
     return torch.cat(nearest).sqrt()
 
 
@@ -413,6 +421,8 @@ def square_along_first(feature: Tensor, step: float) -> Tensor:
     """Squared distance in mm2 to the nearest feature on the line along the first axis, or inf."""
     far = 2**14  # voxels, more than any volume has; int16 is a quarter of the traffic of float64
     index = torch.arange(len(feature), dtype=torch.int16).view(-1, 1, 1)
+    # The last feature before each voxel is the running maximum of the features' indices, and the
+    # next one after it the running minimum from the other end.
     away = index - torch.where(feature, index, -far).cummax(0).values
     after = torch.where(feature, index, far).flip(0).cummin(0).values.flip(0)
     away = torch.minimum(away, after.sub_(index), out=after)
@@ -451,9 +461,9 @@ def bootstrap(
     samples: the ends are NaN.
     """
     number_of = {group: k for k, group in enumerate(dict.fromkeys(groups))}
-    members = torch.tensor([number_of[group] for group in groups])
+    members = torch.tensor([number_of[group] for group in groups])  # (N,) number of the group
     counts = torch.bincount(members, minlength=len(number_of))
-    rows_of = members.argsort(stable=True).split(counts.tolist())
+    rows_of = members.argsort(stable=True).split(counts.tolist())  # of each group
     generator = torch.Generator().manual_seed(seed)
     values = function(torch.arange(len(groups)))
     drawn = []
@@ -468,7 +478,7 @@ def bootstrap(
         finite = sample[sample.isfinite()]
         low = finite.quantile(tail).item() if len(finite) else math.nan
         high = finite.quantile(1 - tail).item() if len(finite) else math.nan
-        if high - low < 1e-12 * max(1.0, abs(high)):
+        if high - low < 1e-12 * max(1.0, abs(high)):  # no two samples differ
             low = math.nan
             high = math.nan
         undefined = len(sample) - len(finite)
@@ -485,8 +495,9 @@ def tail_probability(groups: int) -> float:
     if not 2 <= groups < 20:
         return 0.025
     quantile = float(STUDENT.split()[groups - 2])
+    # The spread of samples of n values is too small by sqrt((n - 1) / n).
     z = quantile * math.sqrt(groups / (groups - 1))
-    return 0.5 * math.erfc(z / math.sqrt(2))
+    return 0.5 * math.erfc(z / math.sqrt(2))  # the normal distribution beyond z
 
 
 def split_by(values: list[str], bands: bool = True) -> dict[str, list[int]]:
@@ -525,7 +536,7 @@ def cut_into_bands(rows_of: dict[str, list[int]]) -> dict[str, list[int]]:
     members = defaultdict(list)  # numbers in each band
     before = 0
     for value, rows in rows_of.items():
-        middle = before + len(rows) / 2
+        middle = before + len(rows) / 2  # of the rows with this number, among all
         members[int(4 * middle / count)].append(value)
         before += len(rows)
     bands = {}
