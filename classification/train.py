@@ -133,12 +133,11 @@ def main(argv: list[str] | None = None) -> None:
             # These four decide all random numbers, so a resumed run draws the same ones.
             rng = np.random.default_rng((args.seed, epoch, step, rank))
             labels = labels.to(device, non_blocking=True)
-            # To the device and augmented: float32 (B, C, S, S)
             images = to_input(images, device, *mean_std, rng, args.augment, args.flip)
             lr = learning_rate(epoch * steps_per_epoch + step - 1, total_steps, args.lr)
             set_learning_rate(optimizer, lr)
             with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
-                logits = train_model(images)  # (B, classes)
+                logits = train_model(images)  # (B, C, S, S) to (B, classes)
             loss = criterion(logits.float(), labels)  # float32, whatever --amp is
             scaler.scale(loss).backward()  # fp16: a larger loss, or small gradients would be 0
             scaler.unscale_(optimizer)  # to clip the true gradients, not the scaled ones
