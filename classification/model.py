@@ -50,7 +50,7 @@ def build_model(
         problem = f"could not fetch the ImageNet weights of {arch} ({error})"
         raise DataError(f"--pretrained: {problem}") from error
     rgb_stem = model.conv1.weight  # (64, 3, 7, 7)
-    if width != 64:
+    if width != 64:  # torchvision builds no other
         narrow(model, width / 64)
     if is_small:
         model.conv1 = nn.Conv2d(channels, width, 3, stride=1, padding=1, bias=False)  # (S, S)
@@ -58,16 +58,16 @@ def build_model(
         model.conv1 = nn.Conv2d(channels, width, 7, stride=2, padding=3, bias=False)  # (S/2, S/2)
     # As torchvision starts its convolutions
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-    if is_small:
+    if is_small:  # pooling would halve the few pixels once more
         model.maxpool = nn.Identity()
-    if pretrained and channels == 3:
+    if pretrained and channels == 3:  # as it was trained
         model.conv1.weight = rgb_stem
     elif pretrained:
         # A gray picture has one value in all three channels: the sum gives the same response.
         gray_stem = rgb_stem.detach().sum(1, keepdim=True)  # (64, 1, 7, 7)
         model.conv1.weight = nn.Parameter(gray_stem)
     features = round(model.fc.in_features * width / 64)  # of the last stage
-    model.fc = nn.Linear(features, num_classes)
+    model.fc = nn.Linear(features, num_classes)  # a new head: ImageNet's has 1000 classes
     return model
 
 
@@ -109,7 +109,7 @@ def class_weights(kind: str, counts: Tensor) -> Tensor:
     with each label: "balanced" then weighs its positives so that they count as much as the others.
     """
     if kind == "balanced" and counts.ndim == 2:
-        return counts[:, 0] / counts[:, 1].clamp(min=1)
+        return counts[:, 0] / counts[:, 1].clamp(min=1)  # a label that nobody has: no division by 0
     if kind == "balanced":
         return counts.sum() / (len(counts) * counts)
     return torch.ones(len(counts))
@@ -123,7 +123,7 @@ def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor, smoothing: fl
     """
     if labels.ndim == 2:
         return multi_label_loss(logits, labels, weights, smoothing)
-    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)  # (B,)
     return (losses * weights[labels]).mean()
 
 
@@ -134,8 +134,8 @@ def multi_label_loss(logits: Tensor, labels: Tensor, weights: Tensor, smoothing:
     of the positives.
     """
     targets = (labels == 1).float() * (1 - smoothing) + smoothing / 2
-    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    weights = torch.where(labels == 1, weights, (labels == 0).float())
+    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")  # (B, C)
+    weights = torch.where(labels == 1, weights, (labels == 0).float())  # (B, C), unknown: 0
     return (losses * weights).mean()
 
 
@@ -150,7 +150,9 @@ def validation_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def to_probabilities(logits: Tensor, meta: dict) -> Tensor:
     """Probabilities (N, C) of classes, which add up to 1, or of several labels, each by itself."""
-    return logits.sigmoid() if is_multi_label(meta) else logits.softmax(1)
+    if is_multi_label(meta):
+        return logits.sigmoid()
+    return logits.softmax(1)
 
 
 def class_activation_maps(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,7 +166,7 @@ def class_activation_maps(model: nn.Module, images: Tensor) -> tuple[Tensor, Ten
     for name, layer in model.named_children():
         if name == "avgpool":  # the pooling and the head are what the maps replace
             break
-        features = layer(features)
-    maps = torch.einsum("bfhw,cf->bchw", features, model.fc.weight)
-    logits = maps.mean((2, 3)) + model.fc.bias
+        features = layer(features)  # at the end (B, F, h, w)
+    maps = torch.einsum("bfhw,cf->bchw", features, model.fc.weight)  # (B, C, h, w)
+    logits = maps.mean((2, 3)) + model.fc.bias  # (B, C), as forward() gives them
     return logits, maps

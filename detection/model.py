@@ -119,9 +119,8 @@ class BoxNet(nn.Module):
         fused = enlarge(fused, sixteenth) + self.lateral[1](sixteenth)
         fused = enlarge(fused, eighth) + self.lateral[0](eighth)  # (B, WIDTH, S / 8, S / 8)
         maps = self.out(self.smooth(fused))  # (B, 4, S / 8, S / 8)
-        return edge_positions(
-            maps.float()
-        )  # in half precision coordinates would be steps of a pixel
+        # In half precision coordinates would be steps of a pixel.
+        return edge_positions(maps.float())  # (B, 4)
 
 
 def enlarge(features: Tensor, like: Tensor) -> Tensor:

@@ -119,9 +119,8 @@ class UNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         skips = []  # the output of each stage on the way down
         for block in self.down:
-            x = block(
-                x
-            )  # (B, widths[k], *S of stage k): halved where strided, odd sizes rounded up
+            # (B, widths[k], *S of stage k): halved where strided, odd sizes rounded up
+            x = block(x)
             skips.append(x)
         for k in reversed(range(len(self.up))):
             skip = skips[k]
