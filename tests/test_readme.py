@@ -31,6 +31,7 @@ def unroll(text: str, most: int = 9) -> str:
         words = words.split()[:most]
         return "\n".join(f"    {command}".replace(f"${name}", word) for word in words)
 
+    text = re.sub(r" *\\\n +", " ", text)  # a command on several lines
     loop = r"^ {4}for (\w+) in ([\w ]+); do\n +(.*)\n {4}done$"
     return re.sub(loop, repeat, text, flags=re.MULTILINE)
 
