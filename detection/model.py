@@ -144,6 +144,11 @@ def edge_positions(maps: Tensor) -> Tensor:
     return torch.stack([xmin, ymin, xmax, ymax], 1)
 
 
+def smooth_l1(pred: Tensor, boxes: Tensor) -> Tensor:
+    """Mean error of boxes (B, 4): squared within 2 % of the image, absolute beyond."""
+    return F.smooth_l1_loss(pred, boxes, beta=0.02)
+
+
 def smooth_l1_giou(pred: Tensor, boxes: Tensor) -> Tensor:
     """Smooth L1 plus 1 - generalized IoU (Rezatofighi et al., CVPR 2019) of boxes (B, 4), a mean.
 
@@ -156,7 +161,7 @@ def smooth_l1_giou(pred: Tensor, boxes: Tensor) -> Tensor:
     hull = area(around)
     tiny = 1e-7  # boxes of size 0
     giou = intersection / (union + tiny) - (hull - union) / (hull + tiny)
-    return F.smooth_l1_loss(pred, boxes, beta=0.02) + (1 - giou).mean()
+    return smooth_l1(pred, boxes) + (1 - giou).mean()
 
 
 def area(sides: Tensor) -> Tensor:

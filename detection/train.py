@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +45,7 @@ from detection.preprocess import DataError, is_raw, progress, run_command
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOSSES = {
     "mse": F.mse_loss,
-    "smooth_l1": partial(F.smooth_l1_loss, beta=0.02),  # 2 % of the image
+    "smooth_l1": network.smooth_l1,
     "smooth_l1_giou": network.smooth_l1_giou,
 }
 LOGGED = ("mean_iou", "iou_75", "mse_224")  # of the metrics, in log.csv

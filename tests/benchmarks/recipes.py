@@ -96,6 +96,7 @@ def read_recipes(task: str) -> list[tuple[str, str]]:
     """
     manual = (ROOT / task / "README.md").read_text(encoding="utf-8")
     recipes = manual.partition("\n## Recipe")[2].partition("\n## Copy it")[0]
+    recipes = recipes.replace("\\\n", "")  # a command over two lines
     return re.findall(rf"^ {{4}}python {task}/(\w+)\.py (.*)$", recipes, re.MULTILINE)
 
 
