@@ -216,15 +216,7 @@ def evaluate_split(
     tables = tabulate(metrics, folds, patients, by, args.samples)
     run = describe_run(args, len(rows))
 
-    # Pictures, the worst first
-    tiles = []
-    dataset = XrayDataset(args.data)
-    for k in iou.argsort()[:WORST].tolist():
-        (image,), _ = dataset[[row_numbers[k]]]  # (1, S, S)
-        caption = [cases[k]["id"], f"IoU {iou[k]:.3f}   green: truth, orange: prediction"]
-        tile = draw_boxes(image[0].numpy(), {TRUTH: boxes[k], PREDICTION: pred[k]}, caption)
-        tiles.append(pil_to_tensor(tile))
-    gallery = to_pil_image(torchvision.utils.make_grid(tiles, nrow=6))
+    gallery = draw_worst(XrayDataset(args.data), row_numbers, cases, pred, boxes)
 
     # Results, in place of earlier ones
     with hold_folder(out):
@@ -445,6 +437,25 @@ def group_by_site(rows: list[dict[str, str]]) -> dict[str, Tensor]:
         for site in sites:
             members[f"_{site}"] = torch.tensor([row["site"] == site for row in rows])
     return members
+
+
+def draw_worst(
+    dataset: XrayDataset,
+    row_numbers: list[int],
+    cases: list[dict],
+    pred: Tensor,
+    boxes: Tensor,
+) -> Image.Image:
+    """The images of the lowest IoU with their boxes (N, 4) in fractions, the worst first."""
+    order = sorted(range(len(cases)), key=lambda k: cases[k]["iou"])
+    tiles = []
+    for k in order[:WORST]:
+        (image,), _ = dataset[[row_numbers[k]]]  # (1, S, S)
+        iou = f"IoU {cases[k]['iou']:.3f}"
+        caption = [cases[k]["id"], f"{iou}   green: truth, orange: prediction"]
+        tile = draw_boxes(image[0].numpy(), {TRUTH: boxes[k], PREDICTION: pred[k]}, caption)
+        tiles.append(pil_to_tensor(tile))
+    return to_pil_image(torchvision.utils.make_grid(tiles, nrow=6))
 
 
 def print_doubtful(cases: list[dict]) -> None:
