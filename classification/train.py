@@ -363,7 +363,7 @@ def wrap_model(
     if world_size > 1:  # backward() then averages the gradients of all processes
         model = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
     if compiled:  # by the first step; the weights stay those of the bare model
-        model = torch.compile(model)
+        model = torch.compile(model, dynamic=False)  # all batches are of one size
     return model
 
 

@@ -1,6 +1,7 @@
 """What a training does at every step and what eval.py makes of its networks, by values."""
 
 import csv
+import functools
 import json
 import math
 import shutil
@@ -57,10 +58,13 @@ def read_metrics(out: Path) -> dict:
 @TASKS
 def test_a_compiled_run_and_a_bare_one_resume_each_other(caches, tmp_path, task, monkeypatch):
     compiled = []
-    compiler = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda model: compiled.append(model) or compiler(model, fullgraph=True)
-    )
+    compiler = functools.partial(torch.compile, fullgraph=True)
+
+    def compile_model(model: torch.nn.Module, **options: bool) -> torch.nn.Module:
+        compiled.append(model)
+        return compiler(model, **options)
+
+    monkeypatch.setattr(torch, "compile", compile_model)
     for first, second in ((["--compile"], []), ([], ["--compile"])):
         out = tmp_path / f"run{len(compiled)}"
         train(task, caches[task], out, "--epochs", "2", "--stop-after", "1", *first)
