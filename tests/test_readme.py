@@ -101,10 +101,13 @@ def test_the_first_command_is_the_training_that_is_tested_below():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task, options, figure, low, picture", [
-    ("classification", "--epochs 7 --channels 16 --lr 2e-3", "auroc", 0.8, "mistakes"),  # of 64
-    ("detection", "--epochs 4 --channels 16", "mean_iou", 0.6, "gallery"),  # of 30 and of 32
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("task", "options", "figure", "low", "picture"),
+    [
+        ("classification", "--epochs 7 --channels 16 --lr 2e-3", "auroc", 0.8, "mistakes"),
+        ("detection", "--epochs 4 --channels 16", "mean_iou", 0.6, "gallery"),
+    ],
+)
 def test_a_training_without_data_names_the_next_command(
     task, options, figure, low, picture, tmp_path
 ):
