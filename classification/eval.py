@@ -522,6 +522,8 @@ def choose_threshold(
     indexes = {checkpoint["settings"]["index"] for checkpoint in checkpoints}
     folds = {checkpoint["settings"]["fold"] for checkpoint in checkpoints}
     has_folds = indexes == {file_sha256(cache / "index.csv")}
+    if args.tune_on and not has_folds:
+        raise DataError(f"--tune-on {cache}: not the cache of the training")
     if len(checkpoints) > 1 and has_folds and len(folds) == 1:
         return tune_threshold(args, args.checkpoint, models, checkpoints, device)
     own = own_thresholds(args, models, checkpoints, device)
@@ -744,9 +746,6 @@ def describe_run(args: argparse.Namespace, count: int) -> dict:
     }
 
 
-# --- pictures ---
-
-
 def describe_labels(meta: dict, tuned: dict | None) -> dict:
     """What metrics.json says of classes and thresholds; `tuned` has a threshold by fold."""
     positive = None if is_multi_label(meta) else positive_class(meta["classes"])
@@ -758,6 +757,9 @@ def describe_labels(meta: dict, tuned: dict | None) -> dict:
     elif tuned:  # several folds have no threshold in common
         described["thresholds_tuned"] = tuned
     return described
+
+
+# --- pictures ---
 
 
 def choose_worst(

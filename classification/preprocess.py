@@ -66,9 +66,9 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-# MB that Pillow keeps for the next image. To ask for fresh memory, and to have it cleared, takes as
-# long for every image as to decode it.
-Image.core.set_blocks_max(64)
+# Blocks, of 16 MiB at the most, that Pillow keeps for the next image. To ask for fresh memory, and
+# to have it cleared, takes as long for every image as to decode it.
+Image.core.set_blocks_max(16)
 
 # ITU-R BT.601, what Pillow uses for convert("L")
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
@@ -1166,9 +1166,6 @@ def positive_class(classes: list[str]) -> str | None:
     return classes[1] if len(classes) == 2 else None
 
 
-# --- read: the loop ---
-
-
 def print_content(
     raw: Path, layout: str, cases: list[Case], classes: list[str], form: str
 ) -> str | None:
@@ -1182,6 +1179,9 @@ def print_content(
     if positive:
         print(f"positive class: {positive}")
     return positive
+
+
+# --- read: the loop ---
 
 
 @contextmanager

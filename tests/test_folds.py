@@ -181,6 +181,9 @@ def test_an_operating_point_is_chosen_on_the_validation_fold(studies, tmp_path):
     with pytest.raises(DataError, match=r"other: not the cache of the training.*--tune-on"):
         evaluate("classification", other, *one, "--out", tmp_path / "no")
     evaluate("classification", other, *one, "--tune-on", cache, "--out", tmp_path / "yes")
+    without_point = ["--checkpoint", one[one.index("--checkpoint") + 1], "--split", "test"]
+    with pytest.raises(DataError, match=r"--tune-on .*other: not the cache of the training"):
+        evaluate("classification", cache, *without_point, "--tune-on", other)
     assert report(tmp_path / "yes")["run"]["threshold_tuned"] == pytest.approx(SCORES[3])
     assert report(tmp_path / "yes")["run"]["n"] == len(images)
 

@@ -28,7 +28,6 @@ from classification.preprocess import (
     percentiles,
     read_image,
 )
-from detection.preprocess import gray_percentiles
 from tests.conftest import read_table
 from tests.test_preprocess import dicom
 
@@ -437,13 +436,6 @@ def test_percentiles_are_those_of_numpy_to_the_last_bit(size):
         falling = -0.3 * numbers + 7  # as a modality LUT may fall
         expected = np.percentile(-0.3 * pixels + 7, percents).tolist()
         assert percentiles(falling, counts, percents).tolist() == expected
-    for picture in (
-        rng.random(size, np.float32),
-        rng.integers(0, 256, size).astype(np.float32) / 255,
-        rng.integers(0, 2, size).astype(np.float32),
-    ):
-        expected = np.percentile(picture, (1, 99)).tolist()
-        assert gray_percentiles(picture[None], (1, 99)).tolist() == expected
 
 
 def gray_jpeg(path: Path, pixels: np.ndarray, **header: object) -> pydicom.Dataset:

@@ -4,14 +4,12 @@
   python tests/benchmarks/inference.py --device cuda --amp bf16 --shape 512 512 160
 
 A 3D U-Net with random weights sees a random volume: what `predict_volume` takes longer than the
-network on as many windows is cutting and adding up. MONAI's sliding_window_inference is timed with
-the same network, windows and weights in the same run, if it is installed. The ways take turns, and
-the fastest run of each counts. Memory is what is needed beyond the result, for a volume and for one
-that is several times as long.
+network on as many windows is cutting and adding up. The two take turns, and the fastest run of each
+counts. Memory is what is needed beyond the result, for a volume and for one that is several times
+as long.
 """
 
 import argparse
-import importlib
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +20,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.benchmarks.training import clear_peak, make_readers_optional, peak_memory
+from segmentation import model as unet
+from tests.benchmarks.training import clear_peak, peak_memory
 
 AMP = {"off": None, "bf16": torch.bfloat16}
 LONGER = 4  # times as long is the second volume
@@ -43,8 +42,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    make_readers_optional()
-    unet = importlib.import_module("segmentation.model")
     device = torch.device(args.device)
     meta = {"channels": ["MRI"], "classes": ["background", "organ"]}
     meta |= {"spacing": [1, 1, 1], "slice_axis": 2}
@@ -70,10 +67,6 @@ def main(argv: list[str] | None = None) -> None:
             torch.cuda.synchronize()
 
     ways = {"network alone": network_alone, "predict_volume": here}
-    try:
-        ways["MONAI"] = by_monai(unet.predict_batch, model, image, args, device)
-    except ImportError:
-        print("MONAI: not installed")
     best = time_in_turn(ways, args.repeat)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {windows} windows")
     for name, (wall, cpu) in best.items():
@@ -90,34 +83,6 @@ def main(argv: list[str] | None = None) -> None:
         need = peak_memory() - before - result.nbytes / 2**20
         del result
         print(f"memory beyond the result, {times} x the volume: {need:.0f} MB")
-
-
-def by_monai(
-    predict_batch: Callable,
-    model: torch.nn.Module,
-    image: np.ndarray,
-    args: argparse.Namespace,
-    device: torch.device,
-) -> Callable[[], Tensor]:
-    from monai.inferers import sliding_window_inference
-
-    @torch.no_grad()
-    def predict() -> Tensor:
-        volume = torch.from_numpy(image)[None].float()
-        found = sliding_window_inference(
-            volume,
-            args.patch,
-            args.batch_size,
-            lambda batch: predict_batch(model, batch, AMP[args.amp], False),
-            overlap=0.5,
-            mode="gaussian",
-            sigma_scale=0.125,
-            sw_device=device,
-            device=torch.device("cpu"),
-        )
-        return found[0].half()
-
-    return predict
 
 
 def time_in_turn(ways: dict[str, Callable], repeat: int) -> dict[str, tuple[float, float]]:

@@ -24,10 +24,9 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from unittest.mock import MagicMock, patch
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -36,9 +35,6 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-# Nothing here reads DICOM or NIfTI files: a GPU machine may be without the packages for them.
-READERS = ("pydicom", "pydicom.encaps", "pydicom.pixels", "pydicom.uid")
-READERS += ("nibabel", "nibabel.orientations", "nibabel.spatialimages")
 SIZE = 224  # pixels per side of an image
 VOLUME = (128, 128, 80)  # voxels; the default patch in 3D is 57 x 57 x 80
 TRAININGS = {
@@ -71,7 +67,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    make_readers_optional()
     print(describe_machine(args), flush=True)
     for name in args.only:
         task, options = TRAININGS[name]
@@ -87,12 +82,6 @@ def main(argv: list[str] | None = None) -> None:
             report(name, train, command, batch_size)
             if args.waits:
                 count_waits(name, train, command)
-
-
-def make_readers_optional() -> None:
-    """Let the scripts be imported where the packages that read medical files are missing."""
-    missing = [name for name in READERS if find_spec(name.split(".")[0]) is None]
-    sys.modules.update({name: MagicMock() for name in missing})
 
 
 def describe_machine(args: argparse.Namespace) -> str:
