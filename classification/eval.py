@@ -194,7 +194,8 @@ def load_models(paths: list[Path], device: torch.device) -> tuple[list[nn.Module
                 f"settings {settings['amp']} {settings['arch']} {width}, of no run of train.py"
             )
             raise CheckpointError(f"{path}: {problem}")
-        check_threshold(checkpoint.get("threshold"), meta, path)
+        if settings["fold"] >= 0:  # -1: trained on all folds, no images to choose one on
+            check_threshold(checkpoint.get("threshold"), meta, path)
         # Without pretrained weights, which the checkpoint replaces
         channels = meta.get("channels", 1)
         count = len(meta["classes"])
@@ -250,8 +251,6 @@ def evaluate_split(
     meta = checkpoints[0]["meta"]
     classes = meta["classes"]
     multi_label = is_multi_label(meta)
-    if args.operating_point and len(classes) != 2 and not multi_label:
-        raise DataError(f"--operating-point: found {len(classes)} classes, expected two or labels")
     rows_by_fold = choose_rows(args.data, args.split, args.checkpoint, checkpoints)
     row_numbers = list(chain.from_iterable(rows_by_fold.values()))
     index = read_index(args.data)
@@ -261,7 +260,7 @@ def evaluate_split(
     predictions = decide(probabilities, multi_label)
     thresholds = None  # of every image, float64 (N,), or (N, C) for several labels
     tuned = None  # threshold, or one of each label, by fold
-    if multi_label or len(classes) == 2:
+    if can_tune(args, checkpoints):
         tuned = choose_thresholds(args, rows_by_fold, models, checkpoints, device)
         thresholds = torch.tensor([tuned[row["fold"]] for row in rows], dtype=torch.float64)
     cases = list_cases(rows, args.split, classes, labels, probabilities, predictions)
@@ -309,6 +308,8 @@ def choose_rows(
     folds = ["test"]
     if split == "val":
         left_out = {checkpoint["settings"]["fold"] for checkpoint in checkpoints}
+        if -1 in left_out:
+            raise DataError("a checkpoint left no fold out (--fold -1); use --split test")
         folds = [str(fold) for fold in sorted(left_out)]
         sha256 = file_sha256(cache / "index.csv")
         if any(checkpoint["settings"]["index"] != sha256 for checkpoint in checkpoints):
@@ -471,6 +472,23 @@ def decide(probabilities: Tensor, multi_label: bool) -> Tensor:
     if probabilities.shape[1] == 2:
         return (probabilities[:, 1] >= 0.5).long()  # argmax would make 0.5 negative
     return probabilities.argmax(1)
+
+
+def can_tune(args: argparse.Namespace, checkpoints: list[dict]) -> bool:
+    """Whether there is a threshold to choose, and a validation fold to choose it on.
+
+    Raises DataError if --operating-point asks for one and there is not.
+    """
+    meta = checkpoints[0]["meta"]
+    found = None
+    if len(meta["classes"]) != 2 and not is_multi_label(meta):
+        found = f"{len(meta['classes'])} classes, expected two or labels"
+    elif any(checkpoint["settings"]["fold"] < 0 for checkpoint in checkpoints):
+        found = "a checkpoint without validation images (--fold -1) to choose a threshold on"
+        print("note: no tuned threshold: a checkpoint was trained on all folds")
+    if found and args.operating_point:
+        raise DataError(f"--operating-point: found {found}")
+    return found is None
 
 
 def choose_thresholds(

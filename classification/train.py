@@ -6,8 +6,9 @@
   torchrun --nproc-per-node 4 classification/train.py --data data/rsna
 
 --data is a cache of preprocess.py, or raw data that get one: fold K is the validation set,
-the others are the training set. Written to --out: last.pt, best.pt, log.csv, log.png. On a CPU, the
-same settings and numbers of processes and threads give bit-identical weights.
+the others are the training set. With --fold -1 all are, and nothing is validated. Written to
+--out: last.pt, best.pt, log.csv, log.png. On a CPU, the same settings and numbers of processes and
+threads give bit-identical weights.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("data").add_argument
     add("--data", type=Path, help="a cache of preprocess.py, or raw data (default: synthetic)")
     add("--out", type=Path, default=Path("runs/classification"), help="(default: %(default)s)")
-    add("--fold", type=within(int, 0, 4), default=0, help="validation fold (default: %(default)s)")
+    add("--fold", type=within(int, -1, 4), default=0, help="to validate on, -1: none (default: 0)")
     add("--workers", type=within(int, 0), default=2, help="loading processes (default: 2)")
     add = parser.add_argument_group("training").add_argument
     add("--arch", choices=ARCHITECTURES, default="resnet18", help="(default: %(default)s)")
@@ -121,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
         run.claim(args, settings)
         run.trained_on = run.trained_on or record_training(cache, args.fold, init)
         print_setup(settings, dataset.describe_counts(counts, meta), device)
-    saved = {"task": "classification", "meta": meta, "settings": settings}
+    saved = {"task": "classification", "meta": meta, "settings": settings, "figures": {}}
     train_model = wrap_model(model, device, world_size, args.compile)
 
     for epoch in range(run.epoch, min(args.epochs, args.stop_after or args.epochs)):
@@ -152,17 +153,18 @@ def main(argv: list[str] | None = None) -> None:
 
         # Validation on the whole fold, shared out among the processes
         train_loss = mean_over_processes(loss_sum, steps_per_epoch, world_size, epoch)
-        logits, labels = evaluate(model, val_loader, device, args.amp, *mean_std)
-        check_finite(logits, f"epoch {epoch + 1}")
-        probabilities = network.to_probabilities(logits, meta)  # (N, classes)
-        metrics = classification_metrics(labels, probabilities, names=meta["classes"])
-        if is_main:
-            row = {"epoch": epoch + 1, "lr": lr, "train_loss": train_loss}
+        row = {"epoch": epoch + 1, "lr": lr, "train_loss": train_loss}
+        if args.fold >= 0:
+            logits, labels = evaluate(model, val_loader, device, args.amp, *mean_std)
+            check_finite(logits, f"epoch {epoch + 1}")
+            probabilities = network.to_probabilities(logits, meta)  # (N, classes)
+            metrics = classification_metrics(labels, probabilities, names=meta["classes"])
             row |= {"val_loss": network.validation_loss(logits, labels).item()}
             row |= {f"val_{name}": metrics[name] for name in LOGGED}
-            row |= {"seconds": time.perf_counter() - start}
             saved |= {"figures": metrics, "threshold": best_threshold(labels, probabilities)}
-            run.save(row, metrics["auroc"], saved, model, optimizer, scaler)
+        if is_main:
+            row |= {"seconds": time.perf_counter() - start}
+            run.save(row, saved["figures"].get("auroc"), saved, model, optimizer, scaler)
     finish(run, cache, is_main, world_size)
 
 
@@ -284,6 +286,8 @@ def load_data(
     train_rows, val_rows = split_rows(index, args.fold)
     counts = {}
     for side, row_numbers in (("training", train_rows), ("validation", val_rows)):
+        if side == "validation" and args.fold < 0:
+            continue
         counts[side] = dataset.count_labels([index[k] for k in row_numbers], meta)
         note = dataset.check_counts(counts[side], meta, f"{cache}: fold {args.fold}", side)
         if note and rank == 0:
@@ -464,8 +468,10 @@ def finish(run: Run, cache: Path, is_main: bool, world_size: int) -> None:
         dist.destroy_process_group()
     if is_main:
         checkpoint.unlock_folder(run.lock)
-        best = f"--checkpoint {run.out}/best.pt"
-        print(f"next: python classification/eval.py --data {cache} {best} --split val")
+        # Without validation no epoch is known to be the best, and no images are left out.
+        name, split = ("best.pt", "val") if run.best_epoch else ("last.pt", "test")
+        words = f"--data {cache} --checkpoint {run.out}/{name} --split {split}"
+        print(f"next: python classification/eval.py {words}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ except ImportError:  # Windows
 
 
 # Settings that older checkpoints lack, and what they were without a word
-OLDER_SETTINGS = {"freeze": False, "channels": 64}
+OLDER_SETTINGS = {"freeze": False, "channels": 64, "validate_every": 1}
 BACKBONE = "backbone."  # prefix of the ResNet's weights in detection, which classification lacks
 
 # log.png, in pixels of twice its final size
@@ -104,9 +104,10 @@ def write_json(path: Path, values: dict) -> None:
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    """Write rows with the columns of the first one."""
+    """Write rows with the columns of all; what a row lacks stays empty."""
+    columns = {name: None for row in rows for name in row}  # a dict keeps their order
     with written(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
 
@@ -298,7 +299,7 @@ class Run:
     def save(
         self,
         row: dict,
-        score: float,
+        score: float | None,
         contents: dict,
         model: nn.Module,
         optimizer: Optimizer,
@@ -306,8 +307,9 @@ class Run:
     ) -> None:
         """Print and log an epoch; write best.pt if its score is the best so far, then last.pt.
 
-        On a tie keep the later epoch, whose learning rate is lower. In this order a crash leaves a
-        last.pt that is older than best.pt, and never one whose best.pt is missing.
+        `score` is None without validation. On a tie keep the later epoch, whose learning rate is
+        lower. In this order a crash leaves a last.pt that is older than best.pt, and never one
+        whose best.pt is missing.
         """
         if sys.stdout.isatty():
             print("\r\033[K", end="")  # the line of progress makes room
@@ -321,12 +323,15 @@ class Run:
             "frozen": [name for name, w in model.named_parameters() if not w.requires_grad],
         }
         last = self.out / "last.pt"
-        if score >= self.best:
+        best = self.out / "best.pt"
+        if score is not None and score >= self.best:
             self.best = score
             self.best_epoch = self.epoch
-            save_checkpoint(self.out / "best.pt", contents)
-        if self.epoch == 1:
-            last.unlink(missing_ok=True)  # of a run that is replaced: its best.pt is gone now
+            save_checkpoint(best, contents)
+        if self.epoch == 1:  # what a run that is replaced has left
+            last.unlink(missing_ok=True)
+            if not self.best_epoch:
+                best.unlink(missing_ok=True)
         contents |= {
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
@@ -478,7 +483,8 @@ def restore_state(
         message = f"epoch {epoch} and a log of {rows} epochs, expected one row for each epoch"
         raise CheckpointError(f"{path}: {message}")
     # Older checkpoints do not say how large the arrays were: taken to be as large as now.
-    unsaid = OLDER_SETTINGS | {"array_bytes": settings["array_bytes"]}
+    unsaid = {name: value for name, value in OLDER_SETTINGS.items() if name in settings}
+    unsaid |= {"array_bytes": settings["array_bytes"]}
     check_settings(unsaid | checkpoint["settings"], settings, path)
     check_settings(checkpoint["meta"], meta, path)
     load_weights(model, checkpoint, path)
@@ -502,31 +508,37 @@ def restore_state(
 def draw_log(log: list[dict], score: str, best: int) -> Image.Image:
     """Loss and score by epoch, side by side, of the rows of log.csv; the best epoch is marked.
 
-    `score` is a column, `best` an epoch, or 0 for none. What is not finite leaves a gap.
+    `score` is a column, `best` an epoch, or 0 for none. What is not finite leaves a gap; lines go
+    on over epochs without validation. Without any there is no second panel.
     """
-    picture = Image.new("RGB", (2 * PANEL[0], PANEL[1]), "white")
+    panels = 2 if any(score in row for row in log) else 1
+    picture = Image.new("RGB", (panels * PANEL[0], PANEL[1]), "white")
     draw = ImageDraw.Draw(picture)
     losses = {}
     for name, column in {"training": "train_loss", "validation": "val_loss"}.items():
         if column in log[0]:  # segmentation validates by scores alone
-            losses[name] = [row.get(column, math.nan) for row in log]
+            losses[name] = [row.get(column) for row in log]
     draw_curves(draw, 0, "loss", losses, best)
-    scores = [row.get(score, math.nan) for row in log]
-    title = score.removeprefix("val_").replace("_", " ")
-    draw_curves(draw, PANEL[0], title, {"validation": scores}, best)
+    if panels == 2:
+        title = score.removeprefix("val_").replace("_", " ")
+        scores = {"validation": [row.get(score) for row in log]}
+        draw_curves(draw, PANEL[0], title, scores, best)
     return picture.reduce(2)  # Pillow's lines are smooth only if drawn larger
 
 
 def draw_curves(
-    draw: ImageDraw.ImageDraw, x: int, title: str, curves: dict[str, list[float]], best: int
+    draw: ImageDraw.ImageDraw, x: int, title: str, curves: dict[str, list], best: int
 ) -> None:
-    """One panel, whose left side is at `x`: a grid with numbers, a legend, and the curves."""
+    """One panel, whose left side is at `x`: a grid with numbers, a legend, and the curves.
+
+    A curve has a number for each epoch, or None for one without validation.
+    """
     left = x + 130  # ends of the horizontal axis
     right = x + PANEL[0] - 40
     epochs = len(next(iter(curves.values())))
     finite = []
     for values in curves.values():
-        finite += [value for value in values if math.isfinite(value)]
+        finite += [value for value in values if value is not None and math.isfinite(value)]
     finite = finite or [0.0]
     # A loss that falls to a tenth is a corner on a linear axis.
     is_log = title == "loss" and 0 < 10 * min(finite) < max(finite)
@@ -584,11 +596,12 @@ def mark_best(draw: ImageDraw.ImageDraw, at: float, text: str, is_left: bool) ->
     draw.text((beside, TOP - 18), text, "#666666", small_font(), anchor)
 
 
-def draw_legend(draw: ImageDraw.ImageDraw, right: float, curves: dict[str, list[float]]) -> None:
+def draw_legend(draw: ImageDraw.ImageDraw, right: float, curves: dict[str, list]) -> None:
     """Name, colour and last value of each curve, from right to left."""
     at = right
     for name, values in reversed(curves.items()):
-        text = f"{name} {values[-1]:.4g}"
+        last = [value for value in values if value is not None][-1]
+        text = f"{name} {last:.4g}"
         draw.text((at, 44), text, CURVE[name], small_font(), anchor="rm")
         at -= draw.textlength(text, small_font()) + 20
         draw.line((at - 40, 44, at, 44), CURVE[name], 6)
@@ -596,14 +609,17 @@ def draw_legend(draw: ImageDraw.ImageDraw, right: float, curves: dict[str, list[
 
 
 def draw_curve(
-    draw: ImageDraw.ImageDraw, place: Callable, values: list[float], colour: str
+    draw: ImageDraw.ImageDraw, place: Callable, values: list[float | None], colour: str
 ) -> None:
     """A line through the finite values, with dots if they are few.
 
-    `place(epoch, value)` gives their pixels. A value that is not finite interrupts the line.
+    `place(epoch, value)` gives their pixels. A value that is not finite interrupts the line, None
+    does not.
     """
     points = []  # since the last gap
     for epoch, value in enumerate([*values, math.nan], 1):  # the gap at the end draws the last part
+        if value is None:
+            continue
         if math.isfinite(value):
             points.append(place(epoch, value))
             continue

@@ -240,6 +240,8 @@ def choose_rows(
     folds = ["test"]
     if split == "val":
         left_out = {checkpoint["settings"]["fold"] for checkpoint in checkpoints}
+        if -1 in left_out:
+            raise DataError("a checkpoint left no fold out (--fold -1); use --split test")
         folds = [str(fold) for fold in sorted(left_out)]
         sha256 = file_sha256(cache / "index.csv")
         if any(checkpoint["settings"]["index"] != sha256 for checkpoint in checkpoints):

@@ -6,8 +6,9 @@
   torchrun --nproc-per-node 4 detection/train.py --data data/heart
 
 --data is a cache of preprocess.py, or raw data that get one: fold K is the validation set,
-the others are the training set. Written to --out: last.pt, best.pt, log.csv, log.png. On a CPU, the
-same settings and numbers of processes and threads give bit-identical weights.
+the others are the training set. With --fold -1 all are, and nothing is validated. Written to
+--out: last.pt, best.pt, log.csv, log.png. On a CPU, the same settings and numbers of processes and
+threads give bit-identical weights.
 """
 
 import argparse
@@ -60,7 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("data").add_argument
     add("--data", type=Path, help="a cache of preprocess.py, or raw data (default: synthetic)")
     add("--out", type=Path, default=Path("runs/detection"), help="(default: %(default)s)")
-    add("--fold", type=within(int, 0, 4), default=0, help="validation fold (default: %(default)s)")
+    add("--fold", type=within(int, -1, 4), default=0, help="to validate on, -1: none (default: 0)")
     add("--workers", type=within(int, 0), default=2, help="loading processes (default: 2)")
     add = parser.add_argument_group("training").add_argument
     add("--arch", choices=ARCHITECTURES, default="resnet18", help="(default: %(default)s)")
@@ -124,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
         run.claim(args, settings)
         run.trained_on = run.trained_on or record_training(cache, args.fold, init)
         print_setup(settings, f"{count} training images", device)
-    saved = {"task": "detection", "meta": meta, "settings": settings}
+    saved = {"task": "detection", "meta": meta, "settings": settings, "figures": {}}
     train_model = wrap_model(model, device, world_size, args.compile)
 
     for epoch in range(run.epoch, min(args.epochs, args.stop_after or args.epochs)):
@@ -155,16 +156,17 @@ def main(argv: list[str] | None = None) -> None:
 
         # Validation on the whole fold, shared out among the processes
         train_loss = mean_over_processes(loss_sum, steps_per_epoch, world_size, epoch)
-        pred, boxes = evaluate(model, val_loader, device, args.amp, *mean_std)
-        check_finite(pred, f"epoch {epoch + 1}")
-        metrics = detection_metrics(pred, boxes)
-        if is_main:
-            row = {"epoch": epoch + 1, "lr": lr, "train_loss": train_loss}
+        row = {"epoch": epoch + 1, "lr": lr, "train_loss": train_loss}
+        if args.fold >= 0:
+            pred, boxes = evaluate(model, val_loader, device, args.amp, *mean_std)
+            check_finite(pred, f"epoch {epoch + 1}")
+            metrics = detection_metrics(pred, boxes)
             row |= {"val_loss": LOSSES[args.loss](pred, boxes).item()}
             row |= {f"val_{name}": metrics[name] for name in LOGGED}
-            row |= {"seconds": time.perf_counter() - start}
             saved |= {"figures": metrics}
-            run.save(row, metrics["mean_iou"], saved, model, optimizer, scaler)
+        if is_main:
+            row |= {"seconds": time.perf_counter() - start}
+            run.save(row, saved["figures"].get("mean_iou"), saved, model, optimizer, scaler)
     finish(run, cache, is_main, world_size)
 
 
@@ -283,7 +285,7 @@ def load_data(
         meta |= {"mean": network.PRETRAINED_MEAN, "std": network.PRETRAINED_STD}
     train_rows, val_rows = split_rows(index, args.fold)
     for side, row_numbers in (("training", train_rows), ("validation", val_rows)):
-        if not row_numbers:
+        if not row_numbers and (side == "training" or args.fold >= 0):
             raise DataError(f"{cache}: fold {args.fold} leaves no {side} images")
     batches = dataset.EpochBatches(train_rows, args.batch_size, args.seed, rank, world_size)
     if len(batches) == 0:
@@ -456,8 +458,10 @@ def finish(run: Run, cache: Path, is_main: bool, world_size: int) -> None:
         dist.destroy_process_group()
     if is_main:
         checkpoint.unlock_folder(run.lock)
-        best = f"--checkpoint {run.out}/best.pt"
-        print(f"next: python detection/eval.py --data {cache} {best} --split val")
+        # Without validation no epoch is known to be the best, and no images are left out.
+        name, split = ("best.pt", "val") if run.best_epoch else ("last.pt", "test")
+        words = f"--data {cache} --checkpoint {run.out}/{name} --split {split}"
+        print(f"next: python detection/eval.py {words}")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@
   torchrun --nproc-per-node 4 segmentation/train.py --data data/hippocampus
 
 --data is a cache of preprocess.py, or raw data that get one: fold K is the validation set,
-the others are the training set. Written to --out: last.pt, best.pt, log.csv, log.png. On a CPU, the
-same settings and numbers of processes and threads give bit-identical weights.
+the others are the training set. With --fold -1 all are, and nothing is validated. Written to
+--out: last.pt, best.pt, log.csv, log.png. On a CPU, the same settings and numbers of processes and
+threads give bit-identical weights.
 """
 
 import argparse
@@ -51,7 +52,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("data").add_argument
     add("--data", type=Path, help="a cache of preprocess.py, or raw data (default: synthetic)")
     add("--out", type=Path, default=Path("runs/segmentation"), help="(default: %(default)s)")
-    add("--fold", type=within(int, 0, 4), default=0, help="validation fold (default: %(default)s)")
+    add("--fold", type=within(int, -1, 4), default=0, help="to validate on, -1: none (default: 0)")
+    add("--validate-every", type=within(int, 1), default=1, metavar="N", help="epochs (default: 1)")
     add("--workers", type=within(int, 0), default=2, help="loading processes (default: 2)")
     add = parser.add_argument_group("training").add_argument
     add("--dims", type=int, choices=(2, 3), default=2, help="slices or volumes (default: 2)")
@@ -116,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
         run.trained_on = run.trained_on or record_training(cache, args.fold, init)
         sizes = f"{steps_per_epoch} steps an epoch, {len(val_names)} to validate"
         print_setup(settings, sizes, device)
-    saved = {"task": "segmentation", "meta": meta, "settings": settings}
+    saved = {"task": "segmentation", "meta": meta, "settings": settings, "figures": {}}
     train_model = wrap_model(model, device, world_size, args.compile)
 
     for epoch in range(run.epoch, min(args.epochs, args.stop_after or args.epochs)):
@@ -147,15 +149,17 @@ def main(argv: list[str] | None = None) -> None:
 
         # Validation on the whole fold, shared out among the processes
         train_loss = mean_over_processes(loss_sum, steps_per_epoch, world_size, epoch)
-        train_seconds = time.perf_counter() - start
-        scores = evaluate(model, cache, val_names, device, settings, meta)
-        metrics = dice_metrics(scores, meta["classes"])
-        if is_main:
-            row = {"epoch": epoch + 1, "lr": lr, "train_loss": train_loss}
+        row = {"epoch": epoch + 1, "lr": lr, "train_loss": train_loss}
+        row |= {"train_seconds": time.perf_counter() - start}
+        saved |= {"figures": {}}  # of this epoch alone
+        if validates(args, epoch):
+            scores = evaluate(model, cache, val_names, device, settings, meta)
+            metrics = dice_metrics(scores, meta["classes"])
             row |= {f"val_{name}": value for name, value in metrics.items()}
-            row |= {"train_seconds": train_seconds, "seconds": time.perf_counter() - start}
             saved |= {"figures": metrics}
-            run.save(row, score_of(metrics), saved, model, optimizer, scaler)
+        if is_main:
+            row |= {"seconds": time.perf_counter() - start}
+            run.save(row, score_of(saved["figures"]), saved, model, optimizer, scaler)
     finish(run, cache, is_main, world_size)
 
 
@@ -270,7 +274,7 @@ def load_data(cache: Path, fold: int) -> tuple[dict, list[int], list[str]]:
     meta = {name: meta[name] for name in META if name in meta}
     train_rows, val_rows = split_rows(index, fold)
     for side, row_numbers in (("training", train_rows), ("validation", val_rows)):
-        if not row_numbers:
+        if not row_numbers and (side == "training" or fold >= 0):
             raise DataError(f"{cache}: fold {fold} leaves no {side} cases")
         for row_number in row_numbers:
             dataset.check_case(cache, index[row_number]["id"], meta)
@@ -418,6 +422,12 @@ def mean_over_processes(
     return check_loss(loss_sum.item() / (steps_per_epoch * world_size), epoch)
 
 
+def validates(args: argparse.Namespace, epoch: int) -> bool:
+    """Whether this epoch, counted from 0, ends with a validation: the last one always does."""
+    done = epoch + 1
+    return args.fold >= 0 and (done % args.validate_every == 0 or done == args.epochs)
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -461,9 +471,13 @@ def evaluate(
     return torch.stack([scores[name] for name in names])
 
 
-def score_of(metrics: dict[str, float]) -> float:
-    """What best.pt is chosen by; NaN: no mask has any structure and rightly none was found."""
-    return 1.0 if math.isnan(metrics["dice"]) else metrics["dice"]
+def score_of(metrics: dict[str, float]) -> float | None:
+    """What best.pt is chosen by; None without validation.
+
+    NaN: no mask has any structure and rightly none was found.
+    """
+    dice = metrics.get("dice")
+    return 1.0 if dice is not None and math.isnan(dice) else dice
 
 
 def finish(run: Run, cache: Path, is_main: bool, world_size: int) -> None:
@@ -473,8 +487,10 @@ def finish(run: Run, cache: Path, is_main: bool, world_size: int) -> None:
         dist.destroy_process_group()
     if is_main:
         checkpoint.unlock_folder(run.lock)
-        best = f"--checkpoint {run.out}/best.pt"
-        print(f"next: python segmentation/eval.py --data {cache} {best} --split val")
+        # Without validation no epoch is known to be the best, and no images are left out.
+        name, split = ("best.pt", "val") if run.best_epoch else ("last.pt", "test")
+        words = f"--data {cache} --checkpoint {run.out}/{name} --split {split}"
+        print(f"next: python segmentation/eval.py {words}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from classification.preprocess import DataError
 from common.checkpoint import (
@@ -434,3 +435,55 @@ def test_by_refuses_columns_that_are_none_or_no_groups(studies, tmp_path, task, 
     with pytest.raises(SystemExit):
         parse = module(task, "eval").parse_args
         parse(["--checkpoint", "best.pt", "--images", "a.png", "--by", "sex"])
+
+
+# --- trainings without a fold to validate on, or not after every epoch ---
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_training_on_all_folds_leaves_out_the_test_set_alone(task, studies, tmp_path, capsys):
+    cache, _ = studies[task]
+    run = tmp_path / "run"
+    train(task, cache, run)  # the run that goes leaves a best.pt
+    capsys.readouterr()
+    train(task, cache, run, "--fold", "-1", "--epochs", "2", "--overwrite")
+    command = f"next: python {task}/eval.py --data {cache} --checkpoint {run}/last.pt --split test"
+    assert command in capsys.readouterr().out
+    assert not (run / "best.pt").exists()
+    rows = [k for k, row in enumerate(read_rows(cache)) if row["fold"] != "test"]
+    expected = list_trained_on(*module(task, "dataset").fingerprints(cache, rows))
+    assert load_checkpoint(run / "last.pt")["trained_on"] == expected
+    assert not any(name.startswith("val_") for name in read_table(run / "log.csv")[1])
+    assert Image.open(run / "log.png").size == (500, 400)  # the loss alone
+
+    last = ("--checkpoint", run / "last.pt")
+    error = module(task, "preprocess").DataError
+    with pytest.raises(error, match=r"left no fold out \(--fold -1\); use --split test"):
+        evaluate(task, cache, *last)
+    evaluate(task, cache, *last, "--split", "test")
+    assert not any(name.endswith("_tuned") for name in report(run / "eval_test")["summary"])
+    if task == "classification":
+        assert "note: no tuned threshold" in capsys.readouterr().out
+        with pytest.raises(DataError, match="--operating-point: found a checkpoint without"):
+            evaluate(task, cache, *last, "--split", "test", "--operating-point", "sensitivity=0.9")
+
+
+def test_a_validation_every_other_epoch_changes_no_weight(studies, tmp_path):
+    cache, _ = studies["segmentation"]
+    train("segmentation", cache, tmp_path / "each", "--epochs", "5")
+    options = ("--epochs", "5", "--validate-every", "2")
+    train("segmentation", cache, tmp_path / "other", *options, "--stop-after", "3")
+    assert load_checkpoint(tmp_path / "other" / "last.pt")["figures"] == {}
+    train("segmentation", cache, tmp_path / "other", *options, "--resume")
+
+    each, other = (load_checkpoint(tmp_path / name / "last.pt") for name in ("each", "other"))
+    for name, weight in each["model"].items():
+        assert torch.equal(weight, other["model"][name])
+    assert each["figures"] == other["figures"]
+    scores = [row["val_dice"] for row in each["log"]]
+    seen = [row.get("val_dice") for row in other["log"]]
+    assert seen == [None, scores[1], None, scores[3], scores[4]]
+    best = load_checkpoint(tmp_path / "other" / "best.pt")
+    assert best["figures"]["dice"] == max(score for score in seen if score is not None)
+    written = [row["val_dice"] for row in read_table(tmp_path / "other" / "log.csv")]
+    assert [text == "" for text in written] == [True, False, True, False, False]

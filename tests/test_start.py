@@ -404,6 +404,14 @@ def test_the_picture_shows_each_value_where_it_belongs():
     before = [picture.getpixel((700, y)) for y in range(100, 340)]
     assert sum(max(pixel) < 200 for pixel in dashes) > 100 > sum(max(p) < 200 for p in before)
     draw_log([{"train_loss": math.nan, "val_dice": math.nan}], "val_dice", 0)
+    rows = [{"train_loss": 2.0}, {"train_loss": 1.5}]
+    assert draw_log(rows, "val_dice", 0).size == (500, 400)
+    # Scores of the epochs 2 and 4 are joined: epoch 3, which was not validated, is no gap.
+    rows = [{"train_loss": 2.0} for _ in range(4)]
+    rows[1] |= {"val_dice": 0.0}
+    rows[3] |= {"val_dice": 1.0}
+    picture = draw_log(rows, "val_dice", 4)
+    assert picture.getpixel((500 + round(65 + 415 * 2 / 3), 205)) == red
 
 
 @TASKS
