@@ -41,6 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--only", nargs="+", default=[""], metavar="WORD", help="caches with a WORD in their name")
     add("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="(default: all five)")
     add("--seeds", type=int, nargs="+", default=[0], help="(default: 0)")
+    add("--amp", help="of trainings whose command does not say it, such as bf16")
     add("--jobs", type=int, default=1, help="trainings at a time (default: %(default)s)")
     add("--threads", type=int, help="of each training (default: the cores, divided by --jobs)")
     add("--out", type=Path, default=ROOT / "runs" / "recipes", help="(default: runs/recipes)")
@@ -74,7 +75,8 @@ def main(argv: list[str] | None = None) -> None:
     for words in usable:
         for seed in args.seeds:
             for fold in args.folds:
-                trainings.append(command(args.task, "train", repeat(words, fold, seed)))
+                options = repeat(words, fold, seed, args.amp)
+                trainings.append(command(args.task, "train", options))
     run_all(trainings, args.jobs, args.out)
 
     lines = []
@@ -127,12 +129,14 @@ def command(task: str, script: str, words: list[str]) -> list[str]:
     return [sys.executable, str(ROOT / task / f"{script}.py"), *words]
 
 
-def repeat(words: list[str], fold: int, seed: int) -> list[str]:
+def repeat(words: list[str], fold: int, seed: int, amp: str | None = None) -> list[str]:
     """The options of a training for another fold and seed, in a folder of its own."""
     run = value_of(words, "--out")
     out = name_run(run, fold, seed)
     words = [out if word == run else word for word in words]
     words += ["--fold", str(fold), "--seed", str(seed)]
+    if amp and "--amp" not in words:
+        words += ["--amp", amp]
     return [*words, "--resume"] if (Path(out) / "last.pt").exists() else words
 
 
