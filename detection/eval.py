@@ -11,6 +11,7 @@ of the original images, and gallery.png with the worst boxes first. New images: 
 every image with its box. The boxes of several checkpoints are averaged; those of several folds
 predict the fold that they left out each, and the metrics are of all these images together. Batch
 size and mixed precision are those of the run, so that the score it printed comes out again.
+--calibrate CACHE shifts all boxes by their mean offset on some labelled images of the new site.
 
 In the shapes below N is the number of images, S their side in pixels. Boxes are xmin, ymin, xmax,
 ymax in fractions of the image unless they are said to be in pixels.
@@ -40,6 +41,7 @@ from common.checkpoint import (
     count_trained_on,
     file_sha256,
     hold_folder,
+    list_trained_on,
     load_run,
     load_weights,
     write_csv,
@@ -86,6 +88,7 @@ TILE = 384  # pixels of one picture in a gallery
 MOST_VALUES = 50  # of a column of --by
 OVERLAYS = 100  # pictures of new images: the first ones
 WORST = 24  # pictures in gallery.png
+FEWEST = 5  # images of --calibrate: with fewer the offset is mostly noise
 DOUBTFUL = 0.5  # IoU below which a label may be that of something else
 # What a split leaves in --out; metrics.json is written last.
 RESULTS = ("metrics.json", "predictions.csv", "gallery.png")
@@ -103,6 +106,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--split", choices=("val", "test"), default="val", help=split)
     images = "new images without boxes: files and folders"
     add("--images", type=Path, nargs="+", metavar="PATH", help=images)
+    add("--calibrate", type=Path, metavar="CACHE", help="a few labelled images of the new site")
     by = "metrics for each value of a column of index.csv, such as fold"
     add("--by", metavar="COLUMN", help=by)
     out = "(default: eval_val, eval_folds, eval_test or predictions, beside the first run)"
@@ -187,7 +191,9 @@ def evaluate_split(
     index = read_index(args.data)
     rows = [index[k] for k in row_numbers]
     by = choose_groups(rows, args.by)
+    calibration = calibrate(args, rows_by_fold, models, checkpoints, device)
     pred, boxes = predict_folds(args, rows_by_fold, models, checkpoints, device)  # (N, 4)
+    pred = shift_boxes(pred, calibration)
     _, scale = read_boxes(rows)  # (N, 4): pixels
     iou = box_iou(pred, boxes)  # (N,)
     error_px = ((pred - boxes) * scale).abs()  # (N, 4)
@@ -214,7 +220,7 @@ def evaluate_split(
     folds = [row["fold"] for row in rows]
     summary = bootstrap(metrics_by_site, patients, args.samples)
     tables = tabulate(metrics, folds, patients, by, args.samples)
-    run = describe_run(args, len(rows))
+    run = describe_run(args, len(rows)) | {"calibration": calibration}
 
     gallery = draw_worst(XrayDataset(args.data), row_numbers, cases, pred, boxes)
 
@@ -338,6 +344,57 @@ def choose_groups(
     return column, rows_of
 
 
+def calibrate(
+    args: argparse.Namespace,
+    rows_by_fold: dict[str, list[int]],
+    models: list[nn.Module],
+    checkpoints: list[dict],
+    device: torch.device,
+) -> dict | None:
+    """What `shift_boxes` adds to the edges, by the images of --calibrate; None without it.
+
+    Raises DataError if they are few, or were trained on, or are in `rows_by_fold` of --data.
+    """
+    cache = args.calibrate
+    if cache is None:
+        return None
+    meta, index = open_cache(cache)
+    check_same(meta, checkpoints[0]["meta"], cache, args.checkpoint[0])
+    rows = list(range(len(index)))
+    if len(rows) < FEWEST:
+        raise DataError(f"--calibrate {cache}: {len(rows)} images, expected {FEWEST} or more")
+    if len(rows_by_fold) > 1:  # networks of different training sets, each with its own offset
+        raise DataError("--calibrate: give the checkpoints of one fold, or --split test")
+    check_leakage(cache, rows, args.checkpoint, checkpoints)
+    for evaluated in rows_by_fold.values():
+        known = list_trained_on(*fingerprints(args.data, evaluated))
+        shared = count_trained_on(known, *fingerprints(cache, rows))
+        if shared:
+            found = f"{len(shared)} of its images or patients ({index[shared[0]]['id']})"
+            again = "take others, or, if only names are alike, change them in index.csv"
+            raise DataError(f"--calibrate {cache}: {found} are evaluated in {args.data}; {again}")
+    batches = in_batches(rows, checkpoints[0]["settings"]["batch_size"])
+    loader = make_loader(cache, batches, args.workers, device)
+    pred, boxes = predict(models, checkpoints, loader, device, args.amp)
+    difference = 224 * (boxes - pred)  # (N, 4), pixels of the image squashed to 224x224
+    offset = name_edges(difference.sum(0) / (len(rows) + 1))  # as if one more had none
+    error = name_edges(difference.std(0) / math.sqrt(len(rows)))
+    edges = ", ".join(f"{name} {offset[name]:+.1f} (+-{error[name]:.1f})" for name in BOX)
+    print(f"added, by {len(rows)} images: {edges} pixels of 224 (+- standard error)")
+    sha256 = file_sha256(cache / "index.csv")
+    return {"index_sha256": sha256, "n": len(rows), "offset_224": offset, "error_224": error}
+
+
+def shift_boxes(pred: Tensor, calibration: dict | None) -> Tensor:
+    """Boxes (N, 4) with the offset of `calibrate`, in the image, not empty; as they are without."""
+    if calibration is None:
+        return pred
+    pixels = [calibration["offset_224"][name] for name in BOX]
+    boxes = (pred + torch.tensor(pixels) / 224).clamp(0, 1)
+    top_left = boxes[:, :2].clamp(max=1 - 1 / 224)  # at least a pixel of 224 is left
+    return torch.cat([top_left, boxes[:, 2:].maximum(top_left + 1 / 224)], dim=1)
+
+
 def predict_folds(
     args: argparse.Namespace,
     rows_by_fold: dict[str, list[int]],
@@ -453,8 +510,7 @@ def draw_worst(
     tiles = []
     for k in order[:WORST]:
         (image,), _ = dataset[[row_numbers[k]]]  # (1, S, S)
-        iou = f"IoU {cases[k]['iou']:.3f}"
-        caption = [cases[k]["id"], f"{iou}   green: truth, orange: prediction"]
+        caption = [cases[k]["id"], f"IoU {cases[k]['iou']:.3f}   green: truth, orange: prediction"]
         tile = draw_boxes(image[0].numpy(), {TRUTH: boxes[k], PREDICTION: pred[k]}, caption)
         tiles.append(pil_to_tensor(tile))
     return to_pil_image(torchvision.utils.make_grid(tiles, nrow=6))
@@ -504,8 +560,9 @@ def draw_boxes(image: np.ndarray, boxes: dict[str, Tensor], caption: list[str]) 
     head = 20 * len(caption)  # pixels
     tile = Image.new("RGB", (TILE, TILE + head), "black")
     tile.paste(picture, ((TILE - picture.width) // 2, head))
+    font = ImageFont.load_default(size=14)
     for k, line in enumerate(caption):
-        ImageDraw.Draw(tile).text((4, 20 * k + 2), shorten(line, 48), "white", font(14))
+        ImageDraw.Draw(tile).text((4, 20 * k + 2), shorten(line, 48), "white", font)
     return tile
 
 
@@ -513,10 +570,6 @@ def shorten(text: str, length: int) -> str:
     """The beginning and the end of a text that is too long for its line."""
     half = (length - 3) // 2
     return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
-
-
-def font(size: int) -> ImageFont.ImageFont:
-    return ImageFont.load_default(size=size)
 
 
 def save_picture(path: Path, picture: Image.Image) -> None:
@@ -541,6 +594,7 @@ def predict_images(
     # Everything that can be refused is, before anything is read or written.
     files = list_images(args.images)
     overlays = name_overlays(out, args.images, files)
+    calibration = calibrate(args, {}, models, checkpoints, device)
     size = checkpoints[0]["meta"]["size"]
     bad = []
     batch_size = checkpoints[0]["settings"]["batch_size"]
@@ -556,6 +610,7 @@ def predict_images(
                 # `evaluate` takes images with boxes; these have none.
                 loader = [(images, torch.zeros(len(batch), 4))]
                 pred, _ = predict(models, checkpoints, loader, device, args.amp)
+                pred = shift_boxes(pred, calibration)
                 for (path, (image, (height, width))), box in zip(batch.items(), pred, strict=True):
                     overlay = overlays[path] if done < OVERLAYS else None
                     edges = name_edges(box * torch.tensor([width, height, width, height]))

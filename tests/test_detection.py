@@ -30,7 +30,16 @@ from detection.dataset import (
 )
 from detection.model import build_model, edge_positions, narrow, smooth_l1_giou
 from detection.preprocess import DataError
-from tests.caches import write_index
+from tests.caches import (
+    change_meta,
+    change_rows,
+    draw_images,
+    evaluate,
+    read_rows,
+    small_network,
+    write_index,
+)
+from tests.caches import train as train_small
 from tests.conftest import assert_same_training, read_table, run_scripts
 from tests.test_preprocess import dicom
 
@@ -574,6 +583,120 @@ def test_eval_refuses_what_was_trained_on(cache, raw, trained, tmp_path):
     preprocess.main(["--data", str(raw), "--out", str(tmp_path / "small"), "--size", "40"])
     with pytest.raises(CheckpointError, match="size 40"):
         evaluation.main(["--data", str(tmp_path / "small"), "--checkpoint", paths[0]])
+
+
+# --- eval.py --calibrate ---
+
+
+def keep_rows(cache: Path, out: Path, count: int, **values: object) -> Path:
+    """The first rows of a cache as one of their own, inverted images unlike those of any other."""
+    out.mkdir()
+    np.save(out / "images.npy", 255 - np.load(cache / "images.npy")[:count])
+    rows = [row | {"patient": f"{out.name}{k}"} for k, row in enumerate(read_rows(cache)[:count])]
+    write_index(out, [row | values for row in rows])
+    (out / "meta.json").write_text((cache / "meta.json").read_text())
+    return out
+
+
+@pytest.fixture
+def site(tmp_path) -> dict[str, Path]:
+    """Caches of 32 px and a network that puts every box at 8, 8, 16, 16 pixels.
+
+    `new` has seven images, whose box is at 0, 12, 24, 16, but for two upper edges (9 and 15).
+    """
+    cache = draw_images(tmp_path / "cache", "detection")
+    new = keep_rows(cache, tmp_path / "new", 7, xmin=0, ymin=12, xmax=24, ymax=16)
+    change_rows(new, lambda k, row: row.update(ymin={0: 9, 1: 15}.get(k, 12)))
+    with small_network():
+        train_small("detection", cache, tmp_path / "run")
+        checkpoint = load_checkpoint(tmp_path / "run" / "last.pt")
+        model = checkpoint["model"]
+        model["out.weight"].zero_()
+        model["out.bias"] = torch.tensor([0.25, 0.25, 0.5, 0.5])
+        save_checkpoint(tmp_path / "constant.pt", checkpoint)
+        yield {"cache": cache, "new": new, "checkpoint": tmp_path / "constant.pt"}
+
+
+def test_calibration_adds_the_mean_offset_as_if_one_more_image_had_none(site, tmp_path, capsys):
+    command = ["--checkpoint", site["checkpoint"], "--out", tmp_path / "out"]
+    evaluate("detection", site["cache"], *command, "--split", "test", "--calibrate", site["new"])
+    # Seven of eight times -8, 4, 8 and 0 pixels
+    expected = {"xmin": 8 - 7, "ymin": 8 + 3.5, "xmax": 16 + 7, "ymax": 16}
+    for row in read_table(tmp_path / "out" / "predictions.csv"):
+        assert {name: float(row[name]) for name in expected} == expected
+    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    calibration = report["run"]["calibration"]
+    assert calibration["n"] == 7
+    assert calibration["offset_224"] == {"xmin": -49, "ymin": 24.5, "xmax": 49, "ymax": 0}
+    error = 7 * math.sqrt((3**2 + 3**2) / 6 / 7)  # of the mean, 224 / 32 pixels each
+    assert calibration["error_224"]["ymin"] == pytest.approx(error, abs=0.01)
+    assert "by 7 images: xmin -49.0 (+-0.0), ymin +24.5 (+-4.6)" in capsys.readouterr().out
+    evaluate("detection", site["cache"], *command, "--split", "test")
+    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert report["run"]["calibration"] is None
+    assert float(read_table(tmp_path / "out" / "predictions.csv")[0]["ymin"]) == 8
+
+
+def test_calibration_shifts_the_boxes_of_new_images(site, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 40), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "new.png")
+    command = ["--checkpoint", site["checkpoint"], "--images", tmp_path / "new.png"]
+    command += ["--out", tmp_path / "out", "--calibrate", site["new"], "--device", "cpu"]
+    evaluation.main([str(word) for word in command])
+    (row,) = read_table(tmp_path / "out" / "predictions.csv")
+    edges = [float(row[name]) for name in ("xmin", "ymin", "xmax", "ymax")]
+    assert edges == [40 * 1 / 32, pytest.approx(20 * 11.5 / 32, abs=0.01), 40 * 23 / 32, 10]
+
+
+def test_shifted_boxes_are_inside_the_image_and_not_empty():
+    pred = torch.tensor([[0.2, 0.2, 0.6, 0.6], [0.9, 0.9, 1.0, 1.0], [0.5, 0.5, 0.4, 0.4]])
+    for shift in (-300, -100, 0, 100, 300):
+        offset = dict.fromkeys(("xmin", "ymin", "xmax", "ymax"), shift)
+        boxes = evaluation.shift_boxes(pred, {"offset_224": offset})
+        assert (boxes >= 0).all() and (boxes <= 1).all()
+        assert (boxes[:, 2:] - boxes[:, :2] > 0.99 / 224).all()
+    assert torch.equal(evaluation.shift_boxes(pred, None), pred)
+
+
+@pytest.mark.parametrize("patient, error", [
+    ("p3", r"--calibrate .*new: 1 of its images or patients \(i0\) are evaluated in .*cache; take"),
+    ("p1", r"constant.pt: trained on 1 of these 7 images or patients \(i0\); take others"),
+])  # fmt: skip
+def test_calibration_refuses_patients_of_training_and_evaluation(site, tmp_path, patient, error):
+    change_rows(site["new"], lambda k, row: row.update({} if k else {"patient": patient}))
+    command = ["--checkpoint", site["checkpoint"], "--out", tmp_path / "out"]
+    with pytest.raises(DataError, match=error):
+        evaluate(
+            "detection", site["cache"], *command, "--split", "test", "--calibrate", site["new"]
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_calibration_refuses_an_evaluated_image_of_another_name(site, tmp_path):
+    images = np.load(site["new"] / "images.npy")
+    images[4] = np.load(site["cache"] / "images.npy")[6]
+    np.save(site["new"] / "images.npy", images)
+    command = ["--checkpoint", site["checkpoint"], "--split", "test", "--calibrate", site["new"]]
+    with pytest.raises(DataError, match=r"1 of its images or patients \(i4\) are evaluated"):
+        evaluate("detection", site["cache"], *command, "--out", tmp_path / "out")
+
+
+def test_calibration_refuses_few_images_another_size_and_several_folds(site, tmp_path):
+    command = ["--checkpoint", site["checkpoint"], "--out", tmp_path / "out", "--calibrate"]
+    few = keep_rows(site["cache"], tmp_path / "few", 4)
+    with pytest.raises(DataError, match="few: 4 images, expected 5 or more"):
+        evaluate("detection", site["cache"], *command, few)
+    checkpoint = load_checkpoint(site["checkpoint"])
+    checkpoint["settings"]["fold"] = 1
+    checkpoint["trained_on"] = {"patients": [], "images": []}
+    save_checkpoint(tmp_path / "fold1.pt", checkpoint)
+    command.insert(1, tmp_path / "fold1.pt")
+    with pytest.raises(DataError, match="give the checkpoints of one fold, or --split test"):
+        evaluate("detection", site["cache"], *command, site["new"])
+    change_meta(few, size=64)
+    np.save(few / "images.npy", np.zeros((4, 64, 64), np.uint8))
+    with pytest.raises(CheckpointError, match="few: size 64, but"):
+        evaluate("detection", site["cache"], *command, few)
 
 
 def test_to_input_normalises():
