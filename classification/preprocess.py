@@ -220,6 +220,7 @@ def main(argv: list[str] | None = None) -> None:
         if not like and set(folds) == {"test"}:
             problem = "only test images; for an external test set use --like TRAIN_CACHE"
             raise DataError(f"{args.data}: {problem}")
+        note_small_validation(folds)
         overlaps = report_overlaps(good, patients)
 
         # write: index.csv, and meta.json last
@@ -2131,6 +2132,17 @@ def assign_folds(
             counts[fold] += sizes[group]
     pairs = zip(groups, splits, strict=True)
     return [given[split] if split in given else fold_of[group] for group, split in pairs]
+
+
+def note_small_validation(folds: list[str]) -> None:
+    """Say that the official validation set, fold 0, is too small to choose by, if it is.
+
+    The paediatric X-rays of Kermany et al. come with one of 16 images, beside 5,216 to train on.
+    """
+    counts = Counter(folds)
+    if 0 < 4 * counts["0"] < counts["1"]:
+        few = f"fold 0 has, as given, only {counts['0']} of {len(folds)}: too few to choose by"
+        print(f"note: {few}; train.py --fold 1 validates on {counts['1']}")
 
 
 def list_strata(cases: list[Case]) -> list[str]:

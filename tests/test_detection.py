@@ -111,6 +111,15 @@ def test_a_table_gives_patient_site_fold_and_further_columns(tmp_path, capsys):
     assert "note: columns of the table that are called table_... now: source" in printed
 
 
+def test_a_validation_fold_that_is_too_small_to_choose_by_is_noted(tmp_path, capsys):
+    names = [f"{k}.png" for k in range(7)]
+    folds = ("0", "1", "1", "1", "1", "1", "2")
+    rows = " ".join(f"{name},1,1,9,9,{fold}" for name, fold in zip(names, folds, strict=True))
+    header = "image,xmin,ymin,xmax,ymax,fold"
+    run(boxes_csv(tmp_path / "raw", rows, " ".join(names), header))
+    assert "note: fold 0 has, as given, only 1 of 7: too few" in capsys.readouterr().out
+
+
 def test_a_split_of_the_table_is_kept_and_an_unknown_one_refused(tmp_path):
     header = "image,xmin,ymin,xmax,ymax,split"
     raw = boxes_csv(tmp_path / "raw", "a.png,1,1,9,9,Valid b.png,1,1,9,9,train", header=header)

@@ -100,9 +100,9 @@ def test_from_pictures_to_masks_as_pictures(tmp_path, capsys):
     assert "volume.nii.gz: a volume, expected a picture" in capsys.readouterr().err
 
 
-def test_official_splits_endings_and_names_in_any_case(tmp_path):
+def test_official_splits_endings_and_names_in_any_case(tmp_path, capsys):
     rng = np.random.default_rng(0)
-    for split, count in (("Train", 6), ("VAL", 2), ("test", 2)):
+    for split, count in (("Train", 36), ("VAL", 2), ("test", 2)):
         for k in range(count):
             picture, mask = draw(rng)
             save(tmp_path / "raw" / split / "Images" / f"{k}.tif", picture)
@@ -111,7 +111,8 @@ def test_official_splits_endings_and_names_in_any_case(tmp_path):
     folds = {row["id"]: row["fold"] for row in rows}
     assert folds["val_0"] == folds["val_1"] == "0"
     assert folds["test_0"] == folds["test_1"] == "test"
-    assert {folds[f"train_{k}"] for k in range(6)} <= {"1", "2", "3", "4"}
+    assert {folds[f"train_{k}"] for k in range(36)} == {"1", "2", "3", "4"}
+    assert "note: fold 0 has, as given, only 2 of 40: too few" in capsys.readouterr().out
     assert rows[0]["mask"] == "Train/labels/0_mask.png"
 
 

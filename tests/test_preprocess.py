@@ -300,8 +300,16 @@ def test_official_split(tmp_path, capsys):
     found = {(row["id"].split("/")[0], row["fold"]) for row in rows}
     assert found == {("val", "0"), ("test", "test"), *(("train", fold) for fold in "1234")}
     assert meta["classes"] == ["A", "B"] and list(meta["overlaps"].values()) == [0, 0, 1]
-    assert "1 patients on both sides of an official split" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 patients on both sides of an official split" in printed and "too few" not in printed
     refused("official split", raw, "--test-fraction", "0.2", "--overwrite")
+
+
+def test_an_official_validation_set_that_is_too_small_to_choose_by_is_noted(tmp_path, capsys):
+    names = " ".join(f"train/{c}/{c}{k}" for c in "AB" for k in range(20))
+    run(folders(tmp_path / "raw", f"{names} val/A/v val/B/w"))
+    note = "note: fold 0 has, as given, only 2 of 42: too few to choose by; "
+    assert f"{note}train.py --fold 1 validates on 10" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("color", [(), (3,)])
