@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -30,6 +31,7 @@ from classification.preprocess import (
 
 pytestmark = pytest.mark.filterwarnings("ignore:::pydicom")
 SPLITS = ("train", "val", "test")
+ROOT = Path(__file__).resolve().parents[1]
 HASH = hashlib.sha256(b"Doe^1234").hexdigest()[:12]
 
 
@@ -752,6 +754,53 @@ def test_a_missing_decoder_is_told_once(capsys):
         [(f"{k}.dcm", f"raw/{k}.dcm: {words}") for k in range(3)] + [("x", "raw/x: zero bytes")]
     )
     assert capsys.readouterr().err == f"raw/0.dcm: {words} (and 2 more files)\nraw/x: zero bytes\n"
+
+
+def test_an_array_and_its_image_share_their_memory():
+    gray = np.random.default_rng(0).random((30, 50), dtype=np.float32)
+    for picture in (gray, gray.T, gray[::-1, ::2]):
+        image = preprocess.to_pillow(picture)
+        assert image.mode == "F" and np.array_equal(np.asarray(image), picture)
+        smaller = image.resize((7, 9), Image.Resampling.BILINEAR)
+        copied = Image.fromarray(picture).resize((7, 9), Image.Resampling.BILINEAR)
+        assert np.array_equal(np.asarray(smaller), np.asarray(copied))
+    image = preprocess.to_pillow(gray)
+    gray[3, 4] = 7
+    assert image.getpixel((4, 3)) == 7
+
+
+FRESH_PAGES = """
+import resource, sys
+import numpy as np
+from {task}.preprocess import keep_memory
+
+if sys.argv[1] == "kept":
+    keep_memory()
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    [np.ones(2**21, np.uint8) for _ in range(8)]
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.parametrize("task", ["classification", "detection", "segmentation"])
+def test_memory_that_is_freed_is_kept_for_the_next_image(task):
+    faults = {}
+    for kind in ("fresh", "kept"):
+        command = [sys.executable, "-c", FRESH_PAGES.format(task=task), kind]
+        faults[kind] = int(subprocess.check_output(command, cwd=ROOT))
+    assert faults["kept"] < 100 < faults["fresh"]  # pages
+
+
+def test_other_c_libraries_go_without(monkeypatch):
+    for lacks in (AttributeError, OSError, TypeError):  # macOS, none found, Windows
+
+        def load(_: None, error: type = lacks) -> None:
+            raise error
+
+        monkeypatch.setattr(preprocess.ctypes, "CDLL", load)
+        preprocess.keep_memory()
 
 
 def test_threads_are_no_more_than_the_process_may_use(monkeypatch):

@@ -153,6 +153,17 @@ def test_normalise():
     assert normalise(np.array([-100, 5, 100], np.float32), constants).tolist() == [-1, 0, 1]
 
 
+def test_the_last_axis_becomes_innermost_whatever_was():
+    drawn = np.random.default_rng(0).integers(0, 99, (5, 6, 7)).astype(np.int16)
+    for axes in itertools.permutations(range(3)):
+        for step in (1, -1):
+            volume = drawn.transpose(axes)[::step, :, ::-step]
+            result = preprocess.z_innermost(volume)
+            assert result.flags.c_contiguous and result.dtype == np.int16
+            assert np.array_equal(result, volume)
+    assert preprocess.z_innermost(drawn) is drawn
+
+
 @pytest.mark.parametrize("low, high", [(0, 256), (-1024, 3000), (5, 9)])
 @pytest.mark.parametrize("constants", [None, {"low": 7.5, "high": 200, "mean": 31.7, "std": 11.3}])
 def test_whole_numbers_are_normalised_by_a_table_to_the_same_bits(low, high, constants):

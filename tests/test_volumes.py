@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import struct
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -192,6 +193,35 @@ def test_one_flipped_bit_of_a_packed_file_is_found(tmp_path):
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"a\.nii\.gz: cut or damaged \(CRC"):
         read_volume(path)
+
+
+def test_packed_files_of_every_kind_are_read(tmp_path, monkeypatch):
+    """At once if sound, of one stream and as long as the header says; the others by GzipFile."""
+    path = save(tmp_path / "a.nii.gz", block()[0])
+    expected, *_ = read_volume(path)
+    content = gzip.decompress(path.read_bytes())
+    streams = gzip.compress(content[:999]) + gzip.compress(content[999:])  # as bgzip writes
+    kinds = {
+        "two streams": streams,
+        "padded": gzip.compress(content) + bytes(512),
+        "longer than its header says": gzip.compress(content + bytes(10**6)),
+    }
+    for name, packed in kinds.items():
+        path.write_bytes(packed)
+        assert np.array_equal(read_volume(path)[0], expected), name
+        assert preprocess.decompress(packed, len(content)) is None, name
+    path.write_bytes(gzip.compress(content))
+    monkeypatch.setattr(gzip.GzipFile, "readinto", lambda *_: pytest.fail("by small pieces"))
+    assert np.array_equal(read_volume(path)[0], expected)
+
+
+def test_a_file_cannot_unpack_to_more_than_its_header_says():
+    packed = gzip.compress(bytes(10**8))
+    tracemalloc.start()
+    assert preprocess.decompress(packed, 1000) is None
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10**6
 
 
 def test_a_mask_has_nothing_of_what_its_image_says_of_values(tmp_path):
