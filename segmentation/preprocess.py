@@ -48,16 +48,19 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import unicodedata
 import warnings
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import BinaryIO
 
@@ -118,6 +121,7 @@ POINTS = 1000  # voxels of each class, to draw patches at
 # Of malloc.h, for mallopt
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
+PR_SET_PDEATHSIG = 1  # of Linux, for prctl
 SAMPLE = 10_000  # voxels of each case that the normalisation of CT is measured on
 CHUNK = 2**16  # voxels at a time: NumPy makes 8-byte indices of them, which so stay in the cache
 
@@ -202,7 +206,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--like", type=Path, metavar="CACHE", help=like)
     add = parser.add_argument_group("run").add_argument
-    workers = "threads, each with a volume in memory (default: %(default)s)"
+    workers = "processes, each with a volume in memory (default: %(default)s)"
     add("--workers", type=int, default=default_workers(), help=workers)
     skip_bad = "leave unusable cases out and list them in skipped.csv"
     add("--skip-bad", action="store_true", help=skip_bad)
@@ -256,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
         (folder / AS_READ).mkdir()
         keep_memory()
         inspect_one = partial(inspect, values=list(labels or []), folder=folder / AS_READ)
-        cases = list(in_threads(inspect_one, cases, args.workers))
+        cases = [case for _, case in in_processes(inspect_one, cases, args.workers, part=1)]
         labels, channels = complete_names(cases, labels, channels)
         check_names(cases, labels, channels)
         cases = drop_bad(cases, bad, args.skip_bad)
@@ -279,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
         # Write the arrays, and then what says which of them there are.
         (folder / "volumes").mkdir()
         convert_one = partial(convert, folder=folder, meta=meta)
-        cases = list(in_threads(convert_one, cases, args.workers))
+        cases = [case for _, case in in_processes(convert_one, cases, args.workers, part=1)]
         shutil.rmtree(folder / AS_READ)  # holds what check_grids has refused
         if any(case.error for case in cases):
             cases = drop_bad(cases, bad, args.skip_bad)
@@ -1031,6 +1035,46 @@ def in_threads(function: Callable, items: list, workers: int) -> Iterator:
     progress("")
 
 
+def in_processes(function: Callable, items: list, workers: int, part: int) -> Iterator[tuple]:
+    """Item and function(item), in the order of the items, by copies of this process.
+
+    Each gets `part` items at a time. An item comes back because a function that fills it in has
+    only its process's copy. In threads, which wait for each other in the interpreter, where copies
+    are not worth their start, or not to be had.
+    """
+    if workers < 2 or len(items) < 32 * part or sys.platform != "linux":
+        yield from zip(items, in_threads(function, items, workers), strict=True)
+        return
+    pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=begin_process)
+    waiting = deque()  # a few for each process, so that results do not pile up in memory
+    try:
+        for start in range(0, len(items), part):
+            waiting.append(pool.submit(run_part, function, items[start : start + part]))
+            if len(waiting) > 3 * workers:
+                yield from waiting.popleft().result()
+                progress(f"read {start + part - part * len(waiting)}/{len(items)}")
+        for results in waiting:
+            yield from results.result()
+    except BrokenProcessPool as error:
+        problem = "the system has ended a process (out of memory?)"
+        raise DataError(f"{problem}: use fewer --workers") from error
+    finally:
+        # Without waiting: what is running after Ctrl-C is of no use.
+        pool.shutdown(wait=False, cancel_futures=True)
+    progress("")
+
+
+def begin_process() -> None:
+    """Leave Ctrl-C to the first process, and end with it, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def run_part(function: Callable, items: list) -> list[tuple]:
+    """Each of the items with function(item)."""
+    return [(item, function(item)) for item in items]
+
+
 def default_workers() -> int:
     """As many threads as this process may use, but at most 8: each holds a whole image."""
     if hasattr(os, "sched_getaffinity"):  # on a shared node fewer than os.cpu_count()
@@ -1286,15 +1330,14 @@ def open_bytes(path: Path, size: int = 0) -> Iterator[BinaryIO]:
 def decompress(packed: bytes, size: int) -> bytes | None:
     """What a gzip file holds, in two thirds of the time of GzipFile, which goes by small pieces.
 
-    None for what is left to GzipFile: other sizes, damage, several streams in one file.
+    None for what is left to GzipFile: more bytes, damage, several streams in one file.
     """
     stream = zlib.decompressobj(wbits=31)  # gzip, with its checksum
     try:
         content = stream.decompress(packed, size + 1)  # no more, whatever there is
     except zlib.error:
         return None
-    is_whole = stream.eof and not stream.unused_data
-    return content if is_whole and len(content) == size else None
+    return content if stream.eof and not stream.unused_data else None
 
 
 def repair_header(header: nib.Nifti1Header) -> nib.Nifti1Header:

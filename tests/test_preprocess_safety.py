@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,28 +163,131 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_cache(tmp_path, task, mon
     assert contents(out) == before
 
 
-def test_an_interrupt_is_one_line_and_leaves_nothing(tmp_path):
-    raw = draw_raw(tmp_path / "raw", "classification")
+def start_long_run(folder: Path) -> subprocess.Popen:
+    """A run of 304 images by two processes, as soon as the first images are written."""
+    raw = draw_raw(folder / "raw", "classification")
     noise = np.random.default_rng(0).integers(0, 256, (2000, 2000), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "big.png")
+    Image.fromarray(noise).save(folder / "big.png")
     for k in range(300):
-        os.link(tmp_path / "big.png", raw / "a" / f"big{k}.png")
-    command = [
-        sys.executable,
-        ROOT / "classification" / "preprocess.py",
-        "--data",
-        raw,
-        "--out",
-        tmp_path / "out",
-    ]
+        os.link(folder / "big.png", raw / "a" / f"big{k}.png")
+    command = [sys.executable, ROOT / "classification" / "preprocess.py", "--workers", "2"]
+    command += ["--data", raw, "--out", folder / "out"]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    images = tmp_path / ".out.partial" / "images.npy"
+    images = folder / ".out.partial" / "images.npy"
     while running.poll() is None and not (images.exists() and images.stat().st_size > 1000):
-        time.sleep(0.01)  # until the first of them are written
+        time.sleep(0.01)
+    return running
+
+
+def test_an_interrupt_is_one_line_and_leaves_nothing(tmp_path):
+    running = start_long_run(tmp_path)
+    for pid in children(running.pid):  # a terminal interrupts them too: they leave it to the first
+        os.kill(pid, signal.SIGINT)
+    time.sleep(0.5)
+    assert running.poll() is None
     running.send_signal(signal.SIGINT)
     _, error = running.communicate(timeout=60)
     assert running.returncode == 130 and error == "interrupted\n"
     assert sorted(os.listdir(tmp_path)) == ["big.png", "raw"]
+
+
+def children(pid: int) -> list[int]:
+    """The processes that one has started: two of a long run, but on other systems none."""
+    file = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(word) for word in file.read_text().split()] if file.exists() else []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads")
+def test_no_process_outlives_the_first(tmp_path):
+    running = start_long_run(tmp_path)
+    others = children(running.pid)
+    assert len(others) == 2
+    running.kill()
+    running.communicate(timeout=60)
+    until = time.monotonic() + 10
+    while any(is_alive(pid) for pid in others) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not any(is_alive(pid) for pid in others)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs: one that has ended may wait to be asked how."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def square(number: int) -> int:
+    return number**2
+
+
+def end_at_100(number: int) -> int:
+    if number == 100:
+        os.kill(os.getpid(), signal.SIGKILL)  # as the system does when memory runs out
+    return number
+
+
+def fail_at_100(number: int) -> int:
+    return number // (number - 100)
+
+
+@XRAYS
+def test_processes_give_what_threads_give_in_the_same_order(task):
+    for count in (0, 1, 255, 256, 300, 1001):
+        items = list(range(count))
+        expected = [(number, number**2) for number in items]
+        for workers in (1, 2, 3):
+            assert list(script(task).in_processes(square, items, workers, 8)) == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads")
+@XRAYS
+def test_a_process_that_the_system_ends_is_an_error_and_a_bug_keeps_its_traceback(task):
+    items = list(range(300))
+    with pytest.raises(script(task).DataError, match=r"out of memory.*fewer --workers"):
+        list(script(task).in_processes(end_at_100, items, 2, 8))
+    with pytest.raises(ZeroDivisionError) as caught:
+        list(script(task).in_processes(fail_at_100, items, 2, 8))
+    assert "in fail_at_100" in str(caught.value.__cause__)
+
+
+@TASKS
+def test_several_processes_write_the_same_cache_as_one(tmp_path, task):
+    raw = draw_raw(tmp_path / "raw", task)
+    draw_more(raw, task)
+    found = []
+    for workers in ("1", "2"):
+        run(task, raw, tmp_path / workers, "--skip-bad", "--workers", workers)
+        files = contents(tmp_path / workers)
+        meta = json.loads(files.pop("meta.json"))
+        found.append((files, meta["n"], meta.get("mean"), meta["skipped"]))
+    assert found[0] == found[1] and found[0][1] >= 40
+    assert found[0][-1] == (2 if task == "segmentation" else 1)
+
+
+def draw_more(raw: Path, task: str) -> None:
+    """40 more volumes, or 300 more pictures; the seventh is none, volume 8 has hardly any contrast."""
+    if task == "segmentation":
+        for k in range(2, 42):
+            image = np.random.default_rng(k).normal(size=(8, 8, 8)).astype(np.float32)
+            if k == 8:
+                image[2:4] += 1e5
+                image[:2] = image[4:] = 0
+            nib.save(nib.Nifti1Image(image, np.eye(4)), raw / "imagesTr" / f"c{k}.nii.gz")
+            shutil.copy(raw / "labelsTr" / "c0.nii.gz", raw / "labelsTr" / f"c{k}.nii.gz")
+        (raw / "imagesTr" / "c7.nii.gz").write_bytes(b"nothing")
+        return
+    folder = raw / ("a" if task == "classification" else "images")
+    rows = [""]
+    for k in range(300):
+        noise = np.random.default_rng(k).integers(0, 256, (16, 16 + k % 5), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"n{k}.png")
+        rows.append(f"n{k}.png,1,1,9,9")
+    (folder / "n7.png").write_bytes(b"nothing")
+    if task == "detection":
+        with open(raw / "boxes.csv", "a") as file:
+            file.write("\n".join(rows))
 
 
 # --- tables ---
