@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def default_workers() -> int:
-    """As many threads as this process may use, but at most 8: each holds a whole image."""
+    """As many as this process may use cores, but at most 8: each holds a whole image."""
     if hasattr(os, "sched_getaffinity"):  # on a shared node fewer than os.cpu_count()
         return min(8, len(os.sched_getaffinity(0)))
     return min(8, os.cpu_count() or 1)

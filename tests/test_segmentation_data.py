@@ -4,7 +4,10 @@ import csv
 import gzip
 import itertools
 import json
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -40,6 +43,7 @@ from segmentation.preprocess import (
 )
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[1]
 META = {
     "classes": ["background", "a", "b"],
     "values": [0, 1, 2],
@@ -151,6 +155,16 @@ def test_normalise():
     assert normalise(np.array([1, 2, 3, 4], np.float32), None).std() == pytest.approx(1)
     constants = {"low": 0, "high": 10, "mean": 5, "std": 5}
     assert normalise(np.array([-100, 5, 100], np.float32), constants).tolist() == [-1, 0, 1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_a_product_of_matrices_starts_no_threads():
+    code = (
+        "import os, segmentation.preprocess as p; p.resample(p.np.ones([300] * 3, 'f'), [200] * 3)"
+    )
+    command = [sys.executable, "-c", f"{code}; print(len(os.listdir('/proc/self/task')))"]
+    environment = {k: v for k, v in os.environ.items() if not k.endswith("NUM_THREADS")}
+    assert subprocess.check_output(command, cwd=ROOT, env=environment) == b"1\n"
 
 
 def test_the_last_axis_becomes_innermost_whatever_was():
