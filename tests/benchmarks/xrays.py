@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +107,8 @@ def measure_set(paths: list[Path], count: int, workers: int) -> None:
         before = os.times()
         with contextlib.redirect_stdout(io.StringIO()):
             preprocess(command)
+        for process in active_children():
+            process.join()  # then its CPU time is known
         after = os.times()
     elapsed = after.elapsed - before.elapsed
     seconds = (sum(after[:4]) - sum(before[:4])) / count  # of the CPU, processes included
