@@ -65,7 +65,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 # Cases are read side by side, where NumPy's own threads for matrix products only wait for each
-# other: half the speed on two cores. It looks this up when it is loaded.
+# other: 1.7 times as long on two cores. It looks this up when it is loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import nibabel as nib
