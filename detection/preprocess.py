@@ -1509,20 +1509,13 @@ def resize(picture: np.ndarray, size: int, fit: str) -> np.ndarray:
         new_width = max(1, round(width * scale))
         new_height = max(1, round(height * scale))
     # Still float: rounding before the antialiasing would cost gray levels.
-    small = to_pillow(picture).resize((new_width, new_height), Image.Resampling.BILINEAR)
+    small = Image.fromarray(picture).resize((new_width, new_height), Image.Resampling.BILINEAR)
     levels = np.rint(np.asarray(small).clip(0, 1) * 255)  # (new_height, new_width)
     top = (size - new_height) // 2
     left = (size - new_width) // 2
     out = np.zeros((size, size), np.uint8)
     out[top : top + new_height, left : left + new_width] = levels
     return out
-
-
-def to_pillow(picture: np.ndarray) -> Image.Image:
-    """A float32 array (H, W) as an image that shares its memory: `Image.fromarray` copies it."""
-    picture = np.ascontiguousarray(picture)
-    image = Image.new("F", (0, 0))
-    return image._new(Image.core.map_buffer(picture, picture.shape[::-1], "raw", 0, ("F", 0, 1)))
 
 
 # --- read: what was left out ---

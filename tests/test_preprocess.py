@@ -756,19 +756,6 @@ def test_a_missing_decoder_is_told_once(capsys):
     assert capsys.readouterr().err == f"raw/0.dcm: {words} (and 2 more files)\nraw/x: zero bytes\n"
 
 
-def test_an_array_and_its_image_share_their_memory():
-    gray = np.random.default_rng(0).random((30, 50), dtype=np.float32)
-    for picture in (gray, gray.T, gray[::-1, ::2]):
-        image = preprocess.to_pillow(picture)
-        assert image.mode == "F" and np.array_equal(np.asarray(image), picture)
-        smaller = image.resize((7, 9), Image.Resampling.BILINEAR)
-        copied = Image.fromarray(picture).resize((7, 9), Image.Resampling.BILINEAR)
-        assert np.array_equal(np.asarray(smaller), np.asarray(copied))
-    image = preprocess.to_pillow(gray)
-    gray[3, 4] = 7
-    assert image.getpixel((4, 3)) == 7
-
-
 FRESH_PAGES = """
 import resource, sys
 import numpy as np
