@@ -191,8 +191,7 @@ class PatchDataset(Dataset):
     anew for each batch, so that the dataset holds no open files and can go to workers.
     """
 
-    def __init__(self, cache: Path, patch: list[int]) -> None:
-        slice_axis = read_meta(cache)["slice_axis"]
+    def __init__(self, cache: Path, patch: list[int], slice_axis: int) -> None:
         self.cache = cache
         self.names = [row["id"] for row in read_index(cache)]
         self.size = window_size(patch, slice_axis)
@@ -216,14 +215,19 @@ class PatchDataset(Dataset):
 
 
 def make_loader(
-    cache: Path, patch: list[int], batches: Sampler, workers: int, device: torch.device
+    cache: Path,
+    patch: list[int],
+    slice_axis: int,
+    batches: Sampler,
+    workers: int,
+    device: torch.device,
 ) -> DataLoader:
     """A loader of the batches that `batches` draws: the dataset is asked for a whole batch at once.
 
     Workers stay from epoch to epoch: the dataset knows no epoch, only the sampler does.
     """
     return DataLoader(
-        PatchDataset(cache, patch),
+        PatchDataset(cache, patch, slice_axis),
         batch_size=None,
         sampler=batches,
         num_workers=workers,
@@ -251,13 +255,14 @@ class EpochBatches(Sampler):
         self,
         cache: Path,
         patch: list[int],
+        slice_axis: int,
         rows: list[int],
         batch_size: int,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.size = np.array(window_size(patch, read_meta(cache)["slice_axis"]))  # voxels, (3,)
+        self.size = np.array(window_size(patch, slice_axis))  # voxels, (3,)
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank

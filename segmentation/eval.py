@@ -187,9 +187,9 @@ def load_models(
 def check_same(meta: dict, expected: dict, path: Path, other: Path) -> None:
     """Raise CheckpointError if images were not prepared in the same way."""
     for name in META:
-        # The median shape may differ: it only suggests the size of a patch.
+        # The median shape may differ, which only suggests the size of a patch, and the plane.
         found = meta.get(name)
-        if name != "shape" and found != expected.get(name):
+        if name not in ("shape", "slice_axis") and found != expected.get(name):
             raise CheckpointError(f"{path}: {name} {found}, but {other} has {expected.get(name)}")
 
 

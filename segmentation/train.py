@@ -38,10 +38,11 @@ from common.metrics import dice_metrics, dice_scores
 from segmentation import dataset, preprocess
 from segmentation.dataset import make_loader, open_case, to_input
 from segmentation.model import HEAD, build_model, default_patch, predict_volume, segmentation_loss
-from segmentation.preprocess import META, DataError, is_raw, progress, read_meta, run_command
+from segmentation.preprocess import META, DataError, is_raw, progress, run_command
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEMO = Path("data/demo/segmentation")
+PLANES = ("sagittal", "coronal", "axial")  # slices across the axes x, y and z of RAS
 # What may differ between a run and its --resume, because it does not change the result
 FREE = ("data", "out", "workers", "init", "device", "compile", "resume", "stop_after", "overwrite")
 
@@ -57,6 +58,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=within(int, 0), default=2, help="loading processes (default: 2)")
     add = parser.add_argument_group("training").add_argument
     add("--dims", type=int, choices=(2, 3), default=2, help="slices or volumes (default: 2)")
+    add("--plane", choices=PLANES, help="of slices (default: where voxels are finest)")
     add("--channels", type=within(int, 2), default=16, help="first residual unit (default: 16)")
     add("--patch", type=within(int, 4), nargs="+", metavar="N", help="voxels (default: the median)")
     add("--init", type=Path, metavar="CHECKPOINT", help="start from the weights of another run")
@@ -82,6 +84,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.batch_size = args.batch_size or {2: 16, 3: 2}[args.dims]
     if args.patch and len(args.patch) != args.dims:
         parser.error(f"--patch {args.patch}, expected one number for each of the --dims")
+    if args.plane and args.dims != 2:
+        parser.error(f"--plane {args.plane} needs slices: --dims 2")
     if args.freeze and not (args.init or args.resume):
         parser.error("--freeze needs --init: it keeps the weights that come from there")
     return args
@@ -94,9 +98,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # Data
     cache = prepare_cache(args, is_main, world_size)
-    meta, train_rows, val_names = load_data(cache, args.fold)
+    meta, train_rows, val_names = load_data(cache, args.fold, args.plane)
     args.patch = args.patch or default_patch(args.dims, meta)
-    train_loader = load_patches(cache, train_rows, args, device, rank, world_size)
+    train_loader = load_patches(cache, meta, train_rows, args, device, rank, world_size)
     spacing = train_loader.dataset.spacing  # mm, of the axes that a patch has
     steps_per_epoch = len(train_loader)
     total_steps = args.epochs * steps_per_epoch  # of the learning rate's schedule
@@ -265,13 +269,18 @@ def make_demo() -> list[str]:
     return ["--overwrite"]
 
 
-def load_data(cache: Path, fold: int) -> tuple[dict, list[int], list[str]]:
+def load_data(
+    cache: Path, fold: int, plane: str | None = None
+) -> tuple[dict, list[int], list[str]]:
     """What the model needs of meta.json, rows to train on, and names of the validation cases.
 
+    `plane` is that of slices, in place of the cache's own.
     Raises DataError if a side has no cases, or if the arrays of a case do not go together.
     """
     meta, index = dataset.open_cache(cache)
     meta = {name: meta[name] for name in META if name in meta}
+    if plane:
+        meta["slice_axis"] = PLANES.index(plane)
     train_rows, val_rows = split_rows(index, fold)
     for side, row_numbers in (("training", train_rows), ("validation", val_rows)):
         if not row_numbers and (side == "training" or fold >= 0):
@@ -283,6 +292,7 @@ def load_data(cache: Path, fold: int) -> tuple[dict, list[int], list[str]]:
 
 def load_patches(
     cache: Path,
+    meta: dict,
     row_numbers: list[int],
     args: argparse.Namespace,
     device: torch.device,
@@ -290,16 +300,17 @@ def load_patches(
     world_size: int,
 ) -> DataLoader:
     """The loader of this process's training patches. Raises DataError without a whole batch."""
-    if len(args.patch) == 3 and "picture_unit" in read_meta(cache):
-        raise DataError(f"{cache}: pictures, which have no third axis; use --dims 2")
+    if "picture_unit" in meta and (len(args.patch) == 3 or meta["slice_axis"] != 2):
+        raise DataError(f"{cache}: pictures, which have no third axis; use --dims 2, no --plane")
+    slices = (args.patch, meta["slice_axis"])
     sampler = dataset.EpochBatches(
-        cache, args.patch, row_numbers, args.batch_size, args.seed, rank, world_size
+        cache, *slices, row_numbers, args.batch_size, args.seed, rank, world_size
     )
     if len(sampler) == 0:
         raise DataError(
             f"{cache}: {len(sampler.draws)} training patches, less than one batch of --batch-size"
         )
-    return make_loader(cache, args.patch, sampler, args.workers, device)
+    return make_loader(cache, *slices, sampler, args.workers, device)
 
 
 def split_rows(index: list[dict[str, str]], fold: int) -> tuple[list[int], list[int]]:

@@ -378,6 +378,31 @@ def test_largest_tells_what_it_drops(cache, raw, trained, tmp_path, capsys, monk
         assert float(image["ml_dropped"]) == pytest.approx(lost, abs=5e-4)
 
 
+def test_slices_of_another_plane_see_it_and_are_averaged_with_the_usual_ones(
+    cache, trained, tmp_path, capsys
+):
+    sagittal = tmp_path / "sagittal"
+    words = ["--data", str(cache), "--out", str(sagittal), "--plane", "sagittal", *TINY]
+    train.main(words)
+    checkpoint = load_checkpoint(sagittal / "last.pt")
+    meta = preprocess.read_meta(cache)
+    assert meta["slice_axis"] == 2  # the coarsest of 4, 4 and 5 mm
+    assert checkpoint["meta"]["slice_axis"] == 0
+    assert checkpoint["settings"]["patch"] == meta["shape"][1:]
+    for runs in ([sagittal], [trained["2"], sagittal, trained["3"]]):
+        paths = [str(run / "last.pt") for run in runs]
+        out = tmp_path / f"of{len(runs)}"
+        call = ["--data", str(cache), "--checkpoint", *paths, "--out", str(out), "--samples", "20"]
+        evaluation.main(call)
+    of_last_epoch = checkpoint["figures"]["dice"]
+    assert read_metrics(tmp_path / "of1")["summary"]["dice_cache"]["value"] == pytest.approx(
+        of_last_epoch
+    )
+    with pytest.raises(SystemExit, match="2"):
+        train.parse_args(["--dims", "3", "--plane", "sagittal"])
+    assert "--plane sagittal needs slices" in capsys.readouterr().err
+
+
 def test_several_checkpoints_are_averaged(cache, trained, tmp_path):
     paths = [str(path / "last.pt") for path in trained.values()]  # slices and volumes together
     evaluation.main(

@@ -436,14 +436,18 @@ def test_cut_pads_with_zeros():
     assert not cut(volume, [5, -9, 0], [2, 2, 2]).any()
 
 
-@pytest.mark.parametrize("patch", [[8, 8], [8, 6, 5], [16, 16, 16]])
-def test_patches(cache, patch):
-    dataset = PatchDataset(cache, patch)
+@pytest.mark.parametrize("patch, slice_axis", [
+    ([8, 8], 2), ([8, 6], 0), ([8, 6], 1), ([8, 6, 5], 2), ([16, 16, 16], 2)
+])  # fmt: skip
+def test_patches(cache, patch, slice_axis):
+    dataset = PatchDataset(cache, patch, slice_axis)
     images, masks = dataset[[(1, 2, 1, 3), (0, -2, 0, 0)]]
     assert images.shape == (2, 1, *patch) and masks.shape == (2, *patch)
     assert images.dtype == torch.float16 and masks.dtype == torch.uint8
     _, mask = open_case(cache, "c1")
-    size = patch if len(patch) == 3 else [*patch, 1]
+    size = list(patch)
+    if len(patch) == 2:
+        size.insert(slice_axis, 1)
     assert np.array_equal(masks[0].numpy().reshape(size), cut(mask, [2, 1, 3], size))
     assert len(pickle.dumps(dataset)) < 10_000
 
@@ -451,7 +455,7 @@ def test_patches(cache, patch):
 @pytest.mark.parametrize("patch", [[8, 8], [8, 6, 5], [16, 16, 16]])
 def test_epochs(cache, patch):
     def batches(epoch: int, **options: int) -> list:
-        sampler = EpochBatches(cache, patch, [0, 1, 3], 2, 5, **options)
+        sampler = EpochBatches(cache, patch, 2, [0, 1, 3], 2, 5, **options)
         sampler.epoch = epoch
         assert len(list(sampler)) == len(sampler)
         return list(sampler)
