@@ -256,11 +256,12 @@ def evaluate_split(
     index = read_index(args.data)
     rows = [index[k] for k in row_numbers]
     by = choose_groups(rows if multi_label else name_labels(rows, classes), args.by)
+    tunes = can_tune(args, checkpoints)  # refuses before the images are predicted
     probabilities, labels = predict_folds(args, rows_by_fold, models, checkpoints, device)
     predictions = decide(probabilities, multi_label)
     thresholds = None  # of every image, float64 (N,), or (N, C) for several labels
     tuned = None  # threshold, or one of each label, by fold
-    if can_tune(args, checkpoints):
+    if tunes:
         tuned = choose_thresholds(args, rows_by_fold, models, checkpoints, device)
         thresholds = torch.tensor([tuned[row["fold"]] for row in rows], dtype=torch.float64)
     cases = list_cases(rows, args.split, classes, labels, probabilities, predictions)
@@ -477,7 +478,7 @@ def decide(probabilities: Tensor, multi_label: bool) -> Tensor:
 def can_tune(args: argparse.Namespace, checkpoints: list[dict]) -> bool:
     """Whether there is a threshold to choose, and a validation fold to choose it on.
 
-    Raises DataError if --operating-point asks for one and there is not.
+    Raises DataError if --operating-point or --tune-on ask for one and there is not.
     """
     meta = checkpoints[0]["meta"]
     found = None
@@ -486,8 +487,9 @@ def can_tune(args: argparse.Namespace, checkpoints: list[dict]) -> bool:
     elif any(checkpoint["settings"]["fold"] < 0 for checkpoint in checkpoints):
         found = "a checkpoint without validation images (--fold -1) to choose a threshold on"
         print("note: no tuned threshold: a checkpoint was trained on all folds")
-    if found and args.operating_point:
-        raise DataError(f"--operating-point: found {found}")
+    if found and (args.operating_point or args.tune_on):
+        option = "--operating-point" if args.operating_point else "--tune-on"
+        raise DataError(f"{option}: found {found}")
     return found is None
 
 

@@ -5,10 +5,9 @@
   python detection/train.py --data data/heart --resume
   torchrun --nproc-per-node 4 detection/train.py --data data/heart
 
---data is a cache of preprocess.py, or raw data that get one: fold K is the validation set,
-the others are the training set. With --fold -1 all are, and nothing is validated. Written to
---out: last.pt, best.pt, log.csv, log.png. On a CPU, the same settings and numbers of processes and
-threads give bit-identical weights.
+--data is a cache of preprocess.py, or raw data that get one: fold K is the validation set, the
+others (--fold -1: all) the training set. Written to --out: last.pt, best.pt, log.csv, log.png. On a
+CPU, the same settings and numbers of processes and threads give bit-identical weights.
 """
 
 import argparse
@@ -167,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
         if is_main:
             row |= {"seconds": time.perf_counter() - start}
             run.save(row, saved["figures"].get("mean_iou"), saved, model, optimizer, scaler)
-    finish(run, cache, is_main, world_size)
+    finish(run, cache, args.fold, is_main, world_size)
 
 
 def within(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -451,15 +450,15 @@ def gather(batches: list[Tensor]) -> list[Tensor]:
     return [batch for part in parts for batch in part]
 
 
-def finish(run: Run, cache: Path, is_main: bool, world_size: int) -> None:
+def finish(run: Run, cache: Path, fold: int, is_main: bool, world_size: int) -> None:
     """Leave the process group and the folder, and print the command to type next."""
     if world_size > 1:
         dist.barrier()  # gloo's threads may still hold tensors, which aborts a process that ends
         dist.destroy_process_group()
     if is_main:
         checkpoint.unlock_folder(run.lock)
-        # Without validation no epoch is known to be the best, and no images are left out.
-        name, split = ("best.pt", "val") if run.best_epoch else ("last.pt", "test")
+        name = "best.pt" if run.best_epoch else "last.pt"  # without validation there is no best
+        split = "val" if fold >= 0 else "test"
         words = f"--data {cache} --checkpoint {run.out}/{name} --split {split}"
         print(f"next: python detection/eval.py {words}")
 

@@ -5,10 +5,9 @@
   python segmentation/train.py --data data/hippocampus --resume
   torchrun --nproc-per-node 4 segmentation/train.py --data data/hippocampus
 
---data is a cache of preprocess.py, or raw data that get one: fold K is the validation set,
-the others are the training set. With --fold -1 all are, and nothing is validated. Written to
---out: last.pt, best.pt, log.csv, log.png. On a CPU, the same settings and numbers of processes and
-threads give bit-identical weights.
+--data is a cache of preprocess.py, or raw data that get one: fold K is the validation set, the
+others (--fold -1: all) the training set. Written to --out: last.pt, best.pt, log.csv, log.png. On a
+CPU, the same settings and numbers of processes and threads give bit-identical weights.
 """
 
 import argparse
@@ -122,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
         run.trained_on = run.trained_on or record_training(cache, args.fold, init)
         sizes = f"{steps_per_epoch} steps an epoch, {len(val_names)} to validate"
         print_setup(settings, sizes, device)
-    saved = {"task": "segmentation", "meta": meta, "settings": settings, "figures": {}}
+    saved = {"task": "segmentation", "meta": meta, "settings": settings}
     train_model = wrap_model(model, device, world_size, args.compile)
 
     for epoch in range(run.epoch, min(args.epochs, args.stop_after or args.epochs)):
@@ -164,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         if is_main:
             row |= {"seconds": time.perf_counter() - start}
             run.save(row, score_of(saved["figures"]), saved, model, optimizer, scaler)
-    finish(run, cache, is_main, world_size)
+    finish(run, cache, args.fold, is_main, world_size)
 
 
 def within(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -269,9 +268,7 @@ def make_demo() -> list[str]:
     return ["--overwrite"]
 
 
-def load_data(
-    cache: Path, fold: int, plane: str | None = None
-) -> tuple[dict, list[int], list[str]]:
+def load_data(cache: Path, fold: int, plane: str | None) -> tuple[dict, list[int], list[str]]:
     """What the model needs of meta.json, rows to train on, and names of the validation cases.
 
     `plane` is that of slices, in place of the cache's own.
@@ -491,15 +488,15 @@ def score_of(metrics: dict[str, float]) -> float | None:
     return 1.0 if dice is not None and math.isnan(dice) else dice
 
 
-def finish(run: Run, cache: Path, is_main: bool, world_size: int) -> None:
+def finish(run: Run, cache: Path, fold: int, is_main: bool, world_size: int) -> None:
     """Leave the process group and the folder, and print the command to type next."""
     if world_size > 1:
         dist.barrier()  # gloo's threads may still hold tensors, which aborts a process that ends
         dist.destroy_process_group()
     if is_main:
         checkpoint.unlock_folder(run.lock)
-        # Without validation no epoch is known to be the best, and no images are left out.
-        name, split = ("best.pt", "val") if run.best_epoch else ("last.pt", "test")
+        name = "best.pt" if run.best_epoch else "last.pt"  # without validation there is no best
+        split = "val" if fold >= 0 else "test"
         words = f"--data {cache} --checkpoint {run.out}/{name} --split {split}"
         print(f"next: python segmentation/eval.py {words}")
 

@@ -466,13 +466,18 @@ def test_a_training_on_all_folds_leaves_out_the_test_set_alone(task, studies, tm
         assert "note: no tuned threshold" in capsys.readouterr().out
         with pytest.raises(DataError, match="--operating-point: found a checkpoint without"):
             evaluate(task, cache, *last, "--split", "test", "--operating-point", "sensitivity=0.9")
+        with pytest.raises(DataError, match="--tune-on: found a checkpoint without"):
+            evaluate(task, cache, *last, "--split", "test", "--tune-on", cache)
 
 
-def test_a_validation_every_other_epoch_changes_no_weight(studies, tmp_path):
+def test_a_validation_every_other_epoch_changes_no_weight(studies, tmp_path, capsys):
     cache, _ = studies["segmentation"]
     train("segmentation", cache, tmp_path / "each", "--epochs", "5")
     options = ("--epochs", "5", "--validate-every", "2")
-    train("segmentation", cache, tmp_path / "other", *options, "--stop-after", "3")
+    train("segmentation", cache, tmp_path / "other", *options, "--stop-after", "1")
+    command = f"--checkpoint {tmp_path / 'other'}/last.pt --split val"  # no best one yet
+    assert command in capsys.readouterr().out
+    train("segmentation", cache, tmp_path / "other", *options, "--stop-after", "3", "--resume")
     assert load_checkpoint(tmp_path / "other" / "last.pt")["figures"] == {}
     train("segmentation", cache, tmp_path / "other", *options, "--resume")
 

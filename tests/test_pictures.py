@@ -93,6 +93,8 @@ def test_from_pictures_to_masks_as_pictures(tmp_path, capsys):
     options[options.index("--out") + 1] = str(tmp_path / "run3")
     with pytest.raises(DataError, match="pictures, which have no third axis; use --dims 2"):
         train.main([*options, "--dims", "3"])
+    with pytest.raises(DataError, match="no third axis; use --dims 2, no --plane"):
+        train.main([*options, "--plane", "coronal", "--patch", "8", "8"])
     volume = tmp_path / "volume.nii.gz"
     nib.save(nib.Nifti1Image(np.random.default_rng(0).random((9, 9, 9)), np.eye(4)), volume)
     with pytest.raises(DataError, match="1 of 1 images"):

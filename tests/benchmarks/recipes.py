@@ -129,7 +129,7 @@ def command(task: str, script: str, words: list[str]) -> list[str]:
     return [sys.executable, str(ROOT / task / f"{script}.py"), *words]
 
 
-def repeat(words: list[str], fold: int, seed: int, amp: str | None = None) -> list[str]:
+def repeat(words: list[str], fold: int, seed: int, amp: str | None) -> list[str]:
     """The options of a training for another fold and seed, in a folder of its own."""
     run = value_of(words, "--out")
     out = name_run(run, fold, seed)
