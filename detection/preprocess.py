@@ -837,7 +837,7 @@ def progress(text: str) -> None:
 class Picture(NamedTuple):
     """One image as it is meant to be shown, and what else its file says."""
 
-    gray: np.ndarray  # float32 (H, W), 0 = black, 1 = white
+    gray: np.ndarray  # (H, W) from black to white: uint8, or float32 in 0..1
     digest: str  # SHA-256 of the stored pixels: tells copies
     colour: np.ndarray | None = None  # RGB float32 (H, W, 3) in 0..1, None where there is none
     patient: str = ""  # hash of the DICOM PatientID, "" where there is none
@@ -893,13 +893,19 @@ def has_control(text: str) -> bool:
 
 
 def prepare(picture: np.ndarray, size: int) -> np.ndarray:
-    """What the network sees of a picture (H, W) in 0..1: stretched, then uint8 (size, size).
+    """What the network sees of a picture (H, W), uint8 or float32: stretched, then resized.
 
-    Scanners differ in range far more than hearts do: 1 % of the pixels on either side (borders,
-    labels) clip.
+    To uint8 (size, size). Scanners differ in range far more than hearts do: 1 % of the pixels on
+    either side (borders, labels) clip.
     """
-    low, high = np.percentile(picture, (1, 99))  # stretch clips what lies beyond
-    return resize(stretch(picture, low, high), size, "squash")
+    if picture.dtype == np.uint8:  # the same, by a table
+        levels, counts = count_pixels(picture)
+        low, high = percentiles(levels, counts, (1, 99))
+        gray = look_up(stretch(np.arange(256.0), low, high), picture)
+    else:
+        low, high = np.percentile(picture, (1, 99))
+        gray = stretch(picture, low, high)
+    return resize(gray, size, "squash")
 
 
 def gray_moments(image: np.ndarray) -> tuple[float, float]:
@@ -964,6 +970,7 @@ def read_dicom(path: Path, least: int) -> Picture:
     if pixels.shape[:2] not in allowed:
         expected = f"a single image ({ds.Rows}, {ds.Columns})"
         raise DataError(f"{path}: pixels {pixels.shape}, expected {expected}")
+    digest = hash_pixels(pixels)
     notes = []
     colour = None
     if ds.PhotometricInterpretation == "PALETTE COLOR":
@@ -977,10 +984,9 @@ def read_dicom(path: Path, least: int) -> Picture:
     else:
         gray = display_values(ds, pixels, padding, path, notes)
         if ds.PhotometricInterpretation == "MONOCHROME1":  # the lowest value is white
-            gray = 1 - gray
+            gray = (255 if gray.dtype == np.uint8 else 1) - gray
         if padding.any():
-            gray[padding] = 0  # black, also after the inversion
-    digest = hash_pixels(pixels)
+            gray = np.where(padding, 0, gray)  # black, also after the inversion
     return Picture(gray, digest, colour, hash_patient(ds), pixel_spacing(ds), tuple(notes))
 
 
@@ -1241,7 +1247,7 @@ def display_values(
     path: Path,
     notes: list[str],
 ) -> np.ndarray:
-    """Stored values (H, W) to gray float32 in 0..1 by VOI LUT, window or range (PS3.3 C.11.2)."""
+    """Stored values (H, W) to gray as in Picture by VOI LUT, window or range (PS3.3 C.11.2)."""
     # Only one of VOI LUT and window may be applied (C.11.2); the LUT is the richer of the two.
     every_value = modality_values(ds, stored_range(ds), path)
     table = None
@@ -1294,12 +1300,12 @@ def display_values(
 def look_up(table: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     """The entry of a float32 table for each stored value (H, W); negative ones count from its end.
 
-    Some rows at a time: NumPy makes 8-byte indices of the values, and so they stay in the cache.
+    The values themselves, uint8, where the table says the same: to carry a byte a pixel and not
+    four makes reading a third faster.
     """
     if pixels.dtype == np.uint8 and np.array_equal(table, np.arange(256, dtype=np.float32) / 255):
-        gray = pixels.astype(np.float32)
-        gray /= 255  # the same, and faster
-        return gray
+        return pixels
+    # Some rows at a time: NumPy makes 8-byte indices of the values, and so they stay in the cache.
     gray = np.empty(pixels.shape, np.float32)
     for start in range(0, len(pixels), 32):
         rows = slice(start, start + 32)
@@ -1418,9 +1424,7 @@ def read_picture(path: Path, kind: str) -> Picture:
             if image.mode not in ("1", "L", "LA"):
                 colour = find_colour(np.asarray(image.convert("RGB")), 255, notes)
             pixels = np.asarray(image if image.mode == "L" else image.convert("L"))
-            gray = pixels.astype(np.float32)
-            gray /= 255
-            return Picture(gray, hash_pixels(pixels), colour, notes=tuple(notes))
+            return Picture(pixels, hash_pixels(pixels), colour, notes=tuple(notes))
     # Pillow has no type for these two, and hands out their bits as another.
     if pixels.dtype == np.uint8:
         pixels = pixels.view(np.int8)
@@ -1500,17 +1504,25 @@ def decode_as(raw_modes: list[str], image: Image.Image, path: Path) -> np.ndarra
 
 
 def resize(picture: np.ndarray, size: int, fit: str) -> np.ndarray:
-    """Resize float (H, W) in 0..1 with antialiasing to uint8 (size, size); "pad" adds black."""
+    """Resize (H, W), uint8 or float32 in 0..1, with antialiasing to uint8 (size, size).
+
+    With the fit "pad" the proportions stay, and what is missing is black.
+    """
     height, width = picture.shape
     new_width = size
     new_height = size
-    if fit == "pad":  # keeps the proportions
+    if fit == "pad":
         scale = size / max(height, width)
         new_width = max(1, round(width * scale))
         new_height = max(1, round(height * scale))
-    # Still float: rounding before the antialiasing would cost gray levels.
-    small = Image.fromarray(picture).resize((new_width, new_height), Image.Resampling.BILINEAR)
-    levels = np.rint(np.asarray(small).clip(0, 1) * 255)  # (new_height, new_width)
+    image = Image.fromarray(picture)
+    highest = 1
+    if image.mode == "L":
+        image = image.convert("F")  # the two passes of a resize would round twice
+        highest = 255
+    small = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
+    # Rounded here and not before: that would cost gray levels. (new_height, new_width)
+    levels = np.rint(np.asarray(small).clip(0, highest) * (255 / highest))
     top = (size - new_height) // 2
     left = (size - new_width) // 2
     out = np.zeros((size, size), np.uint8)

@@ -146,6 +146,9 @@ def test_images_are_stretched_to_the_whole_range():
     ramp = np.linspace(0.4, 0.5, 100, dtype=np.float32).repeat(100).reshape(100, 100)
     assert preprocess.prepare(ramp, 100)[:, 0].tolist()[::99] == [0, 255]
     assert (preprocess.prepare(ramp, 32) == preprocess.prepare(0.1 + 5 * ramp, 32)).mean() > 0.99
+    levels = np.arange(100, 160, dtype=np.uint8).repeat(60).reshape(60, 60)
+    floats = levels.astype(np.float32) / 255
+    assert (preprocess.prepare(levels, 32) == preprocess.prepare(floats, 32)).mean() > 0.99
 
 
 @pytest.mark.parametrize("row, reason", [

@@ -40,6 +40,13 @@ def noise(name: str, *shape: int) -> np.ndarray:
     return rng.integers(0, 256, shape or (12, 12), dtype=np.uint8)
 
 
+def shown(path: Path) -> np.ndarray:
+    """The gray of a file in 0..1, whether it is read as bytes or as floats."""
+    gray = read_image(path).gray
+    assert gray.dtype in (np.uint8, np.float32)
+    return gray / 255 if gray.dtype == np.uint8 else gray
+
+
 def dicom(path: Path, pixels: object, lut: tuple = (), **header: object) -> Path:
     """An uncompressed DICOM of 12 bits, or 8 for uint8; lut = first value, bits, entries of a VOI LUT."""
     pixels = np.atleast_2d(pixels)
@@ -149,9 +156,9 @@ PRIMARY = np.uint16([[[255, 0, 0], [0, 255, 0], [0, 0, 255]]])
      {"PhotometricInterpretation": "YBR_FULL"}),  # PS3.3 C.7.6.3.1.2: (254, 0, 0) and a gray
 ])  # fmt: skip
 def test_dicom_by_hand(tmp_path, pixels, expected, header):
-    picture = read_image(dicom(tmp_path / "a.dcm", pixels, **header))
-    np.testing.assert_allclose(picture.gray, np.atleast_2d(expected), atol=1e-6)
-    assert picture.gray.dtype == np.float32 and picture.patient == HASH
+    path = dicom(tmp_path / "a.dcm", pixels, **header)
+    np.testing.assert_allclose(shown(path), np.atleast_2d(expected), atol=1e-6)
+    assert read_image(path).patient == HASH
 
 
 @pytest.mark.parametrize("reason, header", [
@@ -174,11 +181,11 @@ def test_files_of_pydicom():
     pictures, refusals = [], {}
     for path in sorted((Path(pydicom.__file__).parent / "data").rglob("*.dcm")):
         try:
-            pictures.append(read_image(path).gray)
+            pictures.append(shown(path))
         except DataError as error:
             assert str(error).startswith(f"{path}: ")
             refusals[path.name] = str(error)
-    assert len(pictures) > 40 and all(p.ndim == 2 and p.dtype == np.float32 for p in pictures)
+    assert len(pictures) > 40 and all(p.ndim == 2 for p in pictures)
     assert all(0 <= p.min() < p.max() <= 1.000001 for p in pictures)
     if not get_decoder(JPEGLosslessSV1).is_available:
         assert "pylibjpeg-libjpeg" in refusals["SC_rgb_jpeg_gdcm.dcm"]
@@ -204,16 +211,38 @@ def test_pictures_by_hand(tmp_path, image, name, expected, options):
         with pytest.raises(DataError, match=f"{tmp_path / name}: {expected}"):
             read_image(tmp_path / name)
     else:
-        np.testing.assert_allclose(read_image(tmp_path / name).gray, expected, atol=1e-6)
+        np.testing.assert_allclose(shown(tmp_path / name), expected, atol=1e-6)
 
 
 def test_resize():
     white = np.ones((4, 8), np.float32)
     assert (resize(white, 8, "squash") == 255).all()
     np.testing.assert_array_equal(resize(white, 8, "pad")[:, 3], [0, 0, 255, 255, 255, 255, 0, 0])
-    assert (
-        resize(np.eye(64, dtype=np.float32), 8, "squash").max() < 64
-    )  # antialiased: thin lines grow faint
+    thin = np.eye(64, dtype=np.float32)
+    assert resize(thin, 8, "squash").max() < 64  # antialiased: thin lines grow faint
+
+
+@pytest.mark.parametrize("fit", ["squash", "pad"])
+def test_bytes_and_floats_of_a_picture_are_resized_alike(fit):
+    levels = noise("levels", 90, 70)
+    floats = resize(levels.astype(np.float32) / 255, 31, fit)
+    # Beside the last bit of a float there is nothing between them.
+    assert (resize(levels, 31, fit) != floats).mean() < 0.001
+    rounded = Image.fromarray(levels).resize((31, 31), Image.Resampling.BILINEAR)
+    assert fit == "pad" or (np.asarray(rounded) != floats).mean() > 0.01  # what is not done
+
+
+def test_bytes_stay_bytes_where_the_header_changes_nothing(tmp_path):
+    levels = noise("levels", 40, 30)
+    as_stored = dicom(tmp_path / "a.dcm", levels)
+    inverted = dicom(tmp_path / "b.dcm", levels, PhotometricInterpretation="MONOCHROME1")
+    windowed = dicom(tmp_path / "c.dcm", levels, **window(100, 50))
+    padded = dicom(tmp_path / "d.dcm", levels, PixelPaddingValue=int(levels[0, 0]))
+    assert (read_image(as_stored).gray == levels).all()
+    assert (read_image(inverted).gray == 255 - levels).all()
+    assert read_image(windowed).gray.dtype == np.float32
+    assert (read_image(padded).gray == np.where(levels == levels[0, 0], 0, levels)).all()
+    assert read_image(padded).digest == read_image(as_stored).digest  # of what is stored
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -29,7 +29,7 @@ from classification.preprocess import (
     read_image,
 )
 from tests.conftest import read_table
-from tests.test_preprocess import dicom
+from tests.test_preprocess import dicom, shown
 
 pytestmark = pytest.mark.filterwarnings("ignore:::pydicom|PIL")
 RAMP = np.tile(np.arange(32, dtype=np.uint16) * 100, (24, 1))
@@ -63,7 +63,7 @@ def replace(path: Path, old: bytes, new: bytes) -> Path:
 
 
 def assert_shows(path: Path, expected: np.ndarray, tolerance: float = 1e-6) -> None:
-    np.testing.assert_allclose(read_image(path).gray, expected, atol=tolerance)
+    np.testing.assert_allclose(shown(path), expected, atol=tolerance)
 
 
 PADDED = RAMP.copy()
@@ -154,7 +154,7 @@ def test_pixel_spacing_is_two_lengths_or_absent(tmp_path, written, spacing):
     replace(path, b"0.143\\0.144", written.encode())
     picture = read_image(path)
     assert picture.spacing == spacing
-    np.testing.assert_allclose(picture.gray, SHOWN, atol=1e-6)
+    np.testing.assert_allclose(shown(path), SHOWN, atol=1e-6)
 
 
 def test_spacing_at_the_detector_stands_in_for_an_unusable_one(tmp_path):
@@ -418,7 +418,7 @@ def test_signed_values_are_looked_up_with_their_sign(tmp_path):
     window = {"WindowCenter": 0, "WindowWidth": 4096, "VOILUTFunction": "LINEAR_EXACT"}
     path = dicom(tmp_path / "a.dcm", signed, **header, **window)
     expected = [[0, 2047 / 4096, 0.5, 4095 / 4096]]
-    np.testing.assert_allclose(read_image(path).gray, expected, atol=1e-6)
+    np.testing.assert_allclose(shown(path), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 199, 200, 201, 60_000])
