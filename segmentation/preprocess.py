@@ -2527,7 +2527,7 @@ def draw_points(labels: np.ndarray, classes: int) -> np.ndarray:
     points = [np.empty((0, 4), np.int16)]  # in case that there is no foreground
     for k in range(1, classes):  # as many of a small structure as of a large one
         inside = np.flatnonzero(labels == k)  # (n,)
-        inside = inside[rng.permutation(len(inside))[:POINTS]]
+        inside = rng.choice(inside, min(POINTS, len(inside)), replace=False)
         voxels = np.column_stack(np.unravel_index(inside, labels.shape))  # (up to POINTS, 3)
         points.append(np.insert(voxels, 0, k, axis=1).astype(np.int16))
     return np.concatenate(points)
