@@ -580,3 +580,14 @@ def test_one_window_is_the_network_itself(cache):
     with torch.no_grad():
         expected = model(torch.from_numpy(np.array(image)).float()[None]).softmax(1)[0].half()
     assert torch.equal(predict_volume(model, image, [13, 10, 8], 2, CPU, None, 2), expected)
+
+
+def test_points_are_different_voxels_of_every_class():
+    labels = np.zeros((30, 20, 10), np.uint8)
+    labels[:20] = 1  # 4,000 voxels
+    labels[25, 3:6, 7] = 3  # and none of class 2
+    points = preprocess.draw_points(labels, 4)
+    classes, counts = np.unique(points[:, 0], return_counts=True)
+    assert classes.tolist() == [1, 3] and counts.tolist() == [preprocess.POINTS, 3]
+    assert len(np.unique(points, axis=0)) == len(points)  # none twice
+    assert (labels[tuple(points[:, 1:].T)] == points[:, 0]).all()
