@@ -1419,9 +1419,9 @@ def is_utf8(name: str) -> bool:
 
 def read_array(pixels: np.ndarray) -> Picture:
     """What a file would give for uint8 pixels that are in memory, (H, W) or RGB (H, W, 3)."""
-    notes = []
     if pixels.ndim == 2:
         return Picture(pixels, hash_pixels(pixels))
+    notes = []
     gray = colour_to_gray(pixels, 255)  # (H, W)
     colour = find_colour(pixels, 255, notes)
     return Picture(gray, hash_pixels(pixels), colour, notes=tuple(notes))
