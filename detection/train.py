@@ -219,19 +219,22 @@ def prepare_cache(args: argparse.Namespace, is_main: bool, world_size: int) -> P
     if args.data and not is_raw(args.data):
         return args.data
     cache = Path(f"{args.out}_cache") if args.data else DEMO / "cache"
-    if world_size > 1:  # with a clock of its own: the others' patience ends after 10 minutes
-        waiting = dist.new_group(timeout=timedelta(days=7), backend="gloo")
-    if is_main and args.data:
-        if not args.resume:
-            checkpoint.refuse_overwriting(args.out, args.overwrite)  # before what takes long
-        make_cache(args.data, cache, [])
-    elif is_main:
-        make_cache(DEMO / "raw", cache, make_demo())
-    if world_size > 1:
-        try:
+    try:
+        if world_size > 1:  # with a clock of its own: the others' patience ends after 10 minutes
+            waiting = dist.new_group(timeout=timedelta(days=7), backend="gloo")
+        if is_main and args.data:
+            if not args.resume:
+                checkpoint.refuse_overwriting(args.out, args.overwrite)  # before what takes long
+            make_cache(args.data, cache, [])
+        elif is_main:
+            make_cache(DEMO / "raw", cache, make_demo())
+        if world_size > 1:
             dist.barrier(waiting)
-        except RuntimeError as error:  # the connection is closed
-            raise DataError("process 0 has stopped; the reason is its message") from error
+    except RuntimeError as error:
+        if is_main:
+            raise
+        # The connection is closed, maybe before it was complete.
+        raise DataError("process 0 has stopped; the reason is its message") from error
     return cache
 
 

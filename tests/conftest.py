@@ -14,6 +14,11 @@ import torch
 
 from common.checkpoint import load_checkpoint
 
+# What is compared to the bit has to be computed in one place, and a GPU may be busy or too old. What
+# the shell said is kept for tests/test_cuda.py, in the environment: it passes on to pytest's workers.
+os.environ.setdefault("TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 # A job in the background of a script ignores Ctrl-C, and so would the commands that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -806,7 +806,9 @@ def test_memory_that_is_freed_is_kept_for_the_next_image(task):
     for kind in ("fresh", "kept"):
         command = [sys.executable, "-c", FRESH_PAGES.format(task=task), kind]
         faults[kind] = int(subprocess.check_output(command, cwd=ROOT))
-    assert faults["kept"] < 100 < faults["fresh"]  # pages
+    assert faults["kept"] < 100  # pages
+    if faults["fresh"] < 100:
+        pytest.skip("this machine keeps freed memory without being asked")
 
 
 def test_other_c_libraries_go_without(monkeypatch):

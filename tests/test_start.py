@@ -216,6 +216,9 @@ def test_a_training_that_must_not_go_is_seen_before_anything_is_preprocessed():
     assert not Path("run_cache").exists()
 
 
+group = dist.new_group
+
+
 def prepare(rank: int, slow: Callable, results: multiprocessing.Queue) -> None:
     """One of two processes that turn back after two seconds of waiting."""
     preprocess.main = slow
@@ -223,6 +226,8 @@ def prepare(rank: int, slow: Callable, results: multiprocessing.Queue) -> None:
     patience = timedelta(seconds=2)
     dist.init_process_group("gloo", file, rank=rank, world_size=2, timeout=patience)
     args = segmentation.parse_args(["--data", "raw", "--out", "run"])
+    if rank and slow is fail_at_once:
+        dist.new_group = fail_to_connect
     try:
         results.put(str(segmentation.prepare_cache(args, rank == 0, 2)))
     except preprocess.DataError as error:
@@ -238,10 +243,21 @@ def fail(words: list[str]) -> None:
     raise preprocess.DataError("no space left")
 
 
+def fail_at_once(words: list[str]) -> None:
+    """So soon that the other process is not connected yet."""
+    fail(words)
+
+
+def fail_to_connect(**options: object) -> None:
+    group(**options)
+    raise RuntimeError("Gloo connectFullMesh failed: Connection closed by peer")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork")
 @pytest.mark.parametrize("make, found", [
     (write_slowly, ["run_cache", "run_cache"]),
     (fail, ["no space left", "process 0 has stopped; the reason is its message"]),
+    (fail_at_once, ["no space left", "process 0 has stopped; the reason is its message"]),
 ])  # fmt: skip
 def test_processes_wait_for_the_cache_as_long_as_it_takes_and_end_together(make, found):
     write_raw(Path("raw"), "segmentation")
