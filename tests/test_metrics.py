@@ -470,7 +470,8 @@ def test_detection_metrics_by_hand():
     pred = torch.tensor([[0.0, 0.0, 0.5, 0.5], [0.0, 0.0, 0.5, 0.4], [0.25, 0.0, 0.75, 0.5]])
     figures = detection_metrics(pred, truth)
     expected = {"mean_iou": (1 + 0.8 + 1 / 3) / 3, "median_iou": 0.8, "iou_50": 2 / 3, "iou_75": 2 / 3,
-                "iou_90": 1 / 3, "mse_224": (22.4**2 + 2 * 56**2) / 12}  # fmt: skip
+                "iou_90": 1 / 3, "mse_224": (22.4**2 + 2 * 56**2) / 12,
+                "median_se_224": 22.4**2 / 4}  # fmt: skip
     assert figures == pytest.approx(expected, rel=1e-5)
     assert all(math.isnan(value) for value in detection_metrics(pred[:0], truth[:0]).values())
 

@@ -26,7 +26,7 @@ TASKS = ("classification", "detection", "segmentation")
 # Of metrics.json's summary: what the READMEs' tables show
 SHOWN = {
     "classification": ("auroc", "accuracy", "sensitivity", "specificity", "accuracy_tuned"),
-    "detection": ("mean_iou", "median_iou", "iou_75", "mse_224"),
+    "detection": ("mean_iou", "median_iou", "iou_75", "mse_224", "median_se_224"),
     "segmentation": ("dice", "iou", "hd95_mm", "assd_mm"),
 }
 COLUMNS = ("command", "run", "minutes", "cpu_minutes")
