@@ -284,7 +284,7 @@ def detection_metrics(pred: Tensor, truth: Tensor) -> dict[str, float]:
 
     iou_75 is the share of the images with an IoU of at least 0.75; mse_224 the mean squared error
     of the four coordinates in pixels of the image squashed to 224x224, and median_se_224 the median
-    over the images of their own means: one wrong label can be half of the former.
+    of the images, because one wrong label can be half of the mean.
     """
     iou = box_iou(pred, truth)
     squared_error = (224 * (pred - truth)).double().square().mean(1)  # (N,)

@@ -953,7 +953,7 @@ def test_the_inverse_of_an_affine_is_that_of_lapack():
     matrices = (
         torch.eye(2) + 0.4 * torch.rand(1000, 2, 2, generator=generator) - 0.2
     )  # as augment draws them
-    # to the bit with some processors and versions, with others to the last two
+    # To the bit with some processors, to the last digits with others
     torch.testing.assert_close(inverse(matrices), torch.linalg.inv(matrices), rtol=1e-6, atol=1e-7)
     turned = matrices.flip(1)  # the larger entry of the first column is below
     assert torch.allclose(inverse(turned), torch.linalg.inv(turned), atol=1e-5)

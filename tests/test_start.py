@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torchvision
 from PIL import Image, ImageColor
 from torch import nn
+from torch.distributed import new_group
 
 from classification.model import build_model as build_classifier
 from common.checkpoint import (
@@ -216,18 +217,15 @@ def test_a_training_that_must_not_go_is_seen_before_anything_is_preprocessed():
     assert not Path("run_cache").exists()
 
 
-group = dist.new_group
-
-
-def prepare(rank: int, slow: Callable, results: multiprocessing.Queue) -> None:
+def prepare(rank: int, slow: Callable, connect: Callable, results: multiprocessing.Queue) -> None:
     """One of two processes that turn back after two seconds of waiting."""
     preprocess.main = slow
+    if rank == 1:
+        dist.new_group = connect
     file = f"file://{Path('rendezvous').resolve()}"
     patience = timedelta(seconds=2)
     dist.init_process_group("gloo", file, rank=rank, world_size=2, timeout=patience)
     args = segmentation.parse_args(["--data", "raw", "--out", "run"])
-    if rank and slow is fail_at_once:
-        dist.new_group = fail_to_connect
     try:
         results.put(str(segmentation.prepare_cache(args, rank == 0, 2)))
     except preprocess.DataError as error:
@@ -243,27 +241,23 @@ def fail(words: list[str]) -> None:
     raise preprocess.DataError("no space left")
 
 
-def fail_at_once(words: list[str]) -> None:
-    """So soon that the other process is not connected yet."""
-    fail(words)
-
-
-def fail_to_connect(**options: object) -> None:
-    group(**options)
+def connect_too_late(**options: object) -> None:
+    """As in a process that the other one does not wait for."""
+    new_group(**options)
     raise RuntimeError("Gloo connectFullMesh failed: Connection closed by peer")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork")
-@pytest.mark.parametrize("make, found", [
-    (write_slowly, ["run_cache", "run_cache"]),
-    (fail, ["no space left", "process 0 has stopped; the reason is its message"]),
-    (fail_at_once, ["no space left", "process 0 has stopped; the reason is its message"]),
+@pytest.mark.parametrize("make, connect, found", [
+    (write_slowly, new_group, ["run_cache", "run_cache"]),
+    (fail, new_group, ["no space left", "process 0 has stopped; the reason is its message"]),
+    (fail, connect_too_late, ["no space left", "process 0 has stopped; the reason is its message"]),
 ])  # fmt: skip
-def test_processes_wait_for_the_cache_as_long_as_it_takes_and_end_together(make, found):
+def test_processes_wait_for_the_cache_as_long_as_it_takes_and_end_together(make, connect, found):
     write_raw(Path("raw"), "segmentation")
     fork = multiprocessing.get_context("fork")
     results = fork.Queue()
-    both = [fork.Process(target=prepare, args=(rank, make, results)) for rank in (0, 1)]
+    both = [fork.Process(target=prepare, args=(rank, make, connect, results)) for rank in (0, 1)]
     for process in both:
         process.start()
     assert sorted(results.get(timeout=60) for _ in both) == found
