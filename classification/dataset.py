@@ -21,18 +21,13 @@ from pydicom.encaps import encapsulate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from classification.preprocess import (
-    LABEL_VALUES,
-    DataError,
-    is_multi_label,
-    positive_class,
-    read_meta,
-)
-from common.checkpoint import short_hash
+from common.checkpoint import DataError, read_meta
 
-COLUMNS = ("id", "patient", "fold")
+META = ("classes", "positive_class", "multi_label", "size", "fit", "channels", "n")
+COLUMNS = ("id", "patient", "fold", "split", "digest")
 # The folds that training and evaluation know; a person may edit them in index.csv.
 FOLD_NAMES = ("0", "1", "2", "3", "4", "test")
+LABEL_VALUES = {"0": 0, "1": 1, "": -1}  # in a column of one of several labels; blank: unknown
 PHANTOM = 256  # pixels per side of a synthetic picture
 
 
@@ -41,119 +36,107 @@ PHANTOM = 256  # pixels per side of a synthetic picture
 
 def open_cache(cache: Path) -> tuple[dict, list[dict[str, str]]]:
     """meta.json and the rows of index.csv. Raises DataError unless images.npy goes with them."""
-    meta = read_meta(cache)
-    shape = (meta["size"], meta["size"])
-    if meta.get("channels") == 3:
+    meta = read_meta(cache, "classification", META)
+    shape = (meta["n"], meta["size"], meta["size"])
+    if meta["channels"] == 3:
         shape = (*shape, 3)
-    images = load_array(cache / "images.npy", "uint8", 1 + len(shape))  # (N, S, S), color: + (3,)
-    try:
-        rows = read_index(cache)
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{cache / 'index.csv'}: {error}; preprocess again") from error
-    expected = (len(rows), *shape)
-    if images.shape != expected:
-        problem = f"images.npy {images.shape}, expected {expected} by index.csv and meta.json"
-        raise DataError(f"{cache}: {problem}; preprocess again")
+    load_array(cache / "images.npy", "uint8", shape)  # (N, S, S), color: (N, S, S, 3)
+    labels = meta["classes"] if meta["multi_label"] else ["label"]
+    rows = read_index(cache / "index.csv", meta["n"], (*COLUMNS, *labels))
+    allowed = LABEL_VALUES if meta["multi_label"] else meta["classes"]
     for number, row in enumerate(rows, 1):
-        problem = check_row(row, meta)
-        if problem:
-            raise DataError(f"{cache / 'index.csv'}: row {number}: {problem}")
+        for name in labels:
+            if row[name] not in allowed:
+                problem = f"{name} {row[name]!r}, expected one of {list(allowed)}"
+                raise DataError(f"{cache / 'index.csv'}: row {number}: {problem}")
     return meta, rows
 
 
-def load_array(path: Path, dtype: str, axes: int) -> np.ndarray:
-    """An array of a cache, mapped: only what is used is read. Raises DataError naming the file."""
-    again = "make the cache again with preprocess.py --overwrite"
+def load_array(path: Path, dtype: str, shape: tuple[int | None, ...]) -> np.ndarray:
+    """An array of a cache, mapped: only what is used is read. Raises DataError naming the file.
+
+    `shape` has None where an axis may have any length.
+    """
     try:
         array = np.load(path, mmap_mode="r")
+        content = f"{array.dtype} {array.shape}"
     except Exception as error:  # the one place where numpy's many exceptions become ours
-        raise DataError(f"{path}: {type(error).__name__}: {error}; {again}") from error
-    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != axes:
-        found = f"{getattr(array, 'dtype', type(array).__name__)} {getattr(array, 'shape', '')}"
-        raise DataError(f"{path}: {found}, expected {dtype} with {axes} axes; {again}")
-    if path.stat().st_size != array.offset + array.nbytes:
-        found = f"{path}: {path.stat().st_size} bytes"
-        raise DataError(f"{found}, expected {array.offset + array.nbytes} by its header; {again}")
+        raise DataError(f"{path}: {type(error).__name__}: {error}; preprocess again") from error
+    fits = len(shape) == array.ndim
+    fits = fits and all(n in (None, m) for n, m in zip(shape, array.shape, strict=True))
+    if array.dtype != dtype or not fits:
+        raise DataError(f"{path}: {content}, expected {dtype} {shape}; preprocess again")
     return array
 
 
-def read_index(cache: Path) -> list[dict[str, str]]:
-    """The rows of index.csv (id, patient, fold, label or labels, source), as in images.npy."""
-    with open(cache / "index.csv", newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def check_row(row: dict[str, str], meta: dict) -> str:
-    """What is wrong with a row of index.csv, or ""."""
-    columns = (*COLUMNS, *label_columns(meta))
-    # csv.DictReader: the key None holds surplus values, the value None is a missing one.
-    if None in row or None in row.values() or not set(columns) <= row.keys():
-        return f"found {list(row)}, expected a value for each of {', '.join(columns)}"
-    if not row["id"]:
-        return "no id, expected a name"
-    if row["fold"] not in FOLD_NAMES:
-        return f"fold {row['fold']!r}, expected one of {' '.join(FOLD_NAMES)}"
-    if is_multi_label(meta):
-        for name in meta["classes"]:
-            if row[name] not in LABEL_VALUES:
-                return f"{name} {row[name]!r}, expected 1, 0 or nothing"
-        return ""
-    count = len(meta["classes"])
-    if row["label"] not in [str(k) for k in range(count)]:
-        return f"label {row['label']!r}, expected 0 to {count - 1}"
-    return ""
-
-
-def label_columns(meta: dict) -> list[str]:
-    """The columns of index.csv with what the network learns."""
-    return meta["classes"] if is_multi_label(meta) else ["label"]
+def read_index(path: Path, count: int, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    """The rows of an index.csv with these columns. Raises DataError unless there are `count`."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{path}: {error}; preprocess again") from error
+    if len(rows) != count:
+        raise DataError(f"{path}: {len(rows)} rows, expected {count} by meta.json")
+    for number, row in enumerate(rows, 1):
+        # csv.DictReader: the key None holds surplus values, the value None is a missing one.
+        if None in row or None in row.values() or not set(columns) <= row.keys():
+            expected = f"expected a value for each of {', '.join(columns)}"
+            raise DataError(f"{path}: row {number}: found {list(row)}, {expected}")
+        if row["fold"] not in FOLD_NAMES:
+            problem = f"fold {row['fold']!r}, expected one of {' '.join(FOLD_NAMES)}"
+            raise DataError(f"{path}: row {number}: {problem}")
+    return rows
 
 
 def read_labels(rows: list[dict[str, str]], meta: dict) -> Tensor:
     """Labels int64 (N,), numbers of classes; or (N, C), several an image: 1, 0, -1 for unknown."""
-    if not is_multi_label(meta):
-        return torch.tensor([int(row["label"]) for row in rows], dtype=torch.long)
-    values = [[LABEL_VALUES[row[name]] for name in meta["classes"]] for row in rows]
-    return torch.tensor(values, dtype=torch.long).reshape(len(rows), len(meta["classes"]))
+    classes = meta["classes"]
+    if not meta["multi_label"]:
+        return torch.tensor([classes.index(row["label"]) for row in rows], dtype=torch.long)
+    values = [[LABEL_VALUES[row[name]] for name in classes] for row in rows]
+    return torch.tensor(values, dtype=torch.long).reshape(len(rows), len(classes))
 
 
-def count_labels(rows: list[dict[str, str]], meta: dict) -> Tensor:
-    """Images of each class (C,), or, of several labels, without and with each of them (C, 2)."""
-    labels = read_labels(rows, meta)
-    if is_multi_label(meta):
-        return torch.stack([(labels == 0).sum(0), (labels == 1).sum(0)], 1)
-    return torch.bincount(labels, minlength=len(meta["classes"]))
+def count_classes(cache: Path, fold: int, meta: dict, index: list[dict[str, str]]) -> Tensor:
+    """Training images of each class (C,), or, of several labels, without and with each (C, 2).
 
-
-def check_counts(counts: Tensor, meta: dict, fold: str, side: str) -> str:
-    """A note on labels that a side (training, validation) has one value of, or "".
-
-    Raises DataError if these are all labels, or if an image has one label and a class is missing.
+    Raises DataError if the fold leaves a class out of the training or the validation images; of
+    several labels an image, if it leaves one value only of all of them: of some it is noted.
     """
-    missing = [name for k, name in enumerate(meta["classes"]) if (counts[k] == 0).any()]
-    names = ", ".join(missing)
-    if missing and (not is_multi_label(meta) or len(missing) == len(meta["classes"])):
-        raise DataError(f"{fold} leaves no {side} images of {names}")
-    return f"note: {fold} leaves {side} images of one value only of {names}" if missing else ""
+    labels = read_labels(index, meta)
+    sides = {"training": [], "validation": []}
+    for k, row in enumerate(index):
+        if row["fold"] != "test":
+            sides["validation" if row["fold"] == str(fold) else "training"].append(k)
+    counts = {}
+    for side, rows in sides.items():
+        if meta["multi_label"]:
+            of_each = [(labels[rows] == value).sum(0) for value in (0, 1)]
+            counts[side] = torch.stack(of_each, 1)
+        else:
+            counts[side] = torch.bincount(labels[rows], minlength=len(meta["classes"]))
+        missing = [name for k, name in enumerate(meta["classes"]) if (counts[side][k] == 0).any()]
+        if not missing or (side == "validation" and fold < 0):
+            continue
+        problem = f"fold {fold} leaves no {side} images of {', '.join(missing)}"
+        if meta["multi_label"] and len(missing) < len(meta["classes"]):
+            print(f"note: {problem}, or none without")
+            continue
+        patients = len({row["patient"] for row in index})
+        advice = f"{patients} patients in all (--patient-regex of preprocess.py makes them)"
+        raise DataError(f"{cache}: {problem}: {advice}; merge or leave out classes, or --fold -1")
+    return counts["training"]
 
 
 def describe_counts(counts: Tensor, meta: dict) -> str:
     """The training images of each class, or with each label of those where it is known."""
     classes = meta["classes"]
-    if not is_multi_label(meta):
-        return f"{counts.tolist()} images of {classes}\npositive class: {positive_class(classes)}"
+    if not meta["multi_label"]:
+        return f"{counts.tolist()} images of {classes}\npositive class: {meta['positive_class']}"
     pairs = zip(classes, counts.tolist(), strict=True)
     cells = [f"{name} {positive} of {negative + positive}" for name, (negative, positive) in pairs]
     return f"images with each label: {', '.join(cells)}"
-
-
-def fingerprints(cache: Path, rows: list[int]) -> tuple[list[str], list[str]]:
-    """Hashes of the patient and the image of every row: they tell eval.py what was trained on."""
-    index = read_index(cache)
-    images = np.load(cache / "images.npy", mmap_mode="r")
-    patient_hashes = [short_hash(index[k]["patient"].encode()) for k in rows]
-    image_hashes = [short_hash(images[k]) for k in rows]
-    return patient_hashes, image_hashes
 
 
 # --- batches ---
@@ -162,22 +145,21 @@ def fingerprints(cache: Path, rows: list[int]) -> tuple[list[str], list[str]]:
 class XrayDataset(Dataset):
     """Raw images and labels of a cache, a batch at a time: augmentation is on the device.
 
-    `dataset[row_numbers]` gives images uint8 (B, C, S, S) and the labels of `read_labels`. It
-    pickles as nothing but the path: each worker maps the file itself, because a pickled memory map
-    is the whole array.
+    `dataset[row_numbers]` gives images uint8 (B, C, S, S) and their `labels`, those of
+    `read_labels` for all rows. Each worker maps the file itself, because a pickled memory map is
+    the whole array.
     """
 
-    def __init__(self, cache: Path) -> None:
+    def __init__(self, cache: Path, labels: Tensor) -> None:
         self.cache = cache
+        self.labels = labels
         self.images = None  # opened by the first batch, in the process that loads it
-        self.labels = None
 
     def __getstate__(self) -> dict:
-        return {"cache": self.cache, "images": None, "labels": None}
+        return {"cache": self.cache, "labels": self.labels, "images": None}
 
     def __getitem__(self, row_numbers: list[int]) -> tuple[Tensor, Tensor]:
         if self.images is None:
-            self.labels = read_labels(read_index(self.cache), read_meta(self.cache))
             self.images = np.load(self.cache / "images.npy", mmap_mode="r")  # (N, S, S [, 3])
         images = torch.from_numpy(self.images[row_numbers])  # a copy in memory
         images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
@@ -185,7 +167,7 @@ class XrayDataset(Dataset):
 
 
 def make_loader(
-    cache: Path,
+    dataset: Dataset,
     batches: Sampler | list[list[int]],
     workers: int,
     device: torch.device,
@@ -195,7 +177,7 @@ def make_loader(
     Workers stay from epoch to epoch: the dataset knows no epoch, only the sampler does.
     """
     return DataLoader(
-        XrayDataset(cache),
+        dataset,
         batch_size=None,
         sampler=batches,
         num_workers=workers,
@@ -236,6 +218,9 @@ class EpochBatches(Sampler):
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
+        if len(self) == 0:
+            size = f"--batch-size {batch_size} in each of {world_size} processes"
+            raise DataError(f"{len(rows)} training images, less than one batch of {size}")
 
     def __len__(self) -> int:
         return len(self.rows) // (self.batch_size * self.world_size)
@@ -257,36 +242,27 @@ class EpochBatches(Sampler):
 def to_input(
     images: Tensor,
     device: torch.device,
-    mean: float | None,
-    std: float | None,
+    mean_std: tuple[float, float] | None,
     rng: np.random.Generator | None = None,
     strength: float = 1.0,
     flip: bool = False,
 ) -> Tensor:
     """uint8 (B, C, S, S) to float32 on `device`, normalised, channels last: what the network takes.
 
-    `mean` and `std` are those of 0..1, or None, which takes each image's own. With `rng` the images
+    Brightness and contrast depend on the machine, so images are normalised one by one; weights that
+    know other images (--pretrained) need the `mean_std` of those, in 0..1. With `rng` the images
     are augmented, in 0..1, before they are normalised.
     """
     images = images.to(device, non_blocking=True).float() / 255
     if rng is not None:
         images = augment(images, rng, strength, flip)
-    if mean is None:
+    if mean_std is None:
         std, mean = torch.std_mean(images, (1, 2, 3), keepdim=True)  # (B, 1, 1, 1) each
         std = std + 1e-3  # an image may be of one gray value
+    else:
+        mean, std = mean_std
     images = (images - mean) / std
     return images.contiguous(memory_format=torch.channels_last)
-
-
-def choose_scale(meta: dict) -> tuple[float | None, float | None]:
-    """Mean and standard deviation for `to_input` by the meta of a run.
-
-    Brightness and contrast depend on the machine, so images are normalised one by one. --pretrained
-    takes the numbers that its weights know, and older checkpoints took those of their cache.
-    """
-    if meta.get("per_image", False):
-        return None, None
-    return meta["mean"], meta["std"]
 
 
 def augment(
@@ -366,7 +342,7 @@ def change_look(images: Tensor, rng: np.random.Generator, strength: float) -> Te
 
     levels = torch.linspace(0, 1, 256, device=images.device)
     curve = torch.lerp(levels, borrow_histogram(images), share[:, :, 0, 0])  # (B, 256)
-    rises = F.softmax(draws[:, 3:], 1)  # of eight parts of the gray scale, which add up to 1
+    rises = F.softmax(draws[:, 3:], 1)  # heights of eight steps, which add up to 1
     curve = apply_curve(curve, F.pad(rises.cumsum(1), (1, 0)))
     images = apply_curve(images, curve)
     fine = images - blur(images, sigma.flatten())
@@ -380,7 +356,7 @@ def borrow_histogram(images: Tensor) -> Tensor:
     counts = torch.zeros(len(images), 256, device=images.device)
     counts.scatter_add_(1, values, torch.ones_like(values, dtype=torch.float32))
     up_to = counts.cumsum(1)  # exact: whole numbers
-    middle = up_to - counts / 2  # of the pixels of each gray value in their order
+    middle = up_to - counts / 2  # mean rank of the pixels of each gray value
     return torch.searchsorted(up_to.roll(1, 0), middle).clamp(max=255) / 255
 
 

@@ -3,52 +3,35 @@
 In the shapes below B is the batch, S the side of an image in pixels, C the number of classes.
 """
 
-import sys
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from classification.preprocess import DataError, is_multi_label
-
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50")
-HEAD = ("fc.",)  # what --freeze trains: names of weights begin so
 # One mean and std for the one channel (the averages of ImageNet's three): with three different
 # ones the summed stem would not equal the RGB network on a gray picture.
-PRETRAINED_MEAN = 0.449
-PRETRAINED_STD = 0.226
+PRETRAINED_MEAN_STD = (0.449, 0.226)
 
 
-def build_model(
-    arch: str,
-    num_classes: int,
-    size: int,
-    pretrained: bool = False,
-    channels: int = 1,
-    width: int = 64,
-) -> nn.Module:
+def build_model(arch: str, meta: dict, width: int = 64, pretrained: bool = False) -> nn.Module:
     """ResNet (He et al., CVPR 2016) from float images (B, channels, S, S) to logits (B, C).
 
-    `width` are the features of its first stage, doubled in each next; torchvision has 64.
+    Classes, channels and S are those of a meta.json.
+    `width`: channels of the first stage; each later stage doubles them. torchvision has 64.
 
     Images of at most 64 px get a 3x3 stem without stride and pooling, which keeps their few pixels,
     as for CIFAR in the paper. `pretrained` takes torchvision's ImageNet weights, the stem's filters
-    summed over RGB for gray images. Raises DataError if it cannot.
+    summed over RGB for gray images. Raises OSError if they are not to be had, or images are small.
     """
-    is_small = size <= 64
+    channels = meta["channels"]
+    is_small = meta["size"] <= 64
     if pretrained and is_small:
-        problem = f"images of {size} px, expected more than 64; preprocess with --size 224"
-        raise DataError(f"--pretrained: {problem}")
+        raise OSError(f"pretrained weights take images of more than 64 px, not of {meta['size']}")
     try:
         model = torchvision.models.get_model(arch, weights="DEFAULT" if pretrained else None)
-    except (OSError, RuntimeError) as error:  # no network, no place for the file, a broken download
-        problem = f"could not fetch the ImageNet weights of {arch} ({error})"
-        raise DataError(f"--pretrained: {problem}") from error
+    except Exception as error:  # no network, a full disk, a file that was cut: each has its own
+        raise OSError(f"no weights of {arch}: {type(error).__name__} {error}") from error
     rgb_stem = model.conv1.weight  # (64, 3, 7, 7)
     if width != 64:  # torchvision builds no other
         narrow(model, width / 64)
@@ -56,7 +39,7 @@ def build_model(
         model.conv1 = nn.Conv2d(channels, width, 3, stride=1, padding=1, bias=False)  # (S, S)
     else:
         model.conv1 = nn.Conv2d(channels, width, 7, stride=2, padding=3, bias=False)  # (S/2, S/2)
-    # As torchvision starts its convolutions
+    # Same initialisation as torchvision
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     if is_small:  # pooling would halve the few pixels once more
         model.maxpool = nn.Identity()
@@ -66,8 +49,8 @@ def build_model(
         # A gray picture has one value in all three channels: the sum gives the same response.
         gray_stem = rgb_stem.detach().sum(1, keepdim=True)  # (64, 1, 7, 7)
         model.conv1.weight = nn.Parameter(gray_stem)
-    features = round(model.fc.in_features * width / 64)  # of the last stage
-    model.fc = nn.Linear(features, num_classes)  # a new head: ImageNet's has 1000 classes
+    features = round(model.fc.in_features * width / 64)  # channels of the last stage
+    model.fc = nn.Linear(features, len(meta["classes"]))  # a new head: ImageNet's has 1000 classes
     return model
 
 
@@ -85,7 +68,7 @@ def narrow(net: nn.Module, share: float) -> None:
                 continue
             shape = (part.kernel_size, part.stride, part.padding)
             conv = nn.Conv2d(inputs, outputs, *shape, bias=False)
-            # As torchvision starts its convolutions
+            # Same initialisation as torchvision
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
             setattr(net, name, conv)
         elif isinstance(part, nn.BatchNorm2d):
@@ -94,12 +77,39 @@ def narrow(net: nn.Module, share: float) -> None:
             narrow(part, share)
 
 
-def make_criterion(
-    weighting: str, counts: Tensor, smoothing: float, device: torch.device
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """`weighted_loss` of logits and labels, with the weights of --class-weights on the device."""
-    weights = class_weights(weighting, counts).to(device)
-    return partial(weighted_loss, weights=weights, smoothing=smoothing)
+# --- losses ---
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, smoothing: float = 0) -> Tensor:
+    """Mean over the batch of the weighted cross entropy; logits float32 (B, C), labels int64 (B,).
+
+    A plain mean, not one divided by the weights of the batch: so the gradient does not depend on
+    how the batch is shared out among processes.
+
+    Labels int64 (B, C), several an image: the mean over images and labels of the binary cross
+    entropy. They are 1, 0, or -1 for unknown, which adds nothing; `weights` (C,) are those of the
+    positives.
+    """
+    if labels.ndim == 1:
+        losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+        return (losses * weights[labels]).mean()
+    targets = (labels == 1).float() * (1 - smoothing) + smoothing / 2
+    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")  # (B, C)
+    weights = torch.where(labels == 1, weights, (labels == 0).float())  # (B, C), unknown: 0
+    return (losses * weights).mean()
+
+
+def smooth_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """`cross_entropy` with label smoothing of 0.1 (Szegedy et al., CVPR 2016)."""
+    return cross_entropy(logits, labels, weights, smoothing=0.1)
+
+
+LOSSES = {"ce": cross_entropy, "smooth_ce": smooth_cross_entropy}
+
+
+def to_probabilities(logits: Tensor, multi_label: bool) -> Tensor:
+    """Probabilities (N, C) of classes, which add up to 1, or of several labels, each by itself."""
+    return logits.sigmoid() if multi_label else logits.softmax(1)
 
 
 def class_weights(kind: str, counts: Tensor) -> Tensor:
@@ -115,44 +125,7 @@ def class_weights(kind: str, counts: Tensor) -> Tensor:
     return torch.ones(len(counts))
 
 
-def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor, smoothing: float) -> Tensor:
-    """Mean over the batch of the weighted cross entropy; logits float32 (B, C), labels int64 (B,).
-
-    A plain mean, not one divided by the weights of the batch: so the gradient does not depend on
-    how the batch is shared out among processes. Labels (B, C): `multi_label_loss`.
-    """
-    if labels.ndim == 2:
-        return multi_label_loss(logits, labels, weights, smoothing)
-    losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)  # (B,)
-    return (losses * weights[labels]).mean()
-
-
-def multi_label_loss(logits: Tensor, labels: Tensor, weights: Tensor, smoothing: float) -> Tensor:
-    """Mean over batch and labels of the binary cross entropy; logits float32 (B, C).
-
-    `labels` int64 (B, C) are 1, 0, or -1 for unknown, which adds nothing; `weights` (C,) are those
-    of the positives.
-    """
-    targets = (labels == 1).float() * (1 - smoothing) + smoothing / 2
-    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")  # (B, C)
-    weights = torch.where(labels == 1, weights, (labels == 0).float())  # (B, C), unknown: 0
-    return (losses * weights).mean()
-
-
-def validation_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """The loss without weights and smoothing, mean over the images or over the known labels."""
-    if labels.ndim == 2:
-        known = labels >= 0
-        targets = labels[known].float()
-        return F.binary_cross_entropy_with_logits(logits[known], targets)
-    return F.cross_entropy(logits, labels)
-
-
-def to_probabilities(logits: Tensor, meta: dict) -> Tensor:
-    """Probabilities (N, C) of classes, which add up to 1, or of several labels, each by itself."""
-    if is_multi_label(meta):
-        return logits.sigmoid()
-    return logits.softmax(1)
+# --- class activation maps ---
 
 
 def class_activation_maps(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:

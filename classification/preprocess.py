@@ -1,25 +1,24 @@
-"""Turn raw chest X-rays into one small array and an index that train.py and eval.py read.
+"""Turn raw images and their labels into one small array and an index for train.py and eval.py.
 
   python classification/preprocess.py --data rsna-pneumonia-detection-challenge --out data/rsna
   python classification/preprocess.py --data chest_xray --out data/chest \\
       --patient-regex "person[0-9]+|IM-[0-9]+"
-  python classification/preprocess.py --data pneumoniamnist.npz --out data/mnist
+  python classification/preprocess.py --data ham10000/HAM10000_metadata.csv --out data/skin \\
+      --color --columns image=image_id label=dx patient=lesion_id
   python classification/preprocess.py --data other_hospital --out data/other --like data/chest
 
-Layouts of RAW, recognised by what lies in it:
+Layouts of RAW, recognised by what lies in it; a table wins over folders:
   RSNA challenge   stage_2_train_images/* and stage_2_train_labels.csv (or stage_1_...)
-  table of labels  labels.csv, or a CSV file as RAW: image,label and, if you like, patient, fold (0
-                   to 4, test) or split (train, val, test); further columns are kept; several labels
-                   an image: in place of label two or more columns of 0, 1 and, for unknown, -1 or
-                   nothing
-  ChestX-ray14     Data_Entry_2017*.csv and the images; test_list.txt is the official test set
-  CheXpert         train.csv, valid.csv, train/ and valid/
+  table of labels  labels.csv, or a CSV file as RAW: image,label and, optionally, patient, fold (0
+                   to 4, test) or split (train, val, test); further columns are kept. Several labels
+                   an image: in place of label two or more columns of 0, 1 and, for unknown, -1
   class folders    RAW/CLASS/* or RAW/{train,val,test}/CLASS/*; a folder below CLASS is a patient
   MedMNIST         a .npz file, or a folder with one
 Images are DICOM, JPEG, PNG or TIFF, known by their content.
 
-Written to OUT: images.npy uint8 (N, S, S), or (N, S, S, 3) with --color; index.csv (id, patient,
-fold, label or a column for each label, what else a table says, source); meta.json.
+Written to OUT, a new folder: images.npy uint8 (N, S, S), or (N, S, S, 3) with --color; index.csv
+(id, patient, fold, official split, digest of the raw pixels, the name of the class as label or a
+column for each label, what else a table says, source); meta.json.
 
 The code follows main:
   find    the layout of RAW, its classes and its cases
@@ -30,8 +29,7 @@ The code follows main:
 
 import argparse
 import csv
-import ctypes
-import errno
+import gzip
 import hashlib
 import io
 import json
@@ -39,20 +37,14 @@ import math
 import os
 import re
 import shlex
-import shutil
-import signal
 import sys
 import unicodedata
-import warnings
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial, reduce
-from importlib.util import find_spec
-from multiprocessing import get_context
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
@@ -61,86 +53,75 @@ import PIL
 import pydicom
 from PIL import Image, ImageOps
 from PIL.ExifTags import Base as Tag
-from pydicom import uid
-from pydicom.encaps import generate_frames
-from pydicom.pixels import apply_color_lut, apply_windowing, pixel_array
+from pydicom import Dataset, uid
+from pydicom.pixels import apply_color_lut, pixel_array
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-# Blocks, of 16 MiB at the most, that Pillow keeps for the next image. To ask for fresh memory, and
-# to have it cleared, takes as long for every image as to decode it.
-Image.core.set_blocks_max(16)
-
-# ITU-R BT.601, what Pillow uses for convert("L")
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-PHOTOMETRIC = [
-    "MONOCHROME1",
-    "MONOCHROME2",
-    "PALETTE COLOR",
-    "RGB",
-    "YBR_FULL",
-    "YBR_FULL_422",
-    "YBR_ICT",
-    "YBR_RCT",
-]
-# The first bytes of a file
-MAGIC = {
-    b"\xff\xd8\xff": "JPEG",
-    b"\x89PNG\r\n\x1a\n": "PNG",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"II+\0": "TIFF",  # BigTIFF
-    b"MM\0+": "TIFF",
-}
-DICOM_SUFFIXES = {".dcm", ".dicom"}
-SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff"} | DICOM_SUFFIXES
-# Official splits by the names that their folders have, in any case
-SPLITS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-}
-# Of several labels an image
-LABEL_VALUES = {"0": 0, "0.0": 0, "1": 1, "1.0": 1, "-1": -1, "-1.0": -1, "": -1}
-# The columns of index.csv that mean something to train.py and eval.py
-INDEX_COLUMNS = ("id", "patient", "fold", "label", "source")
-# What is done to gray values that no average of pixels may come before
-NOT_LINEAR = ("ModalityLUTSequence", "VOILUTSequence", "WindowCenter", "PixelPaddingValue")
-MORE_DECODERS = "more decoders: pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
-FOLDS = 5
-COLOUR_LOST = "colour turned gray"  # a note
-# Of malloc.h, for mallopt
-M_TRIM_THRESHOLD = -1
-M_MMAP_THRESHOLD = -3
-PR_SET_PDEATHSIG = 1  # of Linux, for prctl
-MAX_PIXELS = 2**27  # of an image: five times the largest X-rays
-MAX_CLASSES = 256  # there is a name, a column and an output for each
-# Names of a class without a finding: normal, healthy, negative, control, no_finding, NonCOVID
-NO_FINDING = re.compile(
-    r"(?i:(?<![a-z])(normals?|healthy|negatives?|neg|controls?)(?![a-z])|^no[ _-]|^non|^without)"
-    r"|^No(?=[A-Z])"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.checkpoint import (
+    FORMAT,
+    DataError,
+    new_folder,
+    one_line,
+    progress,
+    read_meta,
+    run_command,
 )
 
-
-class DataError(ValueError):
-    """An error the user can fix: shown as one line with exit status 1, without a traceback."""
-
-    def __str__(self) -> str:
-        return one_line(super().__str__())
-
-
-def one_line(text: object) -> str:
-    """Text for a terminal: one line, control characters escaped, cut in the middle if long."""
-    line = re.sub(r"\s*[\r\n]\s*", " ", str(text).strip())
-    line = "".join(repr(c)[1:-1] if unicodedata.category(c)[0] == "C" else c for c in line)
-    return line if len(line) <= 300 else f"{line[:150]} ... {line[-145:]}"
+Row = dict[str, str]  # of a table, by column; under "" stands its place, file:line
+Noted = tuple[np.ndarray, tuple[str, ...]]  # an image, and notes
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as in Pillow's convert("L")
+# What a DICOM header has to say of its pixels
+NEEDED = ("PixelData", "Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored")
+NEEDED += ("PixelRepresentation", "PhotometricInterpretation")
+PHOTOMETRIC = ["MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "RGB"]
+PHOTOMETRIC += ["YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"]
+# Their modality LUT leads to X-ray intensity, and not to what is shown (PS3.3 C.8.7.1.1.2).
+ANGIOGRAPHY = (uid.XRayAngiographicImageStorage, uid.XRayRadiofluoroscopicImageStorage)
+# The first bytes of a file
+MAGIC = {
+    "JPEG": b"\xff\xd8\xff",
+    "PNG": b"\x89PNG\r\n\x1a\n",
+    "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".dcm", ".dicom"}
+UNREAD = {".bmp", ".gif", ".heic", ".jp2", ".pgm", ".ppm", ".webp"}
+TABLES = (".csv", ".tsv", ".csv.gz")
+BLANKS = {"nan", "na", "n/a", "<na>", "none", "null"}  # missing values
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # and bytes that are not UTF-8
+MASK = re.compile("[_-](mask|seg|segmentation)([_-]?[0-9]+)?$", re.IGNORECASE)
+# Official splits, by what folders and tables call them
+SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validate", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+LABEL_VALUES = {"0": 0, "1": 1, "-1": -1, "": -1}  # multi-label columns
+LABEL_TEXT = {0: "0", 1: "1", -1: ""}
+# The columns of index.csv that mean something to train.py and eval.py
+# What the columns of other tables are called, to suggest a line to type
+ALIKE = {
+    "image": "image|img|file|path",
+    "label": "label|class|target|diagnos|dx|cancer",
+    "patient": "patient|subject|lesion",
+}
+INDEX_COLUMNS = ("id", "patient", "fold", "split", "digest", "label", "source")
+FOLDS = 5
+COLOUR_LOST = "colour turned gray"
+FEW_LEVELS = 64  # gray levels: a window that leaves fewer is noted
+MAX_PIXELS = 2**27  # five times the largest X-rays
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses images of twice as many
+MAX_CLASSES = 256  # there is a name, a column and an output for each
+# Names of a class without a finding: normal, no_finding, NonCOVID, uninfected, unauffaellig
+NO_FINDING = re.compile(
+    r"(?i:(?<![^\W\d_])(normals?|healthy|neg|negatives?|controls?|benign|clear|absent|no|not|nicht"
+    r"|without|ohne|nein|keine?|nee|nej|unauff\w*)(?![^\W\d_])|^non|^un[a-z])|^No(?=[A-Z])"
+)
+# Folders of images, masks, patients, sites or parts of a download, which are no classes
+NO_CLASS = re.compile(
+    r"(images?|imgs?|masks?|annotations?)([ _-]?\d+)?|(p|pat|patient|subject|case|study|series|part"
+    r"|batch|fold|site|folder)[ _-]?\d+|\D*\d{4}.*",
+    re.IGNORECASE,
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -149,115 +130,91 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("data").add_argument
     add("--data", type=Path, required=True, metavar="RAW", help="the raw images")
     add("--out", type=Path, required=True, metavar="DIR", help="the cache to write")
+    columns = "what a table calls otherwise, such as image=image_id label=dx"
+    add("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help=columns)
     add("--size", type=int, help="pixels per side (default: 224; MedMNIST: as it is)")
-    add("--fit", choices=("squash", "pad"), help="images that are not square (default: squash)")
+    fit = "the middle square, all of it between bars, or squashed (default: crop)"
+    add("--fit", choices=("crop", "pad", "squash"), help=fit)
     add("--color", action="store_true", help="keep colour (default: it becomes gray)")
-    fast = "decode gray JPEG in DICOM at half scale where size allows it: 1.8 times as fast, 0.3 "
-    add("--fast-decode", action="store_true", help=fast + "gray levels (RMS) away")
-    order = "class names in order, the last is the positive one; of several labels those to keep"
-    add("--classes", nargs="+", metavar="NAME", help=order)
-    patient = "finds the patient in the name of a file, as its first group if any"
-    add("--patient-regex", help=patient)
-    fraction = "part of the patients kept as test (default: 0)"
-    add("--test-fraction", type=float, default=0.0, help=fraction)
-    like = "make a test set for the models of this cache: with its classes, size, color and so on"
-    add("--like", type=Path, metavar="CACHE", help=like)
+    add("--classes", nargs="+", metavar="NAME", help="in order, the last is the positive one")
+    add("--patient-regex", type=regex, metavar="REGEX", help="finds it in a file's name, or path")
+    add("--test-fraction", type=float, default=0.0, help="part of the patients (default: 0)")
+    add("--like", type=Path, metavar="CACHE", help="make a test set for the models of this cache")
     add = parser.add_argument_group("run").add_argument
-    add("--workers", type=int, default=default_workers(), help="processes (default: %(default)s)")
+    add("--workers", type=int, default=default_workers(), help="threads (default: %(default)s)")
     add("--skip-bad", action="store_true", help="leave out unusable files, listed in skipped.csv")
-    add("--overwrite", action="store_true", help="replace a finished cache in OUT")
     args = parser.parse_args(argv)
     if args.size is not None and not 8 <= args.size <= 4096:
         parser.error(f"--size {args.size}, expected 8 to 4096")
     if not 0 <= args.test_fraction < 1:
         parser.error(f"--test-fraction {args.test_fraction}, expected 0 <= fraction < 1")
-    own = (args.size, args.fit, args.color, args.fast_decode, args.test_fraction)
-    if args.like and any(own):
-        brings = "--like brings its size, fit, color and decoding and makes every row test"
-        parser.error(f"{brings}: omit those options")
-    if args.like and args.like.resolve() == args.out.resolve():
-        parser.error(f"--out {args.out} is the cache of --like: give another folder")
-    try:
-        re.compile(args.patient_regex or "")
-    except re.error as error:
-        parser.error(f"--patient-regex {args.patient_regex!r}: {error}")
+    if args.like and any((args.size, args.fit, args.color, args.test_fraction)):
+        parser.error("--like brings size, fit and color, and makes every row test: omit those")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    source = describe_source(args)
-    warnings.filterwarnings("ignore", module=r"pydicom|PIL")  # header slips, one line for each file
-    # A test set has to look like what the network was trained on: same size, same normalisation.
-    like = read_meta(args.like) if args.like else {}
+    preprocess(args)
+    test = "eval.py --checkpoint runs/classification/best.pt --split test"
+    print(f"next: python classification/{test if args.like else 'train.py'} --data {args.out}")
+
+
+def preprocess(args: argparse.Namespace) -> None:
+    """Write the cache; `args` are those of `parse_args`. Raises DataError."""
+    # A test set has to look like what the network was trained on.
+    names = ("classes", "multi_label", "size", "fit", "channels")
+    like = read_meta(args.like, "classification", names) if args.like else {}
 
     # find: layout, cases, classes; then the size of what is written
     layout, cases, classes = find_labelled(args, like)
     # MedMNIST comes resized: to resize it again would only blur.
     native = 224 if cases[0].pixels is None else len(cases[0].pixels)
     size = like.get("size") or args.size or native
-    fit = like.get("fit") or args.fit or "squash"
+    fit = like.get("fit") or args.fit or "crop"
     channels = 3 if args.color else like.get("channels", 1)
-    kept = f"{fit}, color" if channels == 3 else fit
-    positive = print_content(args.data, layout, cases, classes, f"{size}x{size} ({kept})")
+    print(f"{args.data}: {layout}, {len(cases)} images, to {size}x{size} x {channels} ({fit})")
+    multi_label = isinstance(cases[0].label, tuple)
+    positive = None if multi_label or len(classes) != 2 else classes[1]
+    print("labels:" if multi_label else "classes:", ", ".join(classes))
+    if positive:  # what sensitivity, precision and AUROC are about
+        print(f"positive class: {positive}")
 
-    out = args.out.resolve()
-    with open_output(out, args.overwrite) as folder:
+    with new_folder(args.out) as folder:
         # read: every image once. What fails is collected, so that one run names it all.
-        raw = args.data if args.data.is_dir() else args.data.parent  # what sources are relative to
-        least = size if args.fast_decode or like.get("fast_decode") else 0
-        load_case = partial(load, raw=raw, size=size, fit=fit, channels=channels, least=least)
-        path = folder / "images.npy"
+        raw = args.data if args.data.is_dir() else args.data.parent
+        load_case = partial(load, raw=raw, size=size, fit=fit, channels=channels)
         shape = (size, size, 3) if channels == 3 else (size, size)
-        good, bad, notes = write_images(path, shape, cases, load_case, args.workers)
-        report_bad(bad)
-        report_notes(notes)
-        if bad and not (args.skip_bad and good):
-            count = f"{len(bad)} of {len(cases)} files cannot be used"
-            raise DataError(f"{count}: fix or remove them, or use --skip-bad")
-        if bad:
-            write_skipped(folder / "skipped.csv", bad)
+        good, bad = write_images(folder / "images.npy", shape, cases, load_case, args.workers)
+        refuse_bad(folder, bad, len(cases), args.skip_bad)
 
         # split: images into patients, patients into folds
-        digests = [case.digest for case in good]
-        patients = group_patients(choose_patients(good), digests)
-        report_patients(patients)
-        # An official split is kept. Nothing of another hospital is for training.
+        patients = group_patients(choose_patients(good), [case.digest for case in good])
+        # An official split is kept. With --like every row is test.
         splits = ["test" if like else case.split for case in good]
         folds = assign_folds(patients, list_strata(good), splits, args.test_fraction)
         if not like and set(folds) == {"test"}:
-            problem = "only test images; for an external test set use --like TRAIN_CACHE"
-            raise DataError(f"{args.data}: {problem}")
-        note_small_validation(folds)
+            raise DataError(f"{args.data}: only test images; use --like TRAIN_CACHE for them")
         overlaps = report_overlaps(good, patients)
 
         # write: index.csv, and meta.json last
-        counts = write_index(folder / "index.csv", good, folds, patients, classes)
-        mean, std = mean_and_std(good, folds)
         meta = {
+            "format": FORMAT,
+            "task": "classification",
             "classes": classes,
             "positive_class": positive,
+            "multi_label": multi_label,
             "size": size,
             "fit": fit,
+            "channels": channels,
             "layout": layout,
             "n": len(good),
-            "counts": counts,
-            # Of the training images, or those that the models of --like were trained with; one pair
-            # for all channels, whose differences are the colour
-            "mean": like.get("mean", mean),
-            "std": like.get("std", std),
+            "counts": write_index(folder / "index.csv", good, folds, patients, classes),
             "overlaps": overlaps,
             "skipped": len(bad),
-            # train.py tells by it whether this cache is still that of RAW
-            **source,
             "versions": {module.__name__: module.__version__ for module in (np, PIL, pydicom)},
         }
-        meta |= describe_unusual(channels, least, cases[0])
-        (folder / "meta.json").write_text(json.dumps(meta, indent=1))
-    command = "train.py"
-    if like:
-        command = "eval.py --checkpoint runs/classification/best.pt --split test"
-    print(f"next: python classification/{command} --data {args.out}")
+        (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
 def default_workers() -> int:
@@ -267,92 +224,35 @@ def default_workers() -> int:
     return min(8, os.cpu_count() or 1)
 
 
-# --- find: the cache of --like ---
-
-
-def read_meta(cache: Path) -> dict:
-    """The meta.json of a finished cache. Raises DataError with the command that makes one."""
+def regex(text: str) -> re.Pattern:
+    """A regular expression of an option; a usage error if it is none."""
     try:
-        meta = json.loads((cache / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        command = f"python {Path(__file__).parent.name}/preprocess.py --data RAW --out {cache}"
-        raise DataError(f"{cache}: no finished cache here; make one by: {command}") from error
-    check_meta(meta, cache / "meta.json")
-    return meta
-
-
-def is_raw(path: Path) -> bool:
-    """Whether train.py's --data is raw: a file, or a folder without what a cache is known by."""
-    if not path.is_dir():
-        return path.is_file()
-    names = {inside.name for inside in path.iterdir()}
-    return not names & {"meta.json", "images.npy"} and not {"index.csv", "volumes"} <= names
-
-
-def describe_source(args: argparse.Namespace) -> dict:
-    """Where a cache comes from, for its meta.json: the options, and a hash of what RAW holds.
-
-    The hash is of names, sizes and times of all files: a change shows without reading them.
-    """
-    digest = hashlib.sha256()
-    for path in [args.data] if args.data.is_file() else sorted(args.data.rglob("*")):
-        parts = path.relative_to(args.data).parts
-        is_hidden = any(part.startswith(".") for part in parts)  # .DS_Store, which nobody reads
-        if path.is_file() and not is_hidden:
-            status = path.stat()
-            digest.update(repr((parts, status.st_size, status.st_mtime_ns)).encode())
-    options = {name: str(value) for name, value in vars(args).items() if value}
-    return {"options": options, "listing": digest.hexdigest()}
-
-
-def compare_source(meta: dict, source: dict, raw: Path) -> str:
-    """How a cache was made if not from these files with these options; "" if it was."""
-    if meta.get("listing") != source["listing"]:
-        return f"from other files than {raw} has now"
-    then = meta.get("options", {})
-    now = source["options"]
-    differing = []
-    for name in sorted({*then, *now} - {"data", "out", "workers", "overwrite"}):
-        if then.get(name) != now.get(name):
-            differing.append(f"{name} {then.get(name)} (now {now.get(name)})")
-    return f"with other options: {', '.join(differing)}" if differing else ""
-
-
-def check_meta(meta: object, where: Path) -> None:
-    """Raise DataError unless a meta.json (or a checkpoint's meta) has what a network needs."""
-    if not isinstance(meta, dict):
-        problem = f"{type(meta).__name__}, expected names and values"
-        raise DataError(f"{where}: {problem}; preprocess again")
-    classes = meta.get("classes")
-    is_list = isinstance(classes, list)
-    good = {
-        "classes": is_list and len(set(map(str, classes))) == len(classes) >= 2,
-        "size": type(meta.get("size")) is int and 8 <= meta["size"] <= 4096,
-        "fit": meta.get("fit") in ("squash", "pad"),
-        "channels": meta.get("channels", 1) in (1, 3),
-        "multi_label": meta.get("multi_label", False) in (True, False),
-        "fast_decode": meta.get("fast_decode", False) in (True, False),
-        "mean": is_number(meta.get("mean")),
-        "std": is_number(meta.get("std"), 0),
-    }
-    for name, is_good in good.items():
-        if not is_good:
-            problem = f"{name} {meta.get(name)!r}, which is not that of a cache of"
-            script = f"{Path(__file__).parent.name}/preprocess.py"
-            raise DataError(f"{where}: {problem} {script}; preprocess again")
-
-
-def is_multi_label(meta: dict) -> bool:
-    """Whether an image has several labels, each 1, 0 or unknown, and not one class."""
-    return bool(meta.get("multi_label"))
-
-
-def is_number(value: object, low: float = -math.inf) -> bool:
-    """Whether a value of a JSON file is a finite number above `low`."""
-    return type(value) in (int, float) and math.isfinite(value) and value > low
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
 
 
 # --- find: layout and cases ---
+
+
+class Listing(NamedTuple):
+    """What lies below a folder, as sorted paths relative to it, without hidden files."""
+
+    images: list[str]
+    others: list[str]  # no images, by suffix and content
+    masks: list[str]  # NAME_mask beside NAME
+    closed: list[str]  # dangling links, loops, pipes, unreadable folders
+
+
+class Picture(NamedTuple):
+    """One image as it is meant to be shown, and what else its file says."""
+
+    gray: np.ndarray  # (H, W) from black to white: uint8, or float32 in 0..1
+    digest: str  # hash of the stored pixels
+    colour: np.ndarray | None = None  # RGB (H, W, 3) like gray
+    patient: str = ""  # hash of the DICOM PatientID, or ""
+    spacing: tuple[float, ...] = ()  # mm per pixel down and across, or ()
+    notes: tuple[str, ...] = ()  # what was changed in reading
 
 
 @dataclass
@@ -361,15 +261,14 @@ class Case:
 
     id: str
     source: str  # path below RAW
-    label: int | tuple[int, ...]  # number of the class; of several labels 1, 0 or -1 = unknown each
-    patient: str  # by the layout or --patient-regex; "" = the DICOM PatientID, else the file stem
-    split: str = ""  # official split: train, val, test, a fold 0 to 4, or "" for none
+    label: str | tuple[int, ...]  # class; or 1, 0, -1 = unknown of each label
+    patient: str = ""  # "" = the PatientID, else the file
+    split: str = ""  # train, val, test, a fold 0 to 4, or ""
+    more: dict[str, str] = field(default_factory=dict)  # further columns
     pixels: np.ndarray | None = None
-    more: dict[str, str] = field(default_factory=dict)  # further columns of a table
     # Filled when the image is read:
-    digest: str = ""  # SHA-256 of the stored pixels: tells copies
-    patient_id: str = ""  # hash of the DICOM PatientID, "" where there is none
-    moments: tuple[float, float] = (0.0, 0.0)  # mean and mean square of the resized image, in 0..1
+    digest: str = ""  # hash of the stored pixels
+    patient_id: str = ""  # hash of the DICOM PatientID, or ""
 
 
 def find_labelled(args: argparse.Namespace, like: dict) -> tuple[str, list[Case], list[str]]:
@@ -377,900 +276,626 @@ def find_labelled(args: argparse.Namespace, like: dict) -> tuple[str, list[Case]
 
     Raises DataError if they are not what the options and the cache of --like need.
     """
-    layout, names, cases = find_cases(args.data, args.patient_regex)
+    wanted = args.classes or like.get("classes") or []
+    layout, names, cases = find_cases(args.data, args.columns, wanted)
+    set_by_path(cases, "patient", args.patient_regex)  # it overrules all others
     multi_label = isinstance(cases[0].label, tuple)
-    if like and multi_label != is_multi_label(like):
-        kinds = {True: "several labels an image", False: "one label an image"}
-        expected = kinds[is_multi_label(like)]
-        raise DataError(f"{args.data}: {kinds[multi_label]}, expected {expected} as {args.like}")
-    if like and multi_label:
-        names = add_unknown_labels(args.data, names, cases, like["classes"])
-    classes = order_classes(args.data, layout, names, cases, args.classes or like.get("classes"))
+    if like and multi_label != like["multi_label"]:
+        found = "several labels an image" if multi_label else "one label an image"
+        raise DataError(f"{args.data}: {found}, unlike {args.like}")
+    order = order_labels if multi_label else order_classes
+    classes = order(args.data, names, cases, wanted)
     if like and classes != like["classes"]:
         raise DataError(f"--classes {classes}, but {args.like} has {like['classes']}")
     if args.test_fraction and any(case.split for case in cases):
-        problem = "has an official split, which --test-fraction cannot change"
-        raise DataError(f"{args.data}: {problem}")
+        raise DataError(f"{args.data}: has an official split: omit --test-fraction")
     return layout, cases, classes
 
 
-def find_cases(raw: Path, regex: str | None) -> tuple[str, list[str], list[Case]]:
-    """Recognise the layout of RAW: its name, the classes and the cases.
+def find_cases(
+    raw: Path, columns: list[str], wanted: list[str]
+) -> tuple[str, list[str], list[Case]]:
+    """Recognise the layout of RAW: its name, classes or labels in the order of the data, cases.
 
-    Raises DataError if there is none, naming what lies there and what was expected.
+    People rename folders, but not the tables in them. `columns` are those of --columns, `wanted`
+    the classes of --classes or --like. Raises DataError if there is no layout.
     """
     if not raw.exists():
         raise DataError(f"{raw}: not found")
-    # By what lies there: people rename folders, but not what is in them.
-    layout = recognise_layout(raw)
-    if layout == "RSNA challenge":
-        return layout, *find_rsna(raw)
-    if layout == "table of labels":
-        return layout, *find_label_table(raw, regex)
-    if layout == "ChestX-ray14":
-        return layout, *find_chestxray14(raw)
-    if layout == "CheXpert":
-        return layout, *find_chexpert(raw)
-    if layout == "MedMNIST":
-        return layout, *find_medmnist(raw)
-    if layout == "class folders":
-        return layout, *find_class_folders(raw, regex)
-    raise DataError(
-        f"{raw}: {describe_folder(raw)}; expected stage_2_train_images/ and "
-        "stage_2_train_labels.csv (RSNA), labels.csv (image,label), Data_Entry_2017.csv "
-        "(ChestX-ray14), train.csv and valid.csv (CheXpert), CLASS/*.png or "
-        "{train,val,test}/CLASS/*.png (class folders), or a MedMNIST .npz"
-    )
+    table = find_table(raw, "labels")
+    if columns and not table:
+        raise DataError(f"{raw}: --columns is for tables; give --data the table itself")
+    if not table and (raw.suffix == ".npz" or any(raw.glob("*.npz"))):
+        return "MedMNIST", *find_medmnist(raw)
+    if not table and raw.is_file():
+        raise DataError(f"{raw}: a file, expected a folder, a table (CSV) or a .npz of MedMNIST")
+    listing = list_folder(table.parent if table else raw)
+    labels = ["label"]
+    if table:
+        layout = "table of labels"
+        rows = read_rows(table, columns, ("image",))
+        labels = choose_labels(table, rows, wanted)
+    elif any(raw.glob("stage_[12]_train_*")):
+        layout = "RSNA challenge"
+        rows = read_rsna(raw)
+    else:
+        return "class folders", *find_classes(raw, listing, wanted)
+    labelled = [row for row in rows if any(row.get(name) for name in labels)]
+    if not labelled:
+        raise DataError(f"{raw}: none of the {len(rows)} rows has a label")
+    if len(labelled) < len(rows):
+        print(f"note: {len(rows) - len(labelled)} of {len(rows)} rows left out: no label")
+    cases = []
+    for source, row in match_rows(labelled, (*labels, "patient", "fold", "split"), listing).items():
+        values = [plain_number(row.get(name, "")) for name in labels]
+        label = values[0] if labels == ["label"] else tuple(map(LABEL_VALUES.get, values))
+        patient = plain_number(row.get("patient", ""))
+        name = patient if layout == "RSNA challenge" else source
+        more = further_columns(row, ("image", *labels))
+        cases.append(Case(name, source, label, patient, choose_split(row), more))
+    return layout, labels if labels != ["label"] else sort_classes(cases), cases
 
 
-def recognise_layout(raw: Path) -> str:
-    """The name of the layout in a folder (or file), by what lies in it, or ""."""
-    if raw.is_file():
-        layouts = {".npz": "MedMNIST", ".csv": "table of labels", ".tsv": "table of labels"}
-        return layouts.get(raw.suffix.lower(), "")
-    if any(raw.glob("stage_[12]_train_*")):
-        return "RSNA challenge"
-    if any(raw.glob("Data_Entry_2017*.csv")):
-        return "ChestX-ray14"
-    if has_column(raw / "train.csv", "Path"):
-        return "CheXpert"
-    if has_column(raw / "labels.csv", "image"):
-        return "table of labels"
-    if any(raw.glob("*.npz")):
-        return "MedMNIST"
-    folders = list_folders(raw)
-    if any(folder.name.lower() in SPLITS for folder in folders):
-        return "class folders"
-    if any(find_images(folder) for folder in folders):
-        return "class folders"
-    return "table of labels" if (raw / "labels.csv").is_file() else ""
-
-
-def has_column(table: Path, name: str) -> bool:
-    """Whether there is a table whose first line has a column of this name."""
-    if not table.is_file():
-        return False
-    with open(table, encoding="utf-8-sig", errors="replace") as file:
-        return name in [cell.strip() for cell in re.split('[,;\t"]', file.readline())]
-
-
-def find_rsna(raw: Path) -> tuple[list[str], list[Case]]:
-    """RSNA Pneumonia Detection Challenge (Shih et al., Radiology: AI 2019): label 1 = any box.
-
-    The table has a row for each box; those of a patient are merged.
-    """
+def read_rsna(raw: Path) -> list[Row]:
+    """RSNA Pneumonia Detection Challenge (Shih et al., Radiology: AI 2019): a row for each box."""
     stage = "stage_2" if any(raw.glob("stage_2_train_*")) else "stage_1"
     table = raw / f"{stage}_train_labels.csv"
-    folder = raw / f"{stage}_train_images"
-    expected = f"{table.name} and {folder.name}/ side by side"
-    if not table.exists():
-        raise DataError(f"{table}: not found, expected {expected}")
-    labels = read_rsna_labels(
-        table
-    )  # first, so that a wrong table is named before files are searched
-    if not folder.exists():
-        raise DataError(f"{folder}: not found, expected {expected}")
-    files = {}
-    for path in find_images(folder):
-        if path.stem in files:
-            other = files[path.stem]
-            raise DataError(f"{path}: a second file of patient {path.stem}, beside {other}")
-        files[path.stem] = path
-    # Sorted, so that the cache does not depend on the order of rows or files
-    cases = []
-    for name in sorted(labels.keys() & files.keys()):
-        source = files[name].relative_to(raw).as_posix()
-        cases.append(Case(name, source, labels[name], patient=name))
-    if not cases:
-        content = count_files(list_files(folder), folder) or "nothing"
-        problem = f"none of the {len(labels)} patients in {table.name} has a file here"
-        raise DataError(f"{folder}: {problem} ({content})")
-    lost = labels.keys() - files.keys()
-    if lost:
-        print(f"note: {len(lost)} rows without a file left out, such as {min(lost)}")
-    stray = files.keys() - labels.keys()
-    if stray:
-        print(f"note: {len(stray)} files without a row left out, such as {min(stray)}")
-    known = {path.relative_to(raw).as_posix() for path in files.values()}
-    report_left_out(raw, {table.name} | known)
-    return ["no_pneumonia", "pneumonia"], cases
-
-
-def read_rsna_labels(table: Path) -> dict[str, int]:
-    """Labels by patientId from the challenge's CSV: patientId, x, y, width, height, Target."""
-    labels: dict[str, int] = {}
-    for place, row in read_rows(table, ("patientId", "Target")):
-        name = row["patientId"]
-        target = row["Target"]
-        if target not in ("0", "1") or not name:
-            raise DataError(f"{place}: {name!r} has Target {target!r}, expected 0 or 1")
-        if labels.setdefault(name, int(target)) != int(target):
-            raise DataError(f"{place}: {name} has rows with Target 0 and with Target 1")
-    return labels
-
-
-def read_rows(table: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Place (file:line) and values of every row of a CSV table that has these columns.
-
-    Commas, semicolons or tabs separate them: what the first line has most of. Values come without
-    blanks around them and without control characters, which would reach the screen. Raises
-    DataError that names the line: for a quote that is not closed, which would swallow all rows
-    below, and for more fields than there are columns, as decimal commas make them.
-    """
     if not table.is_file():
-        raise DataError(f"{table}: not a file")
-    # Excel writes a byte order mark. Python 3.10's csv stops at NUL.
-    text = table.read_text(encoding="utf-8-sig", errors="replace").replace("\0", "")
-    lines = text.splitlines()
-    separator = max(",;\t", key="".join(lines[:1]).count)
-    reader = csv.DictReader(lines, delimiter=separator, skipinitialspace=True, strict=True)
-    line = 1  # where the current row began
-    try:
-        reader.fieldnames = [to_blanks(name) for name in reader.fieldnames or []]
-        missing = set(columns) - set(reader.fieldnames)
-        if missing:
-            raise DataError(f"{table}: no column {sorted(missing)}, found {reader.fieldnames}")
-        for name, count in Counter(reader.fieldnames).items():
-            if name and count > 1:
-                raise DataError(f"{table}: {count} columns are called {name}, expected one")
-        line = reader.line_num + 1
-        for row in reader:
-            place = f"{table}:{reader.line_num}"
-            if None in row:  # where DictReader puts what is beyond the last column
-                fields = len(reader.fieldnames) + len(row[None])
-                problem = f"{fields} fields for {len(reader.fieldnames)} columns"
-                raise DataError(f"{place}: {problem}; decimal commas? expected points")
-            yield place, {name: to_blanks(value or "") for name, value in row.items()}
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{table}:{line}: {error}, expected a closing quote") from error
-
-
-def to_blanks(text: str) -> str:
-    """Control characters (tabs, line ends) as blanks, and none around the text."""
-    if text.isprintable():  # nearly all are, and this is far quicker
-        return text.strip()
-    return "".join(" " if has_control(c) else c for c in text).strip()
-
-
-def find_label_table(raw: Path, regex: str | None) -> tuple[list[str], list[Case]]:
-    """A table with the columns image and label; patient, fold or split, and others if it has them.
-
-    The images lie beside the table, in images/ or below. Labels are numbers or words, classes in
-    their order. Without the column label, those of 0 and 1 are several labels of an image.
-    """
-    table = raw / "labels.csv" if raw.is_dir() else raw
-    rows = list_rows(table, ("image",))
-    columns = choose_label_columns(table, rows)
-    decisive = (*columns, "patient", "fold", "split")
-    labelled = leave_out_unlabelled(rows, columns)
-    matched = match_rows([table], labelled, "image", decisive)
-    cases = []
-    for source, (place, row) in matched.items():
-        patient = row.get("patient", "")
-        if regex and not patient:
-            patient = match_patient(regex, source)
-        split = read_split(place, row)
-        more = further_columns(row, ("image", *decisive))
-        cases.append(Case(source, source, -1, patient, split, more=more))
-    check_matched(table.parent, cases, regex)
-    report_renamed(cases)
-    matched_rows = [row for _, row in matched.values()]
-    if columns == ["label"]:
-        return number_classes(table, cases, [row["label"] for row in matched_rows]), cases
-    for case, row in zip(cases, matched_rows, strict=True):
-        case.label = tuple(LABEL_VALUES[row[name]] for name in columns)
-    return columns, cases
-
-
-def list_rows(table: Path, columns: tuple[str, ...]) -> list[tuple[str, dict[str, str]]]:
-    """The rows of `read_rows` in a list. Raises DataError if there are none."""
-    rows = list(read_rows(table, columns))
-    if not rows:
-        raise DataError(f"{table}: no rows below the names of the columns")
-    return rows
-
-
-def choose_label_columns(table: Path, rows: list[tuple[str, dict[str, str]]]) -> list[str]:
-    """The column label, or without it all columns that hold nothing but 0, 1, -1 and blanks."""
-    names = list(rows[0][1])
-    if "label" in names:
-        return ["label"]
-    columns = []
-    for name in names:
-        values = {row[name] for _, row in rows}
-        is_binary = values <= LABEL_VALUES.keys() and values & {"0", "1", "0.0", "1.0"}
-        if is_binary and name and name not in ("image", "patient", "fold", "split", *INDEX_COLUMNS):
-            columns.append(name)
-    if len(columns) < 2:
-        expected = "a column label, or two or more columns of 0 and 1"
-        raise DataError(f"{table}: columns {names}, expected {expected}")
-    return columns
-
-
-def leave_out_unlabelled(
-    rows: list[tuple[str, dict[str, str]]], columns: list[str]
-) -> list[tuple[str, dict[str, str]]]:
-    """The rows with a label, which must name an image; the others are left out with a note."""
-    labelled = []
-    unlabelled = []
-    for place, row in rows:
-        if not any(row[name] for name in columns):
-            unlabelled.append(place)
-        elif row["image"]:
-            labelled.append((place, row))
-        else:
-            raise DataError(f"{place}: a label without an image")
-    if unlabelled:
-        print(f"note: {len(unlabelled)} rows without a label left out, such as {unlabelled[0]}")
-    return labelled
-
-
-def number_classes(table: Path, cases: list[Case], names: list[str]) -> list[str]:
-    """The classes of a table; each case gets the number of the class that `names` has for it."""
-    classes_of = defaultdict(set)  # the classes of each split
-    for case, name in zip(cases, names, strict=True):
-        classes_of[case.split].add(name)
-    check_class_names(table, classes_of)
-    classes = sort_classes(set(names))
-    if len(classes) > MAX_CLASSES:
-        raise DataError(f"{table}: {len(classes)} different labels, expected at most {MAX_CLASSES}")
-    for case, name in zip(cases, names, strict=True):
-        case.label = classes.index(name)
-    return classes
-
-
-def match_rows(
-    tables: list[Path],
-    rows: list[tuple[str, dict[str, str]]],
-    column: str,
-    decisive: tuple[str, ...],
-) -> dict[str, tuple[str, dict[str, str]]]:
-    """The place and row of every image of some tables, by the image's path below their folder.
-
-    `rows` are places and rows, `column` the one that names the image. Raises DataError for a name
-    that fits several files, and for rows of one image that differ in the `decisive` columns. Rows
-    without an image and images without a row are left out, with a note.
-    """
-    folder = tables[0].parent
-    by_path, by_name = files_by_name(folder)
-    matched = {}
-    lost = []
-    repeated = []
-    for place, row in rows:
-        name = row[column]
-        sources = find_named(name, by_path, by_name)
-        if not sources:
-            lost.append(name)
-            continue
-        if len(sources) > 1:
-            problem = f"{name} may be {sources[0]} or {sources[1]}"
-            raise DataError(f"{place}: {problem}; write the path below {folder} into the table")
-        first_place, first = matched.setdefault(sources[0], (place, row))
-        if first is row:
-            continue
-        repeated.append(name)
-        for key in decisive:
-            if row.get(key) != first.get(key):
-                problem = f"{name} has the {key} {row[key]!r}"
-                raise DataError(f"{place}: {problem}, but {first[key]!r} in {first_place}")
-    if not matched:
-        content = count_files(list_files(folder), folder) or "nothing"
-        problem = f"none of the images in its {len(rows)} rows is in {folder}"
-        example = f", such as {lost[0]}" if lost else ""
-        raise DataError(f"{tables[0]}: {problem}{example}; found {content}")
-    if lost:
-        print(f"note: {len(lost)} rows without a file left out, such as {min(lost)}")
-    if repeated:
-        print(f"note: {len(repeated)} repeated rows left out, such as {min(repeated)}")
-    report_left_out(folder, {*(table.name for table in tables), *matched})
-    # Sorted, so that the cache does not depend on the order of the rows
-    return dict(sorted(matched.items()))
-
-
-def files_by_name(folder: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """The images below a folder by their paths and by their names, with and without the suffix."""
-    by_path = defaultdict(list)
-    by_name = defaultdict(list)
-    for path in find_images(folder):
-        source = path.relative_to(folder).as_posix()
-        # The last number of a DICOM UID is no suffix.
-        suffix = "" if path.suffix[1:].isdigit() else path.suffix
-        for key in {source, source.removesuffix(suffix)}:
-            by_path[key].append(source)
-        for key in {path.name, path.name.removesuffix(suffix)}:
-            by_name[key].append(source)
-    return by_path, by_name
-
-
-def find_named(
-    name: str, by_path: dict[str, list[str]], by_name: dict[str, list[str]]
-) -> list[str]:
-    """The images that a table may mean by a name.
-
-    A path is one below the folder, whole or without folders at its beginning: those of another
-    computer, or of a folder that was renamed. A name without folders may lie anywhere.
-    """
-    parts = PurePosixPath(name.replace("\\", "/")).parts
-    if len(parts) == 1:
-        name = parts[0]  # without ./
-        return by_path.get(name) or by_path.get(f"images/{name}") or by_name.get(name, [])
-    for start in range(len(parts) - 1):
-        path = "/".join(parts[start:])
-        sources = by_path.get(path) or by_path.get(f"images/{path}")
-        if sources:
-            return sources
-    return []
-
-
-def read_split(place: str, row: dict[str, str]) -> str:
-    """The fold (0 to 4, test) or the split (train, val, test) that a table gives, "" for none."""
-    fold = row.get("fold", "")
-    split = row.get("split", "")
-    if fold and split:
-        raise DataError(f"{place}: fold {fold!r} and split {split!r}, expected one of the two")
-    if fold and fold not in ("0", "1", "2", "3", "4", "test"):
-        raise DataError(f"{place}: fold {fold!r}, expected 0 to 4 or test")
-    if split and split.lower() not in SPLITS:
-        raise DataError(f"{place}: split {split!r}, expected train, val or test")
-    return fold or SPLITS.get(split.lower(), "")
-
-
-def further_columns(row: dict[str, str], used: tuple[str, ...]) -> dict[str, str]:
-    """What else a table says of an image, under names that index.csv has no other use for."""
-    more = {}
-    for name, value in row.items():
-        if name and name not in used:  # some tables end every line with a comma
-            more[f"table_{name}" if name in INDEX_COLUMNS else name] = value
-    return more
-
-
-def report_renamed(cases: list[Case]) -> None:
-    """Say which further columns have got another name."""
-    renamed = [name for name in INDEX_COLUMNS if f"table_{name}" in cases[0].more]
-    if renamed:
-        print(f"note: columns of the table that are called table_... now: {', '.join(renamed)}")
-
-
-def sort_classes(names: set[str]) -> list[str]:
-    """Numbers by their value, words by the alphabet."""
-    try:
-        return sorted(names, key=float)
-    except ValueError:
-        return sorted(names)
-
-
-def find_chestxray14(raw: Path) -> tuple[list[str], list[Case]]:
-    """ChestX-ray14 (Wang et al., CVPR 2017): findings joined by |, or "No Finding" for none.
-
-    The images of test_list.txt are the official test set; the list of the others needs no reading.
-    """
-    tables = sorted(raw.glob("Data_Entry_2017*.csv"))
-    if len(tables) > 1:
-        raise DataError(f"{raw}: {len(tables)} tables, expected one of {[t.name for t in tables]}")
-    columns = ("Image Index", "Finding Labels", "Patient ID")
-    rows = list_rows(tables[0], columns)
-    official = raw / "test_list.txt"
-    test_names = set(official.read_text().split()) if official.is_file() else set()
-    lists = [official, raw / "train_val_list.txt"]
-    matched = match_rows(tables + lists, rows, "Image Index", columns[1:])
-    findings_of = {}
-    for source, (_, row) in matched.items():
-        findings_of[source] = {name.strip() for name in row["Finding Labels"].split("|")}
-    names = sorted(set().union(*findings_of.values()) - {"No Finding", ""})
-    cases = []
-    for source, (_, row) in matched.items():
-        label = tuple(int(name in findings_of[source]) for name in names)
-        split = "test" if row["Image Index"] in test_names else ""
-        more = further_columns(row, (*columns, *names))
-        cases.append(Case(source, source, label, row["Patient ID"], split, more=more))
-    return names, cases
-
-
-def find_chexpert(raw: Path) -> tuple[list[str], list[Case]]:
-    """CheXpert (Irvin et al., AAAI 2019): a column for each finding, 1, 0, -1 for uncertain.
-
-    What a report does not mention is empty, and taken for 0 as in the publications; uncertain is
-    unknown. valid.csv is the official validation set.
-    """
-    others = ("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA")
-    tables = [raw / name for name in ("train.csv", "valid.csv") if (raw / name).is_file()]
+        raise DataError(f"{raw}: expected {table.name} and {stage}_train_images/ side by side")
     rows = []
-    for table in tables:
-        for place, row in list_rows(table, others):
-            rows.append((place, row | {"split": SPLITS[table.stem]}))
-    names = [name for name in rows[0][1] if name and name not in (*others, "split")]
-    cases = []
-    empty = 0
-    for source, (place, row) in match_rows(tables, rows, "Path", tuple(names)).items():
-        values = [row.get(name, "") for name in names]
-        strange = set(values) - LABEL_VALUES.keys()
-        if strange:
-            raise DataError(f"{place}: finding {min(strange)!r}, expected 1, 0, -1 or nothing")
-        empty += values.count("")
-        label = tuple(LABEL_VALUES[value or "0"] for value in values)
-        patient = match_patient("patient[0-9]+", row["Path"])
-        more = {name: row[name] for name in others[1:]}
-        cases.append(Case(source, source, label, patient, row["split"], more=more))
-    if empty:
-        print(f"note: {empty} findings that a report does not mention count as 0")
-    return names, cases
+    for row in read_rows(table, [], ("patientId", "Target")):
+        patient = row["patientId"]
+        if row["Target"] not in ("0", "1") or not patient:
+            raise DataError(f"{row['']}: {patient!r} has Target {row['Target']!r}, expected 0 or 1")
+        label = "pneumonia" if row["Target"] == "1" else "no_pneumonia"
+        image = f"{stage}_train_images/{patient}"
+        rows.append({"": row[""], "image": image, "label": label, "patient": patient})
+    return rows
 
 
 def find_medmnist(raw: Path) -> tuple[list[str], list[Case]]:
     """MedMNIST v2 (Yang et al., Scientific Data 2023): one .npz with any of the three splits.
 
-    {split}_images uint8 (N, S, S) or (N, S, S, 3) and {split}_labels integers (N, 1) or (N,), or
-    0 and 1 (N, C) for several labels an image (ChestMNIST).
+    {split}_images uint8 (N, S, S) or (N, S, S, 3) and {split}_labels integers (N, 1), or 0 and 1
+    (N, C) for several labels an image (ChestMNIST).
     """
-    paths = [raw] if raw.is_file() else sorted(raw.glob("*.npz"))
-    if len(paths) > 1:
-        problem = f"{len(paths)} .npz files, expected one; give --data the file itself"
-        raise DataError(f"{raw}: {problem}")
-    path = paths[0]
+    path, *others = [raw] if raw.is_file() else sorted(raw.glob("*.npz"))
+    if others:
+        raise DataError(f"{raw}: several .npz files; give --data the file itself")
     try:
-        with np.load(path) as archive:  # without pickle: an archive cannot run code
+        with np.load(path) as archive:  # without pickle
             arrays = {key: archive[key] for key in archive.files}
-    except Exception as error:  # zipfile, zlib, pickle and OS errors alike
+    except Exception as error:  # zipfile, zlib and pickle errors
         raise DataError(f"{path}: {type(error).__name__}: {error}") from error
     cases = []
-    for split in ("train", "val", "test"):
-        images = arrays.get(f"{split}_images")
-        labels = arrays.get(f"{split}_labels")
-        if images is None or labels is None:
+    counts = set()  # labels of an image
+    for split in SPLITS:
+        if f"{split}_images" not in arrays:
             continue
-        check_medmnist(path, split, images, labels)
-        for k, row in enumerate(labels.reshape(len(images), -1).tolist()):
-            label = tuple(row) if len(row) > 1 else row[0]
+        images = arrays[f"{split}_images"]
+        labels = arrays.get(f"{split}_labels", np.empty(0))
+        labels = labels.reshape(len(labels), -1) if labels.size else labels
+        counts.add(labels.shape[-1])
+        highest = MAX_CLASSES - 1 if counts == {1} else 1
+        is_picture = images.dtype == np.uint8 and images.shape[3:] in ((), (3,)) and images.ndim > 2
+        is_label = (
+            labels.size
+            and labels.dtype.kind in "iu"
+            and 0 <= labels.min() <= labels.max() <= highest
+        )
+        if not (is_picture and is_label) or len(labels) != len(images) or len(counts) > 1:
+            found = f"images {images.dtype} {images.shape}, labels {labels.dtype} {labels.shape}"
+            expected = f"uint8 (N, S, S) or (N, S, S, 3), integers (N, 1) of 0 to {highest}"
+            raise DataError(f"{path}: {split}: {found}, expected {expected}")
+        for k, row in enumerate(labels.tolist()):
+            label = tuple(row) if len(row) > 1 else str(row[0])
             name = f"{split}/{k}"  # also the patient: MedMNIST names none
-            cases.append(Case(name, f"{path.name}:{name}", label, name, split, images[k]))
+            cases.append(Case(name, f"{path.name}:{name}", label, name, split, pixels=images[k]))
     if not cases:
-        expected = "train_images, train_labels and so on"
-        raise DataError(f"{path}: arrays {sorted(arrays)}, expected {expected}")
-    label = cases[0].label
-    widths = {len(case.label) if isinstance(case.label, tuple) else 1 for case in cases}
-    if len(widths) > 1:
-        raise DataError(f"{path}: {sorted(widths)} labels an image, expected one number of them")
-    count = len(label) if isinstance(label, tuple) else max(case.label for case in cases) + 1
+        raise DataError(f"{path}: arrays {sorted(arrays)}, expected train_images, train_labels")
+    count = max(counts) if counts != {1} else 1 + max(int(case.label) for case in cases)
     return [str(k) for k in range(count)], cases
 
 
-def check_medmnist(path: Path, split: str, images: np.ndarray, labels: np.ndarray) -> None:
-    """Raise DataError unless a split has gray or RGB images with one class number or 0s and 1s."""
-    if images.dtype != np.uint8 or images.ndim < 3 or images.shape[3:] not in ((), (3,)):
-        problem = f"{split}_images {images.dtype} {images.shape}"
-        raise DataError(f"{path}: {problem}, expected uint8 (N, S, S) or (N, S, S, 3)")
-    n = len(images)
-    has_shape = labels.ndim in (1, 2) and len(labels) == n and labels.shape[1:] != (0,)
-    if not has_shape or labels.dtype.kind not in "iu":
-        problem = f"{split}_labels {labels.dtype} {labels.shape}"
-        expected = f"integers ({n}, 1), or ({n}, C) for several labels an image"
-        raise DataError(f"{path}: {problem}, expected {expected}")
-    if n and labels.size > n and not 0 <= labels.min() <= labels.max() <= 1:
-        problem = f"{split}_labels {labels.shape} from {labels.min()} to {labels.max()}"
-        raise DataError(f"{path}: {problem}, expected 0 and 1 for several labels an image")
-    if n and not 0 <= labels.min() <= labels.max() < MAX_CLASSES:
-        problem = f"{split}_labels from {labels.min()} to {labels.max()}"
-        expected = f"numbers of classes: 0 to {MAX_CLASSES - 1} at most"
-        raise DataError(f"{path}: {problem}, expected {expected}")
-
-
-def find_class_folders(raw: Path, regex: str | None) -> tuple[list[str], list[Case]]:
+def find_classes(raw: Path, listing: Listing, wanted: list[str]) -> tuple[list[str], list[Case]]:
     """RAW/CLASS/... or RAW/{train,val,test}/CLASS/...; a folder below CLASS is a patient.
 
-    Classes in alphabetical order. Folders called images are no patients, those called masks are
-    left out.
+    Folders called images are no patients, those called masks are left out. Raises DataError if the
+    folders are none of classes, or if a table beside them names their images.
     """
+    depth = 2 if any(split_of(image.split("/")[0]) for image in listing.images) else 1
     cases = []
-    names = []  # the class of each case, whose number is known when all classes are
-    classes_of = defaultdict(set)  # the classes of each split
-    for split, folder in list_class_folders(raw):
-        check_no_set(folder)
-        for case in list_class(raw, split, folder, regex):
-            cases.append(case)
-            names.append(folder.name)
-            classes_of[split].add(folder.name)
-    check_matched(raw, cases, regex)
-    if not cases:
-        content = count_files(list_files(raw), raw) or "nothing"
-        raise DataError(f"{raw}: no images in its folders ({content})")
-    check_class_names(raw, classes_of)
-    classes = sorted(set(names))
-    for case, name in zip(cases, names, strict=True):
-        case.label = classes.index(name)
-    report_left_out(raw, {case.source for case in cases})
-    return classes, cases
-
-
-def list_class_folders(raw: Path) -> list[tuple[str, Path]]:
-    """Split and folder of what is taken for a class; the split is "" where RAW has none."""
-    split_folders = []
-    for folder in list_folders(raw):
-        split = SPLITS.get(folder.name.lower())
-        if split:
-            split_folders.append((split, folder))
-    class_folders = []
-    for split, split_folder in split_folders or [("", raw)]:
-        for folder in list_folders(split_folder):
-            class_folders.append((split, folder))
-    return class_folders
-
-
-def check_no_set(class_folder: Path) -> None:
-    """Raise DataError if what would be taken for a class is a data set by itself."""
-    for folder in list_folders(class_folder):
-        if folder.name.lower() in SPLITS or re.match("stage_[12]_train_", folder.name):
-            problem = f"one folder too high: {class_folder.name} holds {folder.name}/"
-            raise DataError(f"{class_folder.parent}: {problem}; use --data {class_folder}")
-
-
-def list_class(raw: Path, split: str, class_folder: Path, regex: str | None) -> list[Case]:
-    """The images of a class, without a label yet; a patient is what `regex` finds, or a folder."""
-    cases = []
-    for path in find_images(class_folder):
-        below = path.relative_to(class_folder)
-        folders = [name for name in below.parts[:-1] if name.lower() not in ("image", "images")]
-        if any(name.lower() in ("mask", "masks") for name in folders):  # as in COVID-19 Radiography
+    below = defaultdict(set)  # folders in each class's folder
+    for path in listing.images:
+        *folders, _ = path.split("/")
+        split = split_of(folders[0]) if folders else ""
+        inner = [name for name in folders[depth:] if name.lower() not in ("image", "images")]
+        is_mask = any(name.lower() in ("mask", "masks") for name in inner)
+        if len(folders) < depth or is_mask or (depth == 2 and not split):
             continue
-        patient = folders[0] if folders else ""
-        if regex:
-            patient = match_patient(regex, below.as_posix())
-        source = path.relative_to(raw).as_posix()
-        cases.append(Case(source, source, -1, patient, split))
-    return cases
+        cases.append(Case(path, path, folders[depth - 1], inner[0] if inner else "", split))
+        below["/".join(folders[:depth])].update(folders[depth : depth + 1])
+    refuse_table(raw, listing)
+    problem = check_class_folders(cases, below, listing, wanted)
+    if problem:
+        expected = "expected a folder for each of two or more classes, or labels.csv (image,label)"
+        raise DataError(f"{raw}: {problem}; {expected}; found {describe_files(listing)}")
+    report_left_out(listing, {case.source for case in cases})
+    return sort_classes(cases), cases
 
 
-def check_matched(raw: Path, cases: list[Case], regex: str | None) -> None:
-    """Raise DataError if --patient-regex was given and finds no patient in a name."""
-    unmatched = [case for case in cases if regex and not case.patient]
-    if unmatched:
-        problem = f"finds nothing in {len(unmatched)} names"
-        raise DataError(f"--patient-regex {regex!r} {problem}: {raw / unmatched[0].source}")
+def refuse_table(raw: Path, listing: Listing) -> None:
+    """Raise DataError if a table in the folder names its images: then that says their classes."""
+    for name in listing.others:
+        if "/" not in name and name.lower().endswith(TABLES):
+            rows = read_rows(raw / name, [])
+            cells = {cell for row in rows for cell in row.values()}
+            if 2 * len(locate(cells, listing.images)) >= len(rows):
+                names = list(filter(None, rows[0]))
+                command = f"--data {shlex.quote(str(raw / name))}{suggest_columns(names)}"
+                raise DataError(f"{name} names the images: use {command} (of {', '.join(names)})")
 
 
-def match_patient(regex: str, text: str) -> str:
-    """What a regular expression matches: its first group, or all of it; "" for no match."""
-    match = re.search(regex, text)
-    if match is None:
-        return ""
-    return (match.group(1) if match.re.groups else match.group()) or ""
+def check_class_folders(
+    cases: list[Case], below: dict[str, set[str]], listing: Listing, wanted: list[str]
+) -> str:
+    """Why folders are none of classes, or "". `wanted` are classes that are known.
 
-
-def check_class_names(raw: Path, classes_of: dict[str, set[str]]) -> None:
-    """Raise DataError for a class of val or test that train lacks, or one spelled in two ways."""
-    train = classes_of.get("train")
-    for split, classes in classes_of.items():
-        if any(map(has_control, classes)):
-            problem = f"control characters in a class of {sorted(classes)}"
-            raise DataError(f"{raw}: {problem}: rename it")
-        if train and classes - train:
-            problem = f"{split} has the classes {sorted(classes - train)}, which train has not"
-            raise DataError(f"{raw}: {problem}: expected {sorted(train)}, so rename them")
-        # No_Finding and "no finding" are one class that was unpacked twice, and so are 1 and 1.0.
-        spellings = defaultdict(list)
-        for name in sorted(classes):
-            spellings[normal_spelling(name)].append(name)
-        for names in spellings.values():
-            if len(names) > 1:
-                problem = f"{' and '.join(names)} look like one class"
-                raise DataError(f"{raw}: {problem}: merge or rename them")
-
-
-def normal_spelling(name: str) -> str:
-    """What is the same for two spellings of one class."""
-    try:
-        return str(float(name))
-    except ValueError:
-        return re.sub(r"[\s_.-]+", "", name).casefold()
-
-
-def has_control(text: str) -> bool:
-    """Whether a name has control characters, which would reach the screen from index.csv."""
-    return any(unicodedata.category(c) == "Cc" for c in text)
-
-
-def describe_folder(folder: Path) -> str:
-    """What lies in a folder where no layout was recognised, for a message."""
-    if not folder.is_dir():
-        return "a file"
-    for below in list_folders(folder):
-        layout = recognise_layout(below)
-        if layout:
-            return f"one folder too high: {below.name} holds {layout}; use --data {below}"
-    content = [f"{path.name}/" for path in list_folders(folder)]
-    if len(content) > 5:
-        content[5:] = [f"and {len(content) - 5} more folders"]
-    visible = [path for path in folder.iterdir() if path.is_file() and path.name[0] != "."]
-    files = count_files(visible, folder)
-    if files:
-        content.append(files)
-    return f"found {', '.join(content) or 'nothing'}"
-
-
-def list_folders(folder: Path) -> list[Path]:
-    """The folders in a folder, without hidden ones and what macOS adds to archives."""
-    names = sorted(folder.iterdir())  # sorted: file systems give names in any order
-    folders = [path for path in names if path.is_dir() and path.name != "__MACOSX"]
-    return [path for path in folders if not path.name.startswith(".")]
-
-
-def find_images(folder: Path) -> list[Path]:
-    """All images below a folder."""
-    return [path for path in list_files(folder) if is_image(path)]
-
-
-def list_files(folder: Path) -> list[Path]:
-    """All files below a folder, but hidden ones (.DS_Store, ._NAME) and those in hidden folders."""
-    files = []
-    for path in sorted(folder.rglob("*")):
-        parts = path.relative_to(folder).parts
-        is_hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
-        if not is_hidden and path.is_file():
-            files.append(path)
-    return files
-
-
-def is_image(path: Path) -> bool:
-    """Whether a file is to be read: by its suffix, or by its content where that says nothing."""
-    if path.name.upper() == "DICOMDIR":  # the table of contents of an export, itself in DICOM
-        return False
-    return path.suffix.lower() in SUFFIXES or image_kind(path) != ""
-
-
-def image_kind(path: Path) -> str:
-    """What a file is by its first bytes: DICOM, JPEG, PNG, TIFF, or "" for anything else."""
-    with open(path, "rb") as file:
-        head = file.read(132)
-    # PS3.10 7.1: a preamble of 128 bytes, then DICM. Some writers leave the preamble out.
-    if head[128:] == b"DICM" or head.startswith(b"DICM"):
-        return "DICOM"
-    for magic, kind in MAGIC.items():
-        if head.startswith(magic):
-            return kind
-    # A bare data set (older archives) begins with group 0002 or 0008 and a VR or a short length.
-    starts_a_group = head[:2] in (b"\x02\0", b"\x08\0", b"\0\x08")
-    has_vr = head[4:6].isalpha() and head[4:6].isupper()
-    if starts_a_group and (has_vr or head[6:8] == b"\0\0"):
-        return "DICOM"
+    `below` has the folders in each class's folder.
+    """
+    classes = {case.label for case in cases}
+    if not classes or (len(classes) == 1 and not classes <= set(wanted)):
+        return "no folders of classes (one folder too high?)"
+    for name in sorted(classes - set(wanted)):
+        if NO_CLASS.fullmatch(name):
+            return f"{name}/ is no class"
+    if len(classes) > 8 and 2 * len(classes) >= len(cases):
+        return f"{len(classes)} folders of {len(cases)} images are patients"
+    depth = 1 + min(below).count("/")
+    for path in listing.others:
+        folder = "/".join(path.split("/")[:depth])
+        if PurePosixPath(path).suffix.lower() in UNREAD and path != folder and folder not in below:
+            return f"{folder}/ holds no image that is read"
+    # Folders that several classes of a split hold; of patients both may have one called p1.
+    counts = Counter()
+    for folder, names in below.items():
+        names = [name for name in names if not NO_CLASS.fullmatch(name)]
+        counts.update((folder.rpartition("/")[0], name) for name in names)
+    shared = [name for (_, name), count in sorted(counts.items()) if count > 1]
+    if len(shared) > 1 and 2 * len(shared) >= len(counts):
+        return f"several of {sorted(classes)} hold {' and '.join(shared[:2])}"
     return ""
 
 
-def count_files(paths: Iterable[Path], folder: Path) -> str:
-    """How many files of each suffix, for a message; images with the folder that they lie in."""
-    counts = Counter()
-    for path in paths:
-        suffix = path.suffix.lower() or "without a suffix"
-        parent = path.parent.relative_to(folder).as_posix()
-        where = f" in {parent}/" if suffix in SUFFIXES and parent != "." else ""
-        counts[f"{suffix}{where}"] += 1
-    common = counts.most_common(8)  # a message stays one line
-    text = ", ".join(f"{count} {what}" for what, count in common)
-    others = counts.total() - sum(count for _, count in common)
-    return f"{text} and {others} more" if others else text
+def choose_labels(table: Path, rows: list[Row], wanted: list[str]) -> list[str]:
+    """The column label, or without it all columns that hold nothing but 0, 1, -1 and blanks.
 
-
-def report_left_out(raw: Path, used: set[str]) -> None:
-    """Say which files below RAW are not used: `used` are paths relative to RAW."""
-    left_out = []
-    for path in list_files(raw):
-        if path.relative_to(raw).as_posix() not in used:
-            left_out.append(path)
-    if left_out:
-        print(f"note: left out: {count_files(left_out, raw)}")
+    One of them that --classes names becomes the column label, of the classes no_NAME and NAME.
+    Raises DataError for an odd value among many of 0 and 1, which is a slip.
+    """
+    if "label" in rows[0]:
+        return ["label"]
+    labels = []
+    for name in rows[0]:
+        if name in ("", "image", *INDEX_COLUMNS) or (wanted and name not in wanted):
+            continue
+        odd = [row for row in rows if plain_number(row[name]) not in LABEL_VALUES]
+        known = sum(plain_number(row[name]) in ("0", "1") for row in rows)
+        if odd and len(odd) <= 0.05 * known:
+            raise DataError(f"{odd[0]['']}: {name} is {odd[0][name]!r}, expected 0, 1, -1 or blank")
+        if not odd and (known or wanted):
+            labels.append(name)
+    if len(labels) == 1 and wanted in (labels, [f"no_{labels[0]}", *labels]):
+        called = {"0": f"no_{labels[0]}", "1": labels[0], "-1": "", "": ""}
+        for row in rows:
+            row["label"] = called[plain_number(row.pop(labels[0]))]
+        return ["label"]
+    if len(labels) < 2:
+        expected = "expected label (--columns label=COLUMN), or two or more of 0 and 1"
+        raise DataError(f"{table}: columns {list(filter(None, rows[0]))}, {expected}")
+    return labels
 
 
 # --- find: classes ---
 
 
-def order_classes(
-    raw: Path,
-    layout: str,
-    classes: list[str],
-    cases: list[Case],
-    wanted: list[str] | None,
-) -> list[str]:
-    """Put the cases into the wanted class order and return it.
+def sort_classes(cases: list[Case]) -> list[str]:
+    """Numbers by their value, words by the alphabet."""
+    names = {case.label for case in cases}
+    are_numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", name) for name in names)
+    return sorted(names, key=float if are_numbers else None)
 
-    The classes of folders and tables are matched by name; those of the other layouts are numbers
-    that get names. Raises DataError if the wanted ones are not those of the data.
+
+def order_classes(raw: Path, names: list[str], cases: list[Case], wanted: list[str]) -> list[str]:
+    """The classes in order: the last of two is the positive one.
+
+    `wanted` orders known names, or names the numbers 0, 1, ... in their order. Raises DataError if
+    there are others, or if the alphabet would make the class without a finding the positive one.
     """
-    if isinstance(cases[0].label, tuple):
-        return order_labels(raw, layout, classes, cases, wanted)
-    if len(wanted or classes) < 2:
-        if layout == "table of labels":
-            raise DataError(f"{raw}: every label is {classes[0]!r}, expected two or more classes")
-        expected = "a folder for each of two or more classes"
-        raise DataError(f"{raw}: {describe_folder(raw)}; expected {expected}")
-    if wanted is None:
-        check_positive_class(classes)
-        return classes
-    if len(set(wanted)) != len(wanted):
-        raise DataError(f"--classes {' '.join(wanted)}: expected each class once")
-    # The other layouts have numbers, and any names will do.
-    by_name = layout in ("class folders", "table of labels")
-    has_unknown = by_name and not set(classes) <= set(wanted)
-    if has_unknown or len(classes) > len(wanted):
-        raise DataError(f"{raw}: classes in the data {classes}, expected {wanted}")
-    if by_name:
+    spellings = {re.sub(r"[\s_.-]+", "", name).casefold() for name in names}
+    if len(spellings) < len(names):  # No_Finding and "no finding"
+        raise DataError(f"{raw}: two of {names} look like one class: merge or rename them")
+    if len(wanted) == 1 and set(names) == {f"no_{wanted[0]}", *wanted}:
+        wanted = [f"no_{wanted[0]}", *wanted]  # --classes has chosen a column
+    if not 2 <= len(wanted or names) <= MAX_CLASSES:
+        raise DataError(f"{raw}: {len(names)} classes ({names[0]!r}), expected 2 to {MAX_CLASSES}")
+    if not wanted:
+        if len(names) == 2 and NO_FINDING.search(names[1]):
+            order = f"{shlex.join(reversed(names))} (or, if it is meant, {shlex.join(names)})"
+            raise DataError(f"{names[1]!r} would be the positive class: use --classes {order}")
+        return names
+    is_once = len(set(wanted)) == len(wanted)
+    if is_once and set(names) <= set(wanted):
+        return wanted
+    # The numbers 0, 1, ... or, if there are as many, others in their order
+    numbers = names if len(names) == len(wanted) else [str(k) for k in range(len(wanted))]
+    if is_once and are_numbers(names, wanted) and set(names) <= set(numbers):
+        called = dict(zip(numbers, wanted, strict=True))
+        print("classes:", ", ".join(f"{k} is {name}" for k, name in called.items()))
         for case in cases:
-            case.label = wanted.index(classes[case.label])
-    return wanted
+            case.label = called[case.label]
+        return wanted
+    raise DataError(f"{raw}: classes in the data {names}, expected {wanted}, each once")
 
 
-def order_labels(
-    raw: Path,
-    layout: str,
-    names: list[str],
-    cases: list[Case],
-    wanted: list[str] | None,
-) -> list[str]:
+def order_labels(raw: Path, names: list[str], cases: list[Case], wanted: list[str]) -> list[str]:
     """Of several labels an image keep the wanted ones in their order, and return them.
 
-    The others become further columns. MedMNIST has numbers, which get the wanted names. Raises
+    The others become further columns. Numbers get the wanted names, if there are as many. Raises
     DataError for names that the data do not have.
     """
     wanted = wanted or names
-    if layout == "MedMNIST" and len(wanted) == len(names):
+    if are_numbers(names, wanted) and len(wanted) == len(names):
         names = wanted
     if len(set(wanted)) != len(wanted) or len(wanted) < 2 or not set(wanted) <= set(names):
-        raise DataError(f"{raw}: labels {wanted}, expected two or more of {names}")
+        hint = "an empty column is a label that is unknown in all images"
+        raise DataError(f"{raw}: labels {names}, expected two or more, {wanted}; {hint}")
     for case in cases:
         value_of = dict(zip(names, case.label, strict=True))
         case.label = tuple(value_of.pop(name) for name in wanted)
-        case.more |= {name: show_label(value) for name, value in value_of.items()}
+        case.more |= {name: LABEL_TEXT[value] for name, value in value_of.items()}
     return wanted
 
 
-def add_unknown_labels(
-    raw: Path, names: list[str], cases: list[Case], wanted: list[str]
+def are_numbers(names: list[str], wanted: list[str]) -> bool:
+    """Whether the classes of the data are numbers, and the wanted ones names for them."""
+    return all(map(str.isdigit, names)) and not set(names) & set(wanted)
+
+
+# --- find: tables, and the images they name. The same text in classification/ and detection/ ---
+
+
+def find_table(path: Path, stem: str) -> Path | None:
+    """A table by that name in a folder, or the path itself if it is a table; None without."""
+    names = [path / f"{stem}{suffix}" for suffix in TABLES]
+    if path.name.lower().endswith((*TABLES, ".xlsx")):
+        names.append(path)
+    return next(filter(Path.is_file, names), None)
+
+
+def read_rows(path: Path, columns: list[str], needed: tuple[str, ...] = ()) -> list[Row]:
+    """The rows of a CSV table; `columns` are those of --columns.
+
+    Commas, semicolons or tabs separate them: what Excel's sep= says, or what the first line has
+    most of. nan, NA, None and null are empty. Raises DataError that names the line: for an open
+    quote, which would swallow all rows below, and for more fields than columns.
+    """
+    text = read_text(path)
+    first, _, others = text.partition("\n")
+    separator = max(",;\t", key=first.count)
+    line = 1  # where the current row begins
+    if first.startswith("sep="):
+        separator = first[4:5] or ","
+        text = others
+        line = 2
+    above = line - 1
+    lines = io.StringIO(text, newline="")  # splitlines would cut at U+2028
+    reader = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
+    names = []
+    rows = []
+    try:
+        for cells in reader:
+            values = [CONTROL.sub(" ", cell).strip() for cell in cells]
+            if not names:
+                names = rename_columns(path, values, columns, needed)
+                values = []
+            if any(values[len(names) :]):
+                problem = f"{len(values)} fields for {len(names)} columns"
+                raise DataError(f"{path}:{line}: {problem}; decimal commas? expected points")
+            values = ["" if value.casefold() in BLANKS else value for value in values]
+            if any(values):
+                pairs = zip_longest(names, values[: len(names)], fillvalue="")
+                rows.append(dict(pairs) | {"": f"{path}:{line}"})
+            line = above + reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path}:{line}: {error}, expected a closing quote") from error
+    if not rows:
+        raise DataError(f"{path}: no rows below the names of the columns")
+    return rows
+
+
+def read_text(path: Path) -> str:
+    """The text of a table, plain or .gz: UTF-8, or UTF-16 by its mark. Letters are composed."""
+    if path.suffix.lower() == ".xlsx":
+        raise DataError(f"{path}: a workbook of Excel: save it as CSV UTF-8")
+    data = path.read_bytes()
+    if path.suffix.lower() == ".gz":
+        data = gzip.decompress(data)
+    is_utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+    # Never by replacing what is wrong: names of classes that differ there would become one.
+    try:
+        text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = 1 + data.count(b"\n", 0, error.start)
+        problem = "letters that are not UTF-8: save the table as CSV UTF-8"
+        raise DataError(f"{path}:{line}: {problem}") from error
+    return unicodedata.normalize("NFC", text).replace("\0", "")
+
+
+def rename_columns(
+    path: Path, names: list[str], columns: list[str], needed: tuple[str, ...]
 ) -> list[str]:
-    """The labels of the data and those that --like has besides, unknown in all images."""
-    missing = [name for name in wanted if name not in names]
-    if len(missing) == len(wanted):
-        raise DataError(f"{raw}: labels in the data {names}, expected some of {wanted}")
+    """The columns of a table by the names of --columns; another one so called is table_NAME."""
+    new = {}
+    for text in columns:
+        name, is_pair, column = unicodedata.normalize("NFC", text).partition("=")
+        if not is_pair:
+            raise DataError(f"--columns {text}: expected NAME=COLUMN")
+        new[column] = name
+    names = [new.get(name, f"table_{name}" if name in new.values() else name) for name in names]
+    missing = [name for name in (*new.values(), *needed) if name not in names]
     if missing:
-        print(f"note: labels that the data do not have, unknown here: {', '.join(missing)}")
-    for case in cases:
-        case.label += (-1,) * len(missing)
-    return names + missing
+        problem = f"no column {', '.join(missing)}, found {names}"
+        raise DataError(f"{path}: {problem}: use{suggest_columns(names)}")
+    twice = [name for name in names if name and names.count(name) > 1]
+    if twice:
+        raise DataError(f"{path}: two columns are called {twice[0]}, expected one")
+    return names
 
 
-def show_label(value: int) -> str:
-    """One of several labels in a table: 1, 0, or nothing where it is unknown."""
-    return "" if value < 0 else str(value)
+def suggest_columns(names: list[str]) -> str:
+    """The --columns to type for a table whose columns are called otherwise; "" if none is."""
+    pairs = []
+    for name, pattern in ALIKE.items():
+        alike = [column for column in names if re.search(pattern, column, re.IGNORECASE)]
+        if name not in names and (alike or name != "patient"):
+            pairs.append(f"{name}={shlex.quote(alike[0] if alike else 'COLUMN')}")
+    return f" --columns {' '.join(pairs)}" if pairs else ""
 
 
-def check_positive_class(classes: list[str]) -> None:
-    """Raise DataError if alphabetical order makes the class without a finding the positive one."""
-    positive = positive_class(classes)
-    if positive and NO_FINDING.search(positive):
-        problem = "would be the positive class, because it comes last"
-        swapped = f"--classes {shlex.join(reversed(classes))}"
-        meant = f"(or, if it is meant, --classes {shlex.join(classes)})"
-        raise DataError(f"{positive!r} {problem}: give the order, for example {swapped} {meant}")
+def plain_number(text: str) -> str:
+    """7.0, as programs write 7 in a column with gaps, is 7; 07 is something else."""
+    return re.sub(r"^(-?[0-9]+)\.0+$", r"\1", text)
 
 
-def positive_class(classes: list[str]) -> str | None:
-    """The class that sensitivity, precision and AUROC are about: the last of two, None of more."""
-    return classes[1] if len(classes) == 2 else None
+def split_of(name: str) -> str:
+    """train, val or test, by what folders and tables call it (Training_Set, validate), or ""."""
+    word = re.sub("[ _-]?(set|data)$", "", name.lower())
+    return next((split for split, words in SPLITS.items() if word in words), "")
 
 
-def print_content(
-    raw: Path, layout: str, cases: list[Case], classes: list[str], form: str
-) -> str | None:
-    """Say what was found and what it becomes; returns the positive class, None if there is none."""
-    if isinstance(cases[0].label, tuple):
-        content = f"{len(cases)} images with several labels ({', '.join(classes)})"
-        print(f"{raw}: {layout}, {content}, to {form}")
-        return None
-    print(f"{raw}: {layout}, {len(cases)} images of {' '.join(classes)}, to {form}")
-    positive = positive_class(classes)
-    if positive:
-        print(f"positive class: {positive}")
-    return positive
+def choose_split(row: Row) -> str:
+    """The fold (0 to 4, test) or the split (train, val, test) that a row gives, "" for none."""
+    fold = plain_number(row.get("fold", ""))
+    split = row.get("split", "")
+    is_known = fold in ("", "0", "1", "2", "3", "4", "test") and (not split or split_of(split))
+    if not is_known or (fold and split):
+        expected = "expected a fold of 0 to 4 or test, or a split of train, val or test"
+        raise DataError(f"{row['']}: fold {fold!r} and split {split!r}, {expected}")
+    return fold or split_of(split)
+
+
+def further_columns(row: Row, used: tuple[str, ...]) -> dict[str, str]:
+    """What else a table says of an image, under names that index.csv has no other use for."""
+    more = {}
+    for name, value in row.items():
+        if name not in ("", *used, "patient", "fold", "split"):
+            more[f"table_{name}" if name in INDEX_COLUMNS else name] = value
+    return more
+
+
+def match_rows(rows: list[Row], decisive: tuple[str, ...], listing: Listing) -> dict[str, Row]:
+    """The row of every image that their column `image` names, by the image's path.
+
+    Raises DataError for a name that fits several images, and for rows of one image that differ in
+    the `decisive` columns. Rows without an image and repeated ones are left out, with a note.
+    """
+    places = locate({row["image"] for row in rows}, listing.images)
+    matched = {}
+    lost = []
+    for row in rows:
+        image = row["image"]
+        found = places.get(image, [])
+        if len(found) > 1:
+            raise DataError(f"{row['']}: {image} may be {' or '.join(found)}: give its path")
+        if not found:
+            lost.append(image)
+            continue
+        first = matched.setdefault(found[0], row)
+        for name in decisive:
+            if row.get(name) != first.get(name):
+                problem = f"{name} {row.get(name)!r} of {image}, but {first.get(name)!r}"
+                raise DataError(f"{row['']}: {problem} in {first['']}, expected one row an image")
+    table = rows[0][""].rpartition(":")[0]
+    if not matched:
+        problem = f"no image of its {len(rows)} rows lies beside it or below, such as {lost[0]!r}"
+        raise DataError(f"{table}: {problem}; found {describe_files(listing)}")
+    if lost:
+        print(f"note: {len(lost)} rows without a file left out, such as {min(lost)!r}")
+    repeated = len(rows) - len(lost) - len(matched)
+    if repeated:
+        print(f"note: {repeated} rows repeat an image, which is read once")
+    report_left_out(listing, matched.keys() | {PurePosixPath(table).name})
+    # Sorted, so that the cache does not depend on the order of the rows
+    return dict(sorted(matched.items()))
+
+
+def locate(names: set[str], images: list[str]) -> dict[str, list[str]]:
+    """The images that each name of a table may mean, by the longest end that their paths share.
+
+    In any case of letters, with or without the suffix: D:\\scans\\1.dcm is 1.dcm beside the table.
+    Folders of a name are passed over only where no other name of the table has the same end.
+    """
+    paths = {name: split_path(name) for name in names if name}
+    stems = {name: split_path(strip_suffix(name)) for name in paths}
+    ends = [(image, {split_path(image), split_path(strip_suffix(image))}) for image in images]
+    found = {}
+    for depth in range(max(map(len, paths.values()), default=0), 0, -1):
+        by_end = defaultdict(list)
+        for image, ways in ends:
+            for path in ways:
+                if len(path) >= depth:
+                    by_end[path[-depth:]].append(image)
+        claims = Counter(stem[-depth:] for stem in stems.values() if len(stem) >= depth)
+        for name, path in paths.items():
+            same = by_end.get(path[-depth:], [])
+            is_alone = len(path) == depth or claims[stems[name][-depth:]] == 1
+            if name not in found and len(path) >= depth and same and is_alone:
+                exact = strip_suffix(name.replace("\\", "/").removeprefix("./"))
+                whole = [image for image in same if strip_suffix(image) == exact]
+                beside = [image for image in same if strip_suffix(image) == f"images/{exact}"]
+                found[name] = whole or beside or same
+    return found
+
+
+def split_path(path: str) -> tuple[str, ...]:
+    """The parts of a path of any computer, without dots, in one case of composed letters."""
+    parts = unicodedata.normalize("NFC", path).casefold().replace("\\", "/").split("/")
+    return tuple(part for part in parts if part not in ("", ".", ".."))
+
+
+def strip_suffix(path: str) -> str:
+    """A path without the suffix of an image. The last number of a DICOM UID is none."""
+    suffix = PurePosixPath(path).suffix
+    return path.removesuffix(suffix) if suffix.lower() in SUFFIXES else path
+
+
+def list_folder(folder: Path) -> Listing:
+    """All files below a folder, in linked folders too, but hidden ones (._NAME, __MACOSX)."""
+    listing = Listing([], [], [], [])
+
+    def walk(below: Path, above: tuple[str, ...]) -> None:
+        kind = listing.closed
+        try:
+            if below.is_file():
+                is_image = below.suffix.lower() in SUFFIXES or image_kind(below)
+                kind = listing.images if is_image else listing.others
+            elif below.is_dir() and os.path.realpath(below) not in above:
+                above = (*above, os.path.realpath(below))
+                for name in sorted(os.listdir(below)):
+                    if not name.startswith(".") and name != "__MACOSX":
+                        walk(below / name, above)
+                return
+        except OSError:  # no permission
+            kind = listing.closed
+        kind.append(below.relative_to(folder).as_posix())
+
+    walk(folder, ())
+    stems = set(map(strip_suffix, listing.images))
+    for image in listing.images:
+        bare = MASK.sub("", strip_suffix(image))
+        if bare in stems and bare != strip_suffix(image):
+            listing.masks.append(image)
+    masks = set(listing.masks)
+    return listing._replace(images=[image for image in listing.images if image not in masks])
+
+
+def list_images(paths: list[Path]) -> dict[str, Path]:
+    """Files, and all images below folders, by their paths below what was given; others are counted.
+
+    Raises DataError for a folder without any image, and for two of one name.
+    """
+    files = {}
+    for path in paths:
+        images = {path.name: path}
+        if path.is_dir():
+            listing = list_folder(path)
+            images = {name: path / name for name in listing.images}
+            report_left_out(listing, images.keys())
+        if not images:
+            raise DataError(f"{path}: no image, expected DICOM, JPEG, PNG or TIFF")
+        for name, image in images.items():
+            if files.setdefault(name, image) != image:
+                raise DataError(f"{image}: called as {files[name]}; predict them apart")
+    return files
+
+
+def image_kind(path: Path) -> str:
+    """What a file is by its first bytes: DICOM, JPEG, PNG, TIFF, or "" for anything else."""
+    if path.name.upper() == "DICOMDIR":  # the contents of an export
+        return ""
+    with open(path, "rb") as file:
+        head = file.read(132)
+    # PS3.10 7.1: 128 bytes, which may begin a TIFF, then DICM. Some writers leave the former out.
+    if b"DICM" in (head[128:], head[:4]):
+        return "DICOM"
+    for kind, starts in MAGIC.items():
+        if head.startswith(starts):
+            return kind
+    # A bare data set (older archives) begins with group 0002 or 0008 and a VR or a short length.
+    starts_a_group = head[:2] in (b"\x02\0", b"\x08\0", b"\0\x08")
+    has_vr = head[4:6].isalpha() and head[4:6].isupper()
+    return "DICOM" if starts_a_group and (has_vr or head[6:8] == b"\0\0") else ""
+
+
+def describe_files(listing: Listing, used: Collection[str] = ()) -> str:
+    """How many files of each kind a folder holds besides the used ones, for a message."""
+    kinds = defaultdict(list)
+    for path in listing.images + listing.others:
+        suffix = PurePosixPath(path).suffix.lower()
+        # Of IM.0001 and a UID the last number is no suffix.
+        kind = suffix if re.fullmatch(r"\.[a-z]\w*", suffix) else "without a suffix"
+        kinds[f"{kind} (convert to PNG)" if suffix in UNREAD else kind].append(path)
+    kinds["masks beside their images"] = listing.masks
+    kinds["links to nothing or to a folder above, pipes, unreadable folders"] = listing.closed
+    parts = []
+    for kind, paths in kinds.items():
+        unused = [path for path in paths if path not in used]
+        if unused:
+            parts.append(f"{len(unused)} {kind}, such as {unused[0]}")
+    return "; ".join(parts) or "nothing"
+
+
+def report_left_out(listing: Listing, used: Collection[str]) -> None:
+    """Say which files of a listing are not among the used ones."""
+    left_out = describe_files(listing, used)
+    if left_out != "nothing":
+        print(f"note: left out: {left_out}")
+
+
+def set_by_path(cases: list[Case], name: str, regex: re.Pattern | None) -> None:
+    """Set the patient, or the site, of every case to what --NAME-regex finds: group 1, or all.
+
+    In the file's name, or else in its path. Raises DataError for a path in which it finds nothing.
+    """
+    for case in cases if regex else []:
+        match = regex.search(case.source.rpartition("/")[2]) or regex.search(case.source)
+        value = (match.groups() or (match.group(),))[0] if match else None
+        if not value:
+            raise DataError(f"--{name}-regex {regex.pattern} finds nothing in {case.source}")
+        setattr(case, name, value)
+    if regex:
+        values = [getattr(case, name) for case in cases]
+        print(f"--{name}-regex: {len(set(values))}, such as {values[0]} in {cases[0].source}")
 
 
 # --- read: the loop ---
 
 
-@contextmanager
-def open_output(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder to write into, which becomes OUT at the end: a stopped run leaves OUT as it was.
-
-    Raises DataError if OUT holds anything but a cache (--overwrite never deletes what is not
-    ours), if another run writes to it (the lock ends with the process), or if something cannot be
-    written.
-    """
-    partial = out.with_name(f".{out.name}.partial")
-    old = out.with_name(f".{out.name}.old")
-    lock = out.with_name(f".{out.name}.lock")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "w") as file:
-        try:
-            if fcntl:  # not on Windows
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise DataError(
-                f"{out}: another run writes here; wait for it, or use another --out"
-            ) from error
-        try:
-            if old.exists() and not out.exists():  # stopped between the two renames below
-                old.rename(out)
-            check_output(out, overwrite)
-            for left_over in (partial, old):
-                shutil.rmtree(left_over, ignore_errors=True)
-            partial.mkdir()
-            yield partial
-            if out.exists():
-                out.rename(old)
-            partial.rename(out)
-            shutil.rmtree(old, ignore_errors=True)
-        except OSError as error:  # without a number: numpy, for a file that came out too short
-            reason = error.strerror or f"{os.strerror(errno.ENOSPC)}? {error}"
-            raise DataError(f"{error.filename or out}: {reason}") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            lock.unlink(missing_ok=True)
-
-
-def check_output(out: Path, overwrite: bool) -> None:
-    """Raise DataError if OUT holds anything but a cache, or a cache that nobody said may go."""
-    names = set()
-    if out.is_dir():
-        names = {path.name for path in out.iterdir()}
-    elif out.exists():
-        names = {"a file"}
-    ours = {"images.npy", "volumes", "index.csv", "meta.json", "skipped.csv"}
-    if names and not {"meta.json"} <= names <= ours:
-        foreign = min(names - ours or names)
-        raise DataError(f"{out}: holds {foreign}, expected a new folder or a cache")
-    if names and not overwrite:
-        raise DataError(f"{out}: exists already; use --overwrite, or another --out")
-
-
 def write_images(
-    path: Path,
-    shape: tuple[int, ...],
-    cases: list[Case],
-    load_case: Callable,
-    workers: int,
-) -> tuple[list[Case], list[tuple[str, str]], list[tuple[str, str]]]:
-    """Write every image that can be read to an .npy file, uint8 (N, *shape).
+    path: Path, shape: tuple[int, ...], cases: list[Case], load_case: Callable, workers: int
+) -> tuple[list[Case], list[tuple[str, str]]]:
+    """Write all that `load_case` can read to an .npy file, uint8 (N, *shape), one by one.
 
-    `load_case(case)` gives uint8 of this shape and notes, or the DataError that says why not.
-    Returns the cases that are in the file, in its order; (source, reason) of those that are not;
-    and (source, note) of what was changed or passed over in reading.
-
-    Written one by one: no image stays in memory, and a full disk is an OSError (through a memory
-    map it would be a bus error, which nobody can report).
+    Returns the cases that are in the file, in its order, and (source, reason) of the others.
+    Not through a memory map: there a full disk would kill the process (SIGBUS).
     """
-    keep_memory()
     good = []
     bad = []
     notes = []
     with open(path, "wb") as file:
         write_header(file, (len(cases), *shape))
-        for case, result in in_processes(load_case, cases, workers, part=8):
+        for case, result in zip(cases, in_threads(load_case, cases, workers), strict=True):
             if isinstance(result, DataError):
                 bad.append((case.source, str(result)))
                 continue
@@ -1279,142 +904,85 @@ def write_images(
             good.append(case)
             notes.extend((case.source, note) for note in image_notes)
         write_header(file, (len(good), *shape))  # some may have been bad
-    return good, bad, notes
-
-
-def keep_memory() -> None:
-    """Let the C library keep what is freed, at most 256 MiB, for the next image (glibc only).
-
-    Otherwise it asks the system for fresh memory, which has to be cleared page by page: a sixth of
-    the time that an image takes, and threads wait for each other there.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library
-        return
-    mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes: what is larger is fresh all the same
-    mallopt(M_TRIM_THRESHOLD, 2**28)
+    report_notes(notes)
+    return good, bad
 
 
 def write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
-    """Write the header of an .npy file of uint8 of this shape at its beginning.
-
-    numpy leaves room for the count to grow, so the header has one length for any of them.
-    """
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    """Write the header of an .npy file of uint8: numpy leaves room for another count."""
     file.seek(0)
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
 
 
 def in_threads(function: Callable, items: list, workers: int) -> Iterator:
     """`map` in threads (decoding and resizing release the GIL), in the order of the items.
 
-    In chunks, so that results do not pile up in memory.
+    In chunks, so that results do not pile up in memory, and Ctrl-C waits for one of them only.
     """
-    pool = ThreadPoolExecutor(max(1, workers))
-    try:
-        for start in range(0, len(items), 256):
-            yield from pool.map(function, items[start : start + 256])
-            progress(f"read {min(start + 256, len(items))}/{len(items)}")
-    finally:
-        # Without waiting: Ctrl-C may come while the pool holds a lock that its threads want.
-        pool.shutdown(wait=False, cancel_futures=True)
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        for start in range(0, len(items), 64):
+            yield from pool.map(function, items[start : start + 64])
+            progress(f"read {min(start + 64, len(items))}/{len(items)}")
     progress("")
 
 
-def in_processes(function: Callable, items: list, workers: int, part: int) -> Iterator[tuple]:
-    """Item and function(item), in the order of the items, by copies of this process.
+def refuse_bad(folder: Path, bad: list[tuple[str, str]], total: int, skip_bad: bool) -> None:
+    """Name what cannot be used, in skipped.csv with --skip-bad; DataError without, or if all is."""
+    report_bad(bad)
+    if bad and not (skip_bad and len(bad) < total):
+        raise DataError(f"{len(bad)} of {total} images cannot be used: fix them, or use --skip-bad")
+    if bad:  # a name that is not UTF-8 may be the reason
+        options = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+        with open(folder / "skipped.csv", "w", **options) as file:
+            csv.writer(file).writerows([("source", "reason"), *bad])
 
-    Each gets `part` items at a time. An item comes back because a function that fills it in has
-    only its process's copy. In threads, which wait for each other in the interpreter, where copies
-    are not worth their start, or not to be had.
+
+def report_bad(bad: list[tuple[str, str]]) -> None:
+    """Print why each file cannot be used; of more than 5 alike the first, and their number.
+
+    `bad` are pairs of source and a message that begins with the path.
     """
-    if workers < 2 or len(items) < 32 * part or sys.platform != "linux":
-        yield from zip(items, in_threads(function, items, workers), strict=True)
-        return
-    pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=begin_process)
-    waiting = deque()  # a few for each process, so that results do not pile up in memory
-    try:
-        for start in range(0, len(items), part):
-            waiting.append(pool.submit(run_part, function, items[start : start + part]))
-            if len(waiting) > 3 * workers:
-                yield from waiting.popleft().result()
-                progress(f"read {start + part - part * len(waiting)}/{len(items)}")
-        for results in waiting:
-            yield from results.result()
-    except BrokenProcessPool as error:
-        problem = "the system has ended a process (out of memory?)"
-        raise DataError(f"{problem}: use fewer --workers") from error
-    finally:
-        # Without waiting: what is running after Ctrl-C is of no use.
-        pool.shutdown(wait=False, cancel_futures=True)
-    progress("")
+    for alike in group_alike(bad):
+        lines = [one_line(message) for _, message in alike]
+        if len(lines) > 5:
+            lines = [f"{lines[0]} (and {len(lines) - 1} more files)"]
+        print(*lines, sep="\n", file=sys.stderr)
 
 
-def begin_process() -> None:
-    """Leave Ctrl-C to the first process, and end with it, however it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def report_notes(notes: list[tuple[str, str]]) -> None:
+    """Print what was passed over in reading, once for each kind: `notes` are (source, note)."""
+    for alike in group_alike(notes):
+        source, note = alike[0]
+        print(f"note: {len(alike)} images: {note}, such as {source}")
 
 
-def run_part(function: Callable, items: list) -> list[tuple]:
-    """Each of the items with function(item)."""
-    return [(item, function(item)) for item in items]
-
-
-def progress(text: str) -> None:
-    """A line that overwrites itself on a terminal, and nothing elsewhere."""
-    if sys.stdout.isatty():
-        print(f"\r{text}\033[K", end="", flush=True)
+def group_alike(messages: list[tuple[str, str]]) -> list[list[tuple[str, str]]]:
+    """Group (source, message) whose messages differ in numbers or in the path before them only."""
+    alike = defaultdict(list)
+    for source, message in messages:
+        alike[re.sub("[0-9.]+", "#", message.split(f"{source}: ")[-1])].append((source, message))
+    return list(alike.values())
 
 
 # --- read: one case ---
 
 
-class Picture(NamedTuple):
-    """One image as it is meant to be shown, and what else its file says."""
-
-    gray: np.ndarray  # (H, W) from black to white: uint8, or float32 in 0..1
-    digest: str  # SHA-256 of the stored pixels: tells copies
-    colour: np.ndarray | None = None  # RGB float32 (H, W, 3) in 0..1, None where there is none
-    patient: str = ""  # hash of the DICOM PatientID, "" where there is none
-    spacing: tuple[float, ...] = ()  # mm per pixel down and across, () where unknown
-    notes: tuple[str, ...] = ()  # what was left out or changed in reading
-
-
-def load(
-    case: Case, raw: Path, size: int, fit: str, channels: int, least: int = 0
-) -> tuple[np.ndarray, tuple[str, ...]] | DataError:
+def load(case: Case, raw: Path, size: int, fit: str, channels: int) -> Noted | DataError:
     """Read and resize one case: uint8 (size, size) or (size, size, 3) and notes, or why not.
 
-    Fills what a case learns by reading: the hashes of its pixels and its PatientID, the moments.
+    Fills what a case learns by reading: the hashes of its pixels and its PatientID.
     """
-    if not is_utf8(case.source):
-        problem = "the name is not UTF-8, which index.csv is"
-        return DataError(f"{case.source}: {problem}: rename the file")
-    if has_control(case.source):
-        return DataError(f"{case.source}: control characters in the name: rename the file")
-    if case.pixels is not None:
-        picture = read_array(case.pixels)
-    else:
-        try:
-            picture = read_image(raw / case.source, least)
-        except DataError as error:
-            return error
+    if CONTROL.search(case.source):
+        return DataError(f"{case.source}: control characters, or no UTF-8, in the name: rename it")
+    try:
+        picture = read_image(raw / case.source) if case.pixels is None else read_array(case.pixels)
+    except DataError as error:
+        return error
     image, notes = prepare_image(picture, size, fit, channels)
     case.digest = picture.digest
     case.patient_id = picture.patient
-    case.moments = gray_moments(image)
     return image, notes
-
-
-def is_utf8(name: str) -> bool:
-    """Whether a file name can be written to index.csv: on Linux, names are bytes of any kind."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def read_array(pixels: np.ndarray) -> Picture:
@@ -1422,14 +990,12 @@ def read_array(pixels: np.ndarray) -> Picture:
     if pixels.ndim == 2:
         return Picture(pixels, hash_pixels(pixels))
     notes = []
-    gray = colour_to_gray(pixels, 255)  # (H, W)
     colour = find_colour(pixels, 255, notes)
+    gray = (pixels @ LUMA / 255).astype(np.float32)
     return Picture(gray, hash_pixels(pixels), colour, notes=tuple(notes))
 
 
-def prepare_image(
-    picture: Picture, size: int, fit: str, channels: int
-) -> tuple[np.ndarray, tuple[str, ...]]:
+def prepare_image(picture: Picture, size: int, fit: str, channels: int) -> Noted:
     """What the network sees of a picture, uint8 (size, size) or (size, size, 3), and notes."""
     if channels == 1:
         return resize(picture.gray, size, fit), picture.notes
@@ -1437,168 +1003,143 @@ def prepare_image(
         gray = resize(picture.gray, size, fit)
         return np.stack([gray] * 3, -1), (*picture.notes, "gray, kept as three equal channels")
     rgb = [resize(channel, size, fit) for channel in picture.colour.transpose(2, 0, 1)]
-    notes = tuple(note for note in picture.notes if note != COLOUR_LOST)
-    return np.stack(rgb, -1), notes
-
-
-def gray_moments(image: np.ndarray) -> tuple[float, float]:
-    """Mean and mean square of a uint8 image, in 0..1: what mean and std of a set are made of."""
-    # In float64: a variance is a small difference of two means.
-    return image.mean(dtype=np.float64) / 255, np.square(image / 255).mean()
+    return np.stack(rgb, -1), tuple(note for note in picture.notes if note != COLOUR_LOST)
 
 
 # --- read: one file. The same text in classification/ and detection/ ---
 
 
-def read_image(path: Path, least: int = 0) -> Picture:
+def read_image(path: Path) -> Picture:
     """Read any supported file as it is meant to be shown, whatever its suffix.
 
-    `least` allows gray JPEG in DICOM at half scale if that leaves so many pixels a side (0: never).
     Raises DataError that names the file for whatever keeps it from being one gray picture with
     content.
     """
     try:
         if not path.is_file():
             raise DataError(f"{path}: not a file")
-        if path.stat().st_size == 0:
-            raise DataError(f"{path}: zero bytes")
         kind = image_kind(path)
-        if kind == "DICOM":
-            picture = read_dicom(path, least)
-        elif kind and path.suffix.lower() in DICOM_SUFFIXES:
-            problem = f"holds a {kind} picture, not DICOM"
-            raise DataError(f"{path}: {problem}: rename it to .{kind.lower()}")
-        elif kind:
-            picture = read_picture(path, kind)
-        else:
+        if not kind:
             raise DataError(f"{path}: neither DICOM nor JPEG, PNG or TIFF, by its first bytes")
+        picture = read_dicom(path) if kind == "DICOM" else read_raster(path, kind)
     except DataError:
         raise
-    except PIL.UnidentifiedImageError as error:
-        problem = f"a {kind} picture that Pillow cannot read: damaged, or of a rare kind"
-        raise DataError(f"{path}: {problem}") from error
-    except Exception as error:  # the one place where the readers' many exceptions become ours
+    except Exception as error:  # anything that Pillow or pydicom raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        if "plugin" in reason and find_spec("pylibjpeg") is None:
-            reason += f"; {MORE_DECODERS}"
+        if "plugin" in reason:
+            reason += "; try: pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
         raise DataError(f"{path}: {reason}") from error
     if not picture.gray.min() < picture.gray.max():  # also true for NaN
         raise DataError(f"{path}: no contrast, all pixels have one value (or some are NaN)")
     return picture
 
 
-def read_dicom(path: Path, least: int) -> Picture:
+def read_dicom(path: Path) -> Picture:
     """Read a single-frame DICOM image as it is meant to be shown (PS3.3 C.7.6.3, C.11.1, C.11.2).
 
     Modality LUT or rescale, then VOI LUT or window. Without a window, up to 8 bits keep their range
-    and deeper data are stretched from the 0.5 to the 99.5 percentile, padding left out. An optional
-    attribute that cannot be used is passed over, with a note.
+    and deeper data are stretched from the 0.5 to the 99.5 percentile, padding left out.
     """
     ds = open_dicom(path)
-    check_single_image(ds, path)  # before pixels are decoded: a header may claim any size
-    pixels, padding = stored_pixels(ds, least)
-    allowed = [(ds.Rows, ds.Columns)]
-    if least:
-        allowed.append(((ds.Rows + 1) // 2, (ds.Columns + 1) // 2))
-    if pixels.shape[:2] not in allowed:
-        expected = f"a single image ({ds.Rows}, {ds.Columns})"
-        raise DataError(f"{path}: pixels {pixels.shape}, expected {expected}")
+    check_header(ds, path)  # before pixels are decoded
+    pixels, padding = stored_pixels(ds)
+    if pixels.shape[:2] != (ds.Rows, ds.Columns):
+        expected = (ds.Rows, ds.Columns)
+        raise DataError(f"{path}: pixels {pixels.shape}, expected a single image {expected}")
     digest = hash_pixels(pixels)
+    highest = 2**ds.BitsStored - 1
+    if ds.PhotometricInterpretation == "PALETTE COLOR":
+        pixels = apply_color_lut(pixels, ds)[..., :3]
+        highest = 65535 if pixels.max() > 255 else 255  # some fill 8 of 16 bits
     notes = []
     colour = None
-    if ds.PhotometricInterpretation == "PALETTE COLOR":
-        rgb = palette_colours(ds, pixels)
-        highest = 65535 if rgb.max() > 255 else 255  # some fill 8 of the 16 bits of an entry
-        gray = colour_to_gray(rgb, highest)
-        colour = find_colour(rgb, highest, notes)
-    elif pixels.ndim == 3:
-        gray = colour_to_gray(pixels, 2**ds.BitsStored - 1)
-        colour = find_colour(pixels, 2**ds.BitsStored - 1, notes)
+    if pixels.ndim == 3:
+        gray = (pixels @ LUMA / highest).astype(np.float32)
+        colour = find_colour(pixels, highest, notes)
     else:
         gray = display_values(ds, pixels, padding, path, notes)
         if ds.PhotometricInterpretation == "MONOCHROME1":  # the lowest value is white
             gray = (255 if gray.dtype == np.uint8 else 1) - gray
         if padding.any():
             gray = np.where(padding, 0, gray)  # black, also after the inversion
-    return Picture(gray, digest, colour, hash_patient(ds), pixel_spacing(ds), tuple(notes))
+    patient = plain_number(str(ds.get("PatientID") or "").strip())
+    # A hash, because the ID itself is personal data; 48 bits tell the patients of a set apart.
+    patient = hashlib.sha256(patient.encode()).hexdigest()[:12] if patient else ""
+    return Picture(gray, digest, colour, patient, pixel_spacing(ds), tuple(notes))
 
 
-def open_dicom(path: Path) -> pydicom.Dataset:
-    """Read a data set, with or without preamble and meta header, which older archives leave out."""
-    with open(path, "rb") as file:
-        has_bare_prefix = file.read(4) == b"DICM"  # the preamble alone is missing
-    if has_bare_prefix:
-        ds = pydicom.dcmread(io.BytesIO(path.read_bytes()[4:]), force=True)
-    else:
-        ds = pydicom.dcmread(path, force=True)
+def open_dicom(path: Path) -> Dataset:
+    """Read a data set, with or without preamble and meta header, which older archives leave out.
+
+    What Enhanced objects keep in functional groups (PS3.3 C.7.6.16) is put where others have it.
+    """
+    data = path.read_bytes()
+    ds = pydicom.dcmread(io.BytesIO(data[4:] if data[:4] == b"DICM" else data), force=True)
     if not ds.file_meta.get("TransferSyntaxUID"):
         # As pydicom guessed it from the first element; compressed pixels would need the real one.
-        implicit_vr, little_endian = ds.original_encoding
-        if implicit_vr:
-            ds.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian
-        elif little_endian:
-            ds.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
-        else:
-            ds.file_meta.TransferSyntaxUID = uid.ExplicitVRBigEndian
+        implicit, little = ds.original_encoding
+        explicit = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
+        ds.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else explicit
+    for keyword in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+        group = (ds.get(keyword) or [{}])[0]
+        for name in ("PixelValueTransformation", "FrameVOILUT", "PixelMeasures"):
+            ds.update((group.get(f"{name}Sequence") or [{}])[0])
     return ds
 
 
-def check_single_image(ds: pydicom.Dataset, path: Path) -> None:
+def check_header(ds: Dataset, path: Path) -> None:
     """Raise DataError for a data set that is not one image of a known kind."""
-    if not ds.get("PixelData"):
+    missing = [keyword for keyword in NEEDED if ds.get(keyword) in (None, b"")]
+    if missing:
         kind = ds.get("Modality") or "no modality"
-        raise DataError(f"{path}: DICOM without pixel data ({kind}), expected an image")
+        raise DataError(f"{path}: DICOM ({kind}) without {', '.join(missing)}, expected an image")
     frames = number(ds, "NumberOfFrames", 1)
     if frames > 1:
         raise DataError(f"{path}: DICOM with {frames:.0f} frames, expected a single image")
-    rows = number(ds, "Rows", 0)
-    columns = number(ds, "Columns", 0)
-    if rows * columns > MAX_PIXELS:  # a few bytes can claim any size
-        size = f"{rows:.0f} x {columns:.0f} pixels"
-        raise DataError(f"{path}: {size}, expected at most {MAX_PIXELS} in all")
+    if ds.Rows * ds.Columns > MAX_PIXELS:  # a few bytes can claim any size
+        raise DataError(f"{path}: {ds.Rows} x {ds.Columns} pixels, expected at most {MAX_PIXELS}")
     # Padded to an even length by a space, or wrongly by NUL
-    photometric = str(ds.get("PhotometricInterpretation", "")).strip(" \0").upper()
-    if photometric not in PHOTOMETRIC:
-        problem = f"photometric interpretation {photometric!r}"
-        raise DataError(f"{path}: {problem}, expected one of {PHOTOMETRIC}")
+    photometric = str(ds.PhotometricInterpretation).strip(" \0").upper()
     ds.PhotometricInterpretation = photometric
+    if photometric == "PALETTE COLOR" and not ds.file_meta.TransferSyntaxUID.is_little_endian:
+        photometric += " in big endian"  # pydicom would swap the bytes of its entries
+    if photometric not in PHOTOMETRIC:
+        raise DataError(f"{path}: {photometric!r}, expected one of {PHOTOMETRIC}")
 
 
-def number(ds: pydicom.Dataset, keyword: str, default: float) -> float:
+def number(ds: Dataset, keyword: str, default: float) -> float:
     """The first value of an optional attribute, or `default` where it is no finite number."""
     values = numbers(ds, keyword)
     return values[0] if values and math.isfinite(values[0]) else default
 
 
-def numbers(ds: pydicom.Dataset, keyword: str) -> list[float]:
+def numbers(ds: Dataset, keyword: str) -> list[float]:
     """The values of an optional attribute as floats, NaN for one that is empty or no number."""
     try:
-        values = np.atleast_1d(ds.get(keyword))
-    except Exception:  # pydicom converts on access, and fails on bad values in many ways
+        values = list(map(str, np.atleast_1d(ds.get(keyword))))
+    except Exception:  # pydicom converts on access
         return []
-    converted = []
-    for value in values:
-        try:
-            converted.append(float(value))
-        except (TypeError, ValueError):
-            converted.append(math.nan)
-    return converted
+    pattern = re.compile(r"\s*[-+]?[0-9.]+([eE][-+]?[0-9]+)?\s*")
+    return [float(value) if pattern.fullmatch(value) else math.nan for value in values]
 
 
-def stored_pixels(ds: pydicom.Dataset, least: int) -> tuple[np.ndarray, np.ndarray]:
+def stored_pixels(ds: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """The stored values, (H, W) or RGB (H, W, 3), and where they are padding, bool (H, W).
 
     Bits outside BitsStored are no image (PS3.5 8.1.1), natively or compressed. A HighBit other than
     BitsStored - 1 says that native values are stored further left; compressed streams ignore it.
     """
     bits = ds.BitsStored
+    syntax = ds.file_meta.TransferSyntaxUID
     shift = 0  # how many bits further left than usual
-    if not ds.file_meta.TransferSyntaxUID.is_encapsulated and ds.get("SamplesPerPixel") == 1:
+    if not syntax.is_encapsulated and ds.SamplesPerPixel == 1:
         shift = int(number(ds, "HighBit", bits - 1)) + 1 - bits
         if not 0 <= shift <= ds.BitsAllocated - bits:
             shift = 0
-        ds.BitsStored = ds.BitsAllocated  # so that pydicom masks nothing before the shift
-    container = decode_pixels(ds, least)
+        ds.BitsStored = ds.BitsAllocated  # no masking by pydicom
+    # pylibjpeg, which pydicom prefers, takes four times as long, and rounds in another way.
+    plugin = "pillow" if syntax == uid.JPEGBaseline8Bit else ""
+    container = pixel_array(ds, decoding_plugin=plugin)  # YBR converted to RGB
     ds.BitsStored = bits
     # In the byte order of this machine, so that one image has one hash
     pixels = container.astype(container.dtype.newbyteorder("="), copy=False)
@@ -1606,453 +1147,230 @@ def stored_pixels(ds: pydicom.Dataset, least: int) -> tuple[np.ndarray, np.ndarr
     if unused:
         # To the left end and back to the right: the shift right extends the sign of signed values.
         pixels = (pixels << (unused - min(shift, unused))) >> unused
-
-    padding = np.zeros(pixels.shape[:2], bool)
-    low, high = padding_range(ds)
-    if pixels.ndim == 2 and not math.isnan(low):
-        padding = (low <= pixels) & (pixels <= high)
-        # The padding value may use bits that an image may not.
-        padding |= (low <= container) & (container <= high)
-    if padding.all():  # then it is no padding
-        padding[:] = False
-    return pixels, padding
+    return pixels, find_padding(ds, pixels, container)
 
 
-def decode_pixels(ds: pydicom.Dataset, least: int) -> np.ndarray:
-    """What a data set stores, (H, W) or (H, W, 3), YBR converted to RGB."""
-    syntax = ds.file_meta.TransferSyntaxUID
-    if syntax == uid.JPEGBaseline8Bit and ds.get("SamplesPerPixel") == 1:
-        pixels = decode_gray_jpeg(ds, least)
-        if pixels is not None:
-            return pixels
-    return pixel_array(ds)
-
-
-def decode_gray_jpeg(ds: pydicom.Dataset, least: int = 0) -> np.ndarray | None:
-    """Pixels uint8 (H, W) of gray JPEG Baseline by Pillow; None where that is not what is there.
-
-    pydicom prefers pylibjpeg where it is installed, which takes four times as long, and differs by
-    a gray level here and there. Its own way to Pillow takes half as long again.
-    """
-    try:
-        frame = next(generate_frames(ds.PixelData, number_of_frames=1))
-        with Image.open(io.BytesIO(frame), formats=["JPEG"]) as image:
-            is_gray = image.mode == "L" and image.size == (ds.Columns, ds.Rows)
-            is_plain = ds.BitsAllocated == 8 and ds.PixelRepresentation == 0
-            # libjpeg makes 4 x 4 pixels of a block of 8 x 8. What is not linear has to come before.
-            is_linear = not any(keyword in ds for keyword in NOT_LINEAR)
-            if least and 2 * least <= min(image.size) and is_linear:
-                image.draft("L", (image.width // 2, image.height // 2))
-            return np.asarray(image) if is_gray and is_plain else None
-    except (OSError, SyntaxError, ValueError, StopIteration):  # pydicom's decoders may know it
-        return None
-
-
-def padding_range(ds: pydicom.Dataset) -> tuple[float, float]:
-    """Lowest and highest stored value that means padding (PS3.3 C.7.5.1.1.2); NaN for none.
+def find_padding(ds: Dataset, pixels: np.ndarray, container: np.ndarray) -> np.ndarray:
+    """Where gray pixels (H, W) are padding (PS3.3 C.7.5.1.1.2), bool (H, W).
 
     The VR is "US or SS", and files have the wrong one of them: the same bits are read again with
-    the sign of the pixels (65535 stored as -1, or -2000 stored as 63536).
+    the sign of the pixels (65535 stored as -1, or -2000 stored as 63536). They may use bits that an
+    image may not, so that they are looked for in the `container` as well.
     """
+    nowhere = np.zeros(pixels.shape[:2], bool)
     value = number(ds, "PixelPaddingValue", math.nan)
-    if math.isnan(value):
-        return math.nan, math.nan
-    limit = number(ds, "PixelPaddingRangeLimit", value)
-    count = 2**ds.BitsAllocated
-    ends = []
-    for end in (value, limit):
-        bits = int(end) % count
-        is_negative = ds.PixelRepresentation == 1 and bits >= count // 2
-        ends.append(bits - count if is_negative else bits)
-    return min(ends), max(ends)  # the limit may lie below the value
-
-
-def palette_colours(ds: pydicom.Dataset, pixels: np.ndarray) -> np.ndarray:
-    """RGB (H, W, 3) of indices (H, W) into the palette (PS3.3 C.7.6.3.1.5, C.7.6.3.1.6)."""
-    rgb = apply_color_lut(pixels, ds)[..., :3]
-    is_big_endian = not ds.file_meta.TransferSyntaxUID.is_little_endian
-    if is_big_endian and "RedPaletteColorLookupTableData" in ds:
-        rgb = rgb.byteswap()  # pydicom takes the entries for little endian
-    return rgb
-
-
-def colour_to_gray(rgb: np.ndarray, highest: float) -> np.ndarray:
-    """RGB (H, W, 3), or gray (H, W, 1), of the range 0..highest to gray float32 (H, W) in 0..1."""
-    if rgb.shape[-1] == 1:
-        return (rgb[..., 0] / highest).astype(np.float32)
-    return (rgb @ LUMA / highest).astype(np.float32)
+    if pixels.ndim == 3 or math.isnan(value):
+        return nowhere
+    limit = number(ds, "PixelPaddingRangeLimit", value)  # which may lie below the value
+    low, high = np.sort(np.int64([value, limit]).astype(pixels.dtype))
+    padding = (low <= pixels) & (pixels <= high)
+    padding |= (low <= container) & (container <= high)
+    return nowhere if padding.all() else padding
 
 
 def find_colour(rgb: np.ndarray, highest: float, notes: list[str]) -> np.ndarray | None:
-    """RGB (H, W, 3) of the range 0..highest as float32 in 0..1, with a note; None where it is gray.
+    """RGB (H, W, 3) of the range 0..highest, bytes or float32 in 0..1, with a note; None for gray.
 
     JPEG leaves small differences between the channels of a gray picture: those are no colour.
     """
     # Channel by channel: along an axis of 3, NumPy takes 25 times as long.
-    channels = np.moveaxis(rgb, -1, 0)
-    spread = reduce(np.maximum, channels) - reduce(np.minimum, channels)  # (H, W)
-    if spread.max() <= highest / 32:
+    red, green, blue = np.moveaxis(rgb, -1, 0)
+    high = np.maximum(np.maximum(red, green), blue)
+    low = np.minimum(np.minimum(red, green), blue)
+    if (high - low).max() <= highest / 32:
         return None
     notes.append(COLOUR_LOST)
-    return rgb.astype(np.float32) / float(highest)
+    is_byte = rgb.dtype == np.uint8 and highest == 255
+    return rgb if is_byte else rgb.astype(np.float32) / np.float32(highest)
 
 
-def modality_values(ds: pydicom.Dataset, pixels: np.ndarray, path: Path) -> np.ndarray:
-    """Stored values (H, W) to values with a meaning, by modality LUT or rescale (PS3.3 C.11.1)."""
-    if has_lut(ds, "ModalityLUTSequence"):
-        table = read_lut(ds, "ModalityLUTSequence", stored_range(ds))
-        if table is None:
-            problem = "the modality LUT has fewer entries than its descriptor says"
-            raise DataError(f"{path}: {problem}")
-        return np.interp(pixels, *table)
-    slope = number(ds, "RescaleSlope", 1) or 1  # a slope of 0 would make all pixels one value
-    return pixels * float(slope) + number(ds, "RescaleIntercept", 0)
+def modality_values(ds: Dataset, pixels: np.ndarray, path: Path) -> np.ndarray:
+    """Stored values to values with a meaning, float32: modality LUT or rescale (PS3.3 C.11.1)."""
+    table = None
+    if ds.get("SOPClassUID") not in ANGIOGRAPHY:
+        table = read_lut(ds, "ModalityLUTSequence", stored_range(ds), path)
+    if table:
+        return np.interp(pixels, *table).astype(np.float32)
+    slope = number(ds, "RescaleSlope", 1)
+    if slope == 0:
+        raise DataError(f"{path}: RescaleSlope 0, which makes all pixels one value")
+    return pixels * np.float32(slope) + np.float32(number(ds, "RescaleIntercept", 0))
 
 
-def has_lut(ds: pydicom.Dataset, keyword: str) -> bool:
-    """Whether the first item of a LUT sequence has content."""
-    items = ds.get(keyword)  # some devices write a sequence, and leave it empty
-    return bool(items and items[0].get("LUTDescriptor") and items[0].get("LUTData"))
-
-
-def stored_range(ds: pydicom.Dataset) -> np.ndarray:
+def stored_range(ds: Dataset) -> np.ndarray:
     """Every value that a pixel can have, in rising order; above 16 bits the two ends only."""
     count = 2**ds.BitsStored
     every_value = np.arange(count) if ds.BitsStored <= 16 else np.array([0, count - 1])
-    lowest = -(count // 2) if ds.PixelRepresentation == 1 else 0  # two's complement
-    return every_value + lowest
+    return every_value - (count // 2 if ds.PixelRepresentation == 1 else 0)  # two's complement
 
 
 def read_lut(
-    ds: pydicom.Dataset, keyword: str, inputs: np.ndarray
+    ds: Dataset, keyword: str, inputs: np.ndarray, path: Path
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Inputs and outputs of a sequence's first LUT (PS3.3 C.11.1.1.1, C.11.2.1.1), for np.interp.
 
-    `inputs` are the values that it can be asked for. One missing entry repeats the last; returns
-    None for a table that lacks more, or whose descriptor cannot be read.
+    By hand: pydicom 3.0.2 wraps with 8-bit entries and more than 256 of them. `inputs` are the
+    values that it can be asked for. Returns None without a LUT; raises DataError for one that lacks
+    more than one entry, which repeats the last.
     """
-    item = ds[keyword][0]
-    descriptor = numbers(item, "LUTDescriptor")
-    if len(descriptor) != 3 or not all(map(math.isfinite, descriptor)):
+    item = (ds.get(keyword) or [{}])[0]  # some leave it empty
+    if not (item.get("LUTDescriptor") and item.get("LUTData")):
         return None
-    count, first, bits = map(int, descriptor)
-    count = count % 2**16 or 2**16  # 0 stands for 2^16, and a wrong VR may have made it negative
-    entries = read_entries(ds, item, count, bits)
-    if len(entries) < count - 1:
-        return None
-    entries = np.append(entries, entries[-1])[:count]  # some tables are one entry short
-    first = first_input(first, count, inputs)
-    return np.arange(first, first + count), entries
-
-
-def read_entries(ds: pydicom.Dataset, item: pydicom.Dataset, count: int, bits: int) -> np.ndarray:
-    """The entries of a LUT: uint16, or uint8 where two of them share a word."""
+    count, first, bits = map(int, item.LUTDescriptor)
+    count = count % 2**16 or 2**16  # 0 is 2^16; a wrong VR makes it negative
     entries = item.LUTData
-    if isinstance(entries, bytes):  # OW, or UN: words in the byte order of the file
+    if isinstance(entries, bytes):  # OW or UN
         order = "<" if ds.file_meta.TransferSyntaxUID.is_little_endian else ">"
-        entries = np.frombuffer(entries + bytes(len(entries) % 2), f"{order}u2")
+        entries = np.frombuffer(entries, f"{order}u2")
     entries = np.atleast_1d(entries).astype("<u2")
     if bits <= 8 and len(entries) < count - 1:
-        entries = entries.view(np.uint8)  # two entries a word, the first in its low byte
-    return entries
-
-
-def first_input(first: int, count: int, inputs: np.ndarray) -> int:
-    """The input of a LUT's first entry, with the sign that lets the table meet its inputs.
-
-    Its VR is "US or SS" as well, and files have the wrong one of them: the same bits are tried with
-    the sign of the inputs, then with the other one.
-    """
+        entries = entries.view(np.uint8)  # two entries a word
+    if len(entries) < count - 1:
+        raise DataError(f"{path}: {keyword} has {len(entries)} entries, expected {count}")
+    # The VR is "US or SS" as well: the same bits with the sign of the inputs, then with the other.
     unsigned = first % 2**16
-    signed = unsigned - 2**16 if unsigned >= 2**15 else unsigned
-    candidates = [unsigned, signed]
-    if inputs.min() < 0:
-        candidates.reverse()
-    first, other = candidates
-    misses = first > inputs.max() or first + count <= inputs.min()
-    return other if misses else first
+    signed = (unsigned + 2**15) % 2**16 - 2**15
+    first, other = (signed, unsigned) if inputs.min() < 0 else (unsigned, signed)
+    if first > inputs.max() or first + count <= inputs.min():
+        first = other
+    return np.arange(first, first + count), np.append(entries, entries[-1])[:count]
 
 
 def display_values(
-    ds: pydicom.Dataset,
-    pixels: np.ndarray,
-    padding: np.ndarray,
-    path: Path,
-    notes: list[str],
+    ds: Dataset, pixels: np.ndarray, padding: np.ndarray, path: Path, notes: list[str]
 ) -> np.ndarray:
     """Stored values (H, W) to gray as in Picture by VOI LUT, window or range (PS3.3 C.11.2)."""
     # Only one of VOI LUT and window may be applied (C.11.2); the LUT is the richer of the two.
     every_value = modality_values(ds, stored_range(ds), path)
-    table = None
-    if has_lut(ds, "VOILUTSequence"):
-        table = read_lut(ds, "VOILUTSequence", every_value)
-        if table is None:
-            notes.append("VOI LUT passed over: fewer entries than its descriptor says")
-    window = read_window(ds)
-    if window is None and ds.get("WindowCenter") is not None:
+    table = read_lut(ds, "VOILUTSequence", every_value, path)
+    center = number(ds, "WindowCenter", math.nan)
+    width = number(ds, "WindowWidth", math.nan)
+    function = str(ds.get("VOILUTFunction") or "").strip().upper()
+    # C.11.2.1.2.1 wants a width of at least 1, C.11.2.1.3.2 one above 0.
+    narrowest = 1e-9 if function in ("LINEAR_EXACT", "SIGMOID") else 1
+    has_window = not math.isnan(center) and width >= narrowest
+    if not has_window and ds.get("WindowCenter") is not None:
         notes.append("window passed over: no number, or too narrow")
-
-    # There are more pixels than values, so gray is computed for each value and then looked up.
-    has_table = ds.BitsStored <= 16
-    if has_table:
-        values = np.roll(every_value, stored_range(ds)[0])  # by stored value: [-1] is that of -1
-    else:
-        values = modality_values(ds, pixels, path)
-    used = ""
+    is_plain = table is None and not has_window
+    if is_plain and pixels.dtype == np.uint8 and np.array_equal(every_value, np.arange(256)):
+        return pixels  # bytes until they are resized: faster
+    values = modality_values(ds, pixels, path)
+    inside = values[~padding]
+    if is_plain and ds.BitsStored <= 8 and ds.PixelRepresentation == 0:
+        return stretch(values, every_value.min(), every_value.max())
+    if is_plain:
+        # Not the extremes: a burnt-in marker or a dead pixel would decide the contrast.
+        return stretch(values, *np.percentile(inside, (0.5, 99.5)))
     if table is not None:
+        used = "VOI LUT"
         inputs, outputs = table
         # The range of the entries, not of BitsStored: an 8-bit LUT may serve 12-bit pixels.
         gray = stretch(np.interp(values, inputs, outputs), outputs.min(), outputs.max())
-        used = "VOI LUT"
-    elif window is not None:
-        gray = apply_windowing(values, window).astype(np.float32)
-        used = f"window {window.WindowCenter:g}/{window.WindowWidth:g}"
-    elif ds.BitsStored <= 8 and ds.PixelRepresentation == 0:
-        gray = stretch(values, every_value.min(), every_value.max())
     else:
-        # Not the extremes: a burnt-in marker or a dead pixel would decide the contrast.
-        if has_table:
-            inside = pixels[~padding] if padding.any() else pixels
-            numbers, counts = count_pixels(inside)
-            low, high = percentiles(values[numbers], counts, (0.5, 99.5))
-        else:
-            low, high = np.percentile(values[~padding], (0.5, 99.5))
-        gray = stretch(values, low, high)
-    if has_table:
-        gray = look_up(gray, pixels)
-
-    # A window that misses all values would leave nothing to see.
-    shown = gray[~padding] if padding.any() else gray
-    if used and shown.min() == shown.max():
-        inside = modality_values(ds, pixels[~padding], path)
-        if inside.min() < inside.max():
-            raise DataError(f"{path}: {used} shows none of {inside.min():g} to {inside.max():g}")
+        used = f"window {center:g}/{width:g}"
+        gray = apply_window(values, center, width, function)
+    shown = np.count_nonzero(np.bincount((gray[~padding] * 255).astype(np.uint8)))
+    levels = len(np.unique(inside)) if shown < FEW_LEVELS else shown
+    if shown == 1 < levels:
+        raise DataError(f"{path}: {used} shows none of {inside.min():g} to {inside.max():g}")
+    if shown < levels:
+        notes.append(f"{used} leaves {shown} gray levels of {levels}")
     return gray
 
 
-def look_up(table: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """The entry of a float32 table for each stored value (H, W); negative ones count from its end.
-
-    The values themselves, uint8, where the table says the same: to carry a byte a pixel and not
-    four makes reading a third faster.
-    """
-    if pixels.dtype == np.uint8 and np.array_equal(table, np.arange(256, dtype=np.float32) / 255):
-        return pixels
-    # Some rows at a time: NumPy makes 8-byte indices of the values, and so they stay in the cache.
-    gray = np.empty(pixels.shape, np.float32)
-    for start in range(0, len(pixels), 32):
-        rows = slice(start, start + 32)
-        np.take(table, pixels[rows], out=gray[rows], mode="wrap")
-    return gray
-
-
-def count_pixels(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The whole numbers from the lowest to the highest of the pixels, and how often each occurs."""
-    lowest = int(pixels.min())
-    counts = np.bincount(np.subtract(pixels, lowest, dtype=np.intp).reshape(-1))
-    return np.arange(lowest, lowest + len(counts)), counts
-
-
-def percentiles(
-    values: np.ndarray, counts: np.ndarray, percents: tuple[float, float]
-) -> np.ndarray:
-    """np.percentile, which would sort all pixels, of values (K,) that occur so many times (K,)."""
-    order = np.argsort(values)  # a modality LUT may fall
-    ends = np.cumsum(counts[order])
-    ranks = (ends[-1] - 1) * (np.array(percents) / 100)  # from 0, mostly between two pixels
-    below = np.floor(ranks).astype(int)
-    above = np.minimum(below + 1, ends[-1] - 1)
-    low = values[order[np.searchsorted(ends, below, side="right")]]
-    high = values[order[np.searchsorted(ends, above, side="right")]]
-    return interpolate(low, high, ranks - below)
-
-
-def interpolate(low: np.ndarray, high: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """The values between low and high, rounded as np.percentile rounds them."""
-    width = high - low
-    return np.where(share < 0.5, low + width * share, high - width * (1 - share))
-
-
-def read_window(ds: pydicom.Dataset) -> pydicom.Dataset | None:
-    """The first window, as a data set for pydicom; None without a usable one."""
-    center = number(ds, "WindowCenter", math.nan)
-    width = number(ds, "WindowWidth", math.nan)
-    if math.isnan(center) or math.isnan(width):
-        return None
-    # One stored bit makes 0..1 the output range of pydicom's apply_windowing.
-    window = pydicom.Dataset()
-    window.PhotometricInterpretation = "MONOCHROME2"
-    window.PixelRepresentation = 0
-    window.BitsStored = 1
-    function = str(ds.get("VOILUTFunction") or "").strip().upper()
-    window.VOILUTFunction = function if function in ("LINEAR_EXACT", "SIGMOID") else "LINEAR"
-    # PS3.3 C.11.2.1.2.1 wants a width of at least 1, C.11.2.1.3.2 one above 0.
-    narrowest = 1 if window.VOILUTFunction == "LINEAR" else 1e-9
-    if width < narrowest:
-        return None
-    window.WindowCenter = center
-    window.WindowWidth = width
-    return window
+def apply_window(values: np.ndarray, center: float, width: float, function: str) -> np.ndarray:
+    """Values (H, W) to gray in 0..1 by a window (PS3.3 C.11.2.1.2 and C.11.2.1.3)."""
+    if function == "SIGMOID":
+        scaled = 4 * (values - np.float32(center)) / np.float32(width)
+        return 1 / (1 + np.exp(-scaled.clip(-80, 80)))  # exp(89) overflows
+    if function == "LINEAR_EXACT":
+        return stretch(values, center - width / 2, center + width / 2)
+    if width == 1:
+        return (values > center - 0.5).astype(np.float32)
+    # Half a pixel and one value less: the lowest and the highest of `width` whole numbers
+    return stretch(values, center - width / 2, center + width / 2 - 1)
 
 
 def stretch(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """Map low..high to 0..1, float32, and clip what lies outside."""
     # float(): a NumPy scalar would promote float32 values to float64.
-    width = float(high - low) or 1.0
-    scaled = values - float(low)
-    scaled /= width  # in place: fresh memory for a whole image takes longer than the arithmetic
-    return scaled.clip(0, 1, out=scaled).astype(np.float32, copy=False)
+    scaled = (values - float(low)) / (float(high - low) or 1.0)
+    return scaled.clip(0, 1).astype(np.float32, copy=False)
 
 
 def hash_pixels(pixels: np.ndarray) -> str:
-    """What tells copies: the SHA-256 of shape and stored pixels."""
+    """A hash of shape and stored pixels: equal for identical images."""
     digest = hashlib.sha256(f"{pixels.shape}".encode())
     digest.update(np.ascontiguousarray(pixels))  # without a copy in most cases
-    return digest.hexdigest()
+    return digest.hexdigest()[:16]
 
 
-def hash_patient(ds: pydicom.Dataset) -> str:
-    """A hash of the PatientID, "" where there is none: the ID itself is personal data."""
-    patient = str(ds.get("PatientID") or "").strip()
-    if not patient:
-        return ""
-    return hashlib.sha256(patient.encode()).hexdigest()[
-        :12
-    ]  # 48 bits tell the patients of a set apart
-
-
-def pixel_spacing(ds: pydicom.Dataset) -> tuple[float, ...]:
-    """Mm per pixel down and across (PS3.3 10.7.1.3), () where no usable value stands.
-
-    PixelSpacing, else ImagerPixelSpacing, which is measured at the detector.
-    """
-    for keyword in ("PixelSpacing", "ImagerPixelSpacing"):
+def pixel_spacing(ds: Dataset) -> tuple[float, ...]:
+    """Mm per pixel down and across (PS3.3 10.7.1.3), () where no usable value stands."""
+    for keyword in ("PixelSpacing", "ImagerPixelSpacing"):  # at the body, at the detector
         spacing = numbers(ds, keyword)
         if len(spacing) == 2 and all(0.001 <= mm <= 100 for mm in spacing):
             return tuple(spacing)
     return ()
 
 
-def read_picture(path: Path, kind: str) -> Picture:
+def read_raster(path: Path, kind: str) -> Picture:
     """Read a JPEG, PNG or TIFF, turned as its orientation tag says: what viewers show.
 
     Up to 8 bits keep their range, deeper data are stretched from the 0.5 to the 99.5 percentile.
     """
     notes = []
-    colour = None
     # As a file object: opened by path, Pillow >= 11 scrambles an uncompressed TIFF that it turns.
     with open(path, "rb") as file, Image.open(file, formats=[kind]) as image:
-        seek_main_image(image, path)
-        tags = dict(getattr(image, "tag_v2", {}))
-        deep = read_deep_colour(image, path)
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1 and image.format != "MPO":  # phones add a preview
+            raise DataError(f"{path}: {frames} frames, expected a single image")
+        tags = getattr(image, "tag_v2", {})
+        # Pillow's raw mode of a PNG names 16 bits, a TIFF has tags for bits and sign (2).
+        bits = 16 if ";16" in str(image.tile) else max(tags.get(Tag.BitsPerSample, (8,)))
+        sample = tags.get(Tag.SampleFormat, (1,))[0]
+        if (bits > 8 and image.mode[0] not in "IF") or (bits, sample) in ((8, 2), (32, 1)):
+            found = f"{kind} with {image.mode} of {bits} bits (sample format {sample})"
+            raise DataError(f"{path}: {found}, expected 8, or 16 of gray")
+        # WhiteIsZero, which Pillow heeds in 8 bits only
+        is_inverse = tags.get(Tag.PhotometricInterpretation) == 0
         ImageOps.exif_transpose(image, in_place=True)
-        is_signed = tags.get(Tag.SampleFormat, (1,))[0] == 2
-        if deep is not None:
-            highest = max(1, deep.max())
-            pixels = colour_to_gray(deep, highest)
-            colour = find_colour(deep, highest, notes)
-        elif image.mode[0] in "IF" or is_signed:  # Pillow's modes of more than 8 bits
+        if image.mode[0] in "IF":  # Pillow's modes of more than 8 bits
             pixels = np.asarray(image)
-        else:
-            if image.mode not in ("1", "L", "LA"):
-                colour = find_colour(np.asarray(image.convert("RGB")), 255, notes)
-            pixels = np.asarray(image if image.mode == "L" else image.convert("L"))
-            return Picture(pixels, hash_pixels(pixels), colour, notes=tuple(notes))
-    # Pillow has no type for these two, and hands out their bits as another.
-    if pixels.dtype == np.uint8:
-        pixels = pixels.view(np.int8)
-    elif pixels.dtype == np.int32 and tags and not is_signed:
-        pixels = pixels.view(np.uint32)
-    # WhiteIsZero, which Pillow heeds in 8 bits only
-    is_inverse = tags.get(Tag.PhotometricInterpretation) == 0
-    ends = (99.5, 0.5) if is_inverse else (0.5, 99.5)
-    if pixels.dtype.kind in "iu" and pixels.itemsize <= 2:
-        black, white = percentiles(*count_pixels(pixels), ends)
-    else:
-        black, white = np.percentile(pixels, ends)
-    if colour is not None:
-        colour = stretch(colour, black, white)
-    gray = stretch(pixels, black, white)
-    return Picture(gray, hash_pixels(pixels), colour, notes=tuple(notes))
-
-
-def seek_main_image(image: Image.Image, path: Path) -> None:
-    """Go to the one full image of a file. Raises DataError if there are several."""
-    frames = getattr(image, "n_frames", 1)
-    if frames == 1 or image.format == "MPO":  # phones put a preview behind the picture
-        return
-    full = []
-    for frame in range(frames if image.format == "TIFF" else 0):
-        image.seek(frame)
-        # TIFF 6.0, NewSubfileType: bit 0 is a reduced image, bit 2 a mask.
-        is_preview = image.tag_v2.get(Tag.NewSubfileType, 0) & 5
-        if not is_preview:
-            full.append(frame)
-    if len(full) != 1:
-        raise DataError(f"{path}: {frames} frames, expected a single image")
-    image.seek(full[0])
-
-
-def read_deep_colour(image: Image.Image, path: Path) -> np.ndarray | None:
-    """Colour, or gray with alpha, of 16 bits a sample: uint16 (H, W, 1 or 3). None for others.
-
-    Pillow keeps 8 of the bits before anybody has looked at the range. Its raw mode names the order
-    of the two bytes (RGB;16B is big endian): by the opposite order it decodes the other byte.
-    """
-    if image.mode[0] in "IF" or not image.tile:
-        return None
-    raw_modes = []  # one a tile, mostly one in all
-    for tile in image.tile:
-        raw_modes.append(tile.args if isinstance(tile.args, str) else tile.args[0])
-    depths = getattr(image, "tag_v2", {}).get(Tag.BitsPerSample, (8,))
-    if max(depths) == 16 and raw_modes[0] == "R":  # planar: a raw mode for each channel
-        order = "L" if image.tag_v2.prefix == b"II" else "B"
-        raw_modes = [f"{raw_mode};16{order}" for raw_mode in raw_modes]
-    if ";16" not in raw_modes[0]:
-        return None
-    if raw_modes[0] == "LA;16B":  # four bytes a pixel: gray, gray, alpha, alpha
-        samples = decode_as(["RGBA"], image, path)
-        return (samples[..., :1] << 8) + samples[..., 1:2]
-    if raw_modes[0][:3] not in ("RGB", "R;1"):
-        raise DataError(f"{path}: 16 bits a sample as {raw_modes[0]}, expected gray or RGB")
-    native = "B" if sys.byteorder == "little" else "L"
-    opposite = {"L": "B", "B": "L", "N": native}
-    swapped = [raw_mode[:-1] + opposite[raw_mode[-1]] for raw_mode in raw_modes]
-    high = decode_as(raw_modes, image, path)  # uint16 (H, W, 3 or 4) with values of 8 bits
-    low = decode_as(swapped, image, path)
-    return ((high << 8) + low)[..., :3]
-
-
-def decode_as(raw_modes: list[str], image: Image.Image, path: Path) -> np.ndarray:
-    """Decode the frame of `image` again by other raw modes, one a tile; uint16 (H, W, C)."""
-    with open(path, "rb") as file, Image.open(file, formats=[image.format]) as again:
-        again.seek(image.tell())
-        for k, raw_mode in enumerate(raw_modes):
-            # What Pillow's decoder is told: the raw mode comes first, or is all there is.
-            tile = again.tile[k]
-            more = () if isinstance(tile.args, str) else tile.args[1:]
-            again.tile[k] = tile._replace(args=(raw_mode, *more))
-        ImageOps.exif_transpose(again, in_place=True)
-        return np.asarray(again).astype(np.uint16)
+            ends = np.percentile(pixels, (99.5, 0.5) if is_inverse else (0.5, 99.5))
+            return Picture(stretch(pixels, *ends), hash_pixels(pixels))
+        pixels = np.asarray(image.convert("L"))
+        colour = None
+        if image.mode not in ("1", "L", "LA"):
+            colour = find_colour(np.asarray(image.convert("RGB")), 255, notes)
+        if image.has_transparency_data:
+            visible = np.asarray(image.convert("RGBA").getchannel("A")) > 0
+            if not visible.all():  # hidden pixels
+                pixels = pixels * visible
+                colour = None if colour is None else colour * visible[..., None]
+                notes.append("transparent pixels made black")
+    return Picture(pixels, hash_pixels(pixels), colour, notes=tuple(notes))
 
 
 def resize(picture: np.ndarray, size: int, fit: str) -> np.ndarray:
     """Resize (H, W), uint8 or float32 in 0..1, with antialiasing to uint8 (size, size).
 
-    With the fit "pad" the proportions stay, and what is missing is black.
+    What is not square: "crop" takes the middle square, "pad" keeps the proportions between black
+    bars, "squash" does not.
     """
     height, width = picture.shape
-    new_width = size
-    new_height = size
-    if fit == "pad":
-        scale = size / max(height, width)
-        new_width = max(1, round(width * scale))
-        new_height = max(1, round(height * scale))
+    new_height = new_width = size
+    if fit == "crop":
+        side = min(height, width)
+        top = (height - side) // 2
+        left = (width - side) // 2
+        picture = picture[top : top + side, left : left + side]
+    elif fit == "pad":
+        new_width = max(1, round(width * size / max(height, width)))
+        new_height = max(1, round(height * size / max(height, width)))
     image = Image.fromarray(picture)
-    highest = 1
-    if image.mode == "L":
-        image = image.convert("F")  # the two passes of a resize would round twice
-        highest = 255
+    highest = 255 if image.mode == "L" else 1
+    image = image.convert("F")  # two passes would round bytes twice
     small = image.resize((new_width, new_height), Image.Resampling.BILINEAR)
     # Rounded here and not before: that would cost gray levels. (new_height, new_width)
     levels = np.rint(np.asarray(small).clip(0, highest) * (255 / highest))
@@ -2061,41 +1379,6 @@ def resize(picture: np.ndarray, size: int, fit: str) -> np.ndarray:
     out = np.zeros((size, size), np.uint8)
     out[top : top + new_height, left : left + new_width] = levels
     return out
-
-
-# --- read: what was left out ---
-
-
-def report_bad(bad: list[tuple[str, str]]) -> None:
-    """Print why each file cannot be used; a missing decoder once, with the number of files.
-
-    `bad` are pairs of source and a message that begins with the path.
-    """
-    messages = defaultdict(list)
-    for source, message in bad:
-        reason = message.split(f"{source}: ")[-1]  # without the path, so that equal ones meet
-        messages[reason].append(message)
-    for reason, same in messages.items():
-        if "plugin" in reason and len(same) > 1:
-            print(f"{same[0]} (and {len(same) - 1} more files)", file=sys.stderr)
-        else:
-            print(*map(one_line, same), sep="\n", file=sys.stderr)
-
-
-def report_notes(notes: list[tuple[str, str]]) -> None:
-    """Print what was passed over in reading, once for each kind: `notes` are (source, note)."""
-    sources = defaultdict(list)
-    for source, note in notes:
-        sources[note].append(source)
-    for note, files in sources.items():
-        print(f"note: {len(files)} images: {note}, such as {files[0]}")
-
-
-def write_skipped(path: Path, bad: list[tuple[str, str]]) -> None:
-    """skipped.csv: source and reason of every file that was left out."""
-    # A name that is not UTF-8 is one of the reasons.
-    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        csv.writer(file).writerows([("source", "reason"), *bad])
 
 
 # --- split: patients and folds ---
@@ -2107,29 +1390,26 @@ def choose_patients(cases: list[Case]) -> list[str]:
     One PatientID in every file is none but what anonymisation left: it is passed over, with a note.
     A file name stands for a patient without its folder, unless it occurs in several folders.
     """
-    unnamed = [case for case in cases if not case.patient]
-    patient_ids = {case.patient_id for case in unnamed if case.patient_id}
-    is_placeholder = len(unnamed) > 1 and len(patient_ids) == 1
+    ids = Counter(case.patient_id for case in cases if case.patient_id and not case.patient)
+    is_placeholder = len(ids) == 1 < ids.total()
     if is_placeholder:
-        problem = "one PatientID stands in every file, so it names no patient"
-        print(f"note: {problem}: each file counts as one")
-        patient_ids = set()
-    stems = Counter(Path(case.source).stem for case in cases)
+        print("note: one PatientID stands in every file, so it names no patient: each is one")
+    stems = Counter(strip_suffix(case.source).rpartition("/")[2] for case in cases)
     patients = []
     alone = 0  # images that nothing says the patient of
     for case in cases:
-        path = PurePosixPath(case.source)
-        if case.patient:
-            patients.append(case.patient)
-        elif case.patient_id in patient_ids:
-            patients.append(case.patient_id)
-        else:
-            is_unique = stems[path.stem] == 1
-            patients.append(path.stem if is_unique else path.with_suffix("").as_posix())
-            alone += 1
-    if alone and not is_placeholder:
-        hint = "(--patient-regex finds one in file names)"
-        print(f"note: {alone} images name no patient {hint}: each is one")
+        stem = strip_suffix(case.source)
+        name = stem.rpartition("/")[2]
+        file = name if stems[name] == 1 else stem
+        patient = case.patient or ("" if is_placeholder else case.patient_id)
+        alone += not patient
+        patients.append(patient or file)
+    if alone:
+        print(f"note: {alone} images name no patient, so each is one (or use --patient-regex)")
+    largest = max(Counter(patients).values())
+    if largest > max(2, len(patients) / 5):
+        count = f"{largest} of {len(patients)} images"
+        print(f"note: one patient has {count}: if it is none, use --patient-regex")
     return patients
 
 
@@ -2151,16 +1431,6 @@ def group_patients(patients: list[str], digests: list[str]) -> list[str]:
         smaller, larger = sorted((root(patient), root(other)))
         parent[larger] = smaller
     return [root(patient) for patient in patients]
-
-
-def report_patients(patients: list[str]) -> None:
-    """Say where folds and intervals rest on few patients, or on one more than on the others."""
-    counts = Counter(patients)
-    largest = max(counts.values())  # images of one patient
-    if len(counts) < 10:
-        print(f"note: {len(counts)} patients only: folds are uneven, and intervals say little")
-    elif largest > len(patients) / 5:
-        print(f"note: one patient has {largest} of {len(patients)} images: folds are uneven")
 
 
 def assign_folds(
@@ -2205,22 +1475,11 @@ def assign_folds(
     return [given[split] if split in given else fold_of[group] for group, split in pairs]
 
 
-def note_small_validation(folds: list[str]) -> None:
-    """Say that the official validation set, fold 0, is too small to choose by, if it is.
-
-    The paediatric X-rays of Kermany et al. come with one of 16 images, beside 5,216 to train on.
-    """
-    counts = Counter(folds)
-    if 0 < 4 * counts["0"] < counts["1"]:
-        few = f"fold 0 has, as given, only {counts['0']} of {len(folds)}: too few to choose by"
-        print(f"note: {few}; train.py --fold 1 validates on {counts['1']}")
-
-
 def list_strata(cases: list[Case]) -> list[str]:
     """What folds are balanced for: the label, of several the rarest that an image has."""
     if not isinstance(cases[0].label, tuple):
-        return [str(case.label) for case in cases]
-    counts = np.sum([np.equal(case.label, 1) for case in cases], axis=0)  # images with each label
+        return [case.label for case in cases]
+    counts = np.sum([np.equal(case.label, 1) for case in cases], axis=0)
     strata = []
     for case in cases:
         positive = [k for k, value in enumerate(case.label) if value == 1]
@@ -2229,16 +1488,16 @@ def list_strata(cases: list[Case]) -> list[str]:
 
 
 def report_overlaps(cases: list[Case], patients: list[str]) -> dict[str, int]:
-    """Count and print what public sets have: copies, contradictions, patients on both sides."""
+    """Count and print duplicates, contradictory labels, and patients in two official splits."""
     labels = defaultdict(set)  # by pixels
     splits = defaultdict(set)  # by patient
     for case, patient in zip(cases, patients, strict=True):
         labels[case.digest].add(case.label)
-        splits[patient].add(case.split)
+        splits[patient].update({case.split} & SPLITS.keys())  # a fold is no official split
     overlaps = {
         "pixel-identical copies": len(cases) - len(labels),
-        "identical pixels with different labels": count_several(labels),
-        "patients on both sides of an official split": count_several(splits),
+        "identical pixels with different labels": sum(len(s) > 1 for s in labels.values()),
+        "patients on both sides of an official split": sum(len(s) > 1 for s in splits.values()),
     }
     for what, count in overlaps.items():
         if count:
@@ -2246,20 +1505,11 @@ def report_overlaps(cases: list[Case], patients: list[str]) -> dict[str, int]:
     return overlaps
 
 
-def count_several(sets: dict[str, set]) -> int:
-    """How many of the sets have more than one member."""
-    return sum(len(members) > 1 for members in sets.values())
-
-
 # --- write ---
 
 
 def write_index(
-    path: Path,
-    cases: list[Case],
-    folds: list[str],
-    patients: list[str],
-    classes: list[str],
+    path: Path, cases: list[Case], folds: list[str], patients: list[str], classes: list[str]
 ) -> dict:
     """Write index.csv; returns and prints the counts per fold and class, or of images per label."""
     counts: dict[str, Counter] = defaultdict(Counter)
@@ -2267,83 +1517,25 @@ def write_index(
     columns = classes if multi_label else ["label"]
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(("id", "patient", "fold", *columns, *cases[0].more, "source"))
+        more = cases[0].more
+        writer.writerow(("id", "patient", "fold", "split", "digest", *columns, *more, "source"))
         # The order is that of images.npy: row k is image k.
         for case, fold, patient in zip(cases, folds, patients, strict=True):
-            labels = map(show_label, case.label) if multi_label else [case.label]
-            more = case.more.values()
-            writer.writerow((case.id, patient, fold, *labels, *more, case.source))
-            values = case.label if multi_label else [k == case.label for k in range(len(classes))]
-            for name, value in zip(classes, values, strict=True):
-                if value == 1:
-                    counts[fold][name] += 1
+            split = case.split if case.split in SPLITS else ""
+            labels = map(LABEL_TEXT.get, case.label) if multi_label else [case.label]
+            place = (case.id, patient, fold, split, case.digest)
+            writer.writerow((*place, *labels, *case.more.values(), case.source))
+            values = case.label if multi_label else [name == case.label for name in classes]
+            pairs = zip(classes, values, strict=True)
+            counts[fold].update(name for name, value in pairs if value == 1)
     for fold in sorted(counts):
         cells = [f"{counts[fold][name]:8d} {name}" for name in classes]
         print(f"fold {fold:5}" + "".join(cells))
+    for name in classes:  # a class of test alone may be one that is spelled in two ways
+        lacking = [fold for fold in sorted(counts) if not counts[fold][name]]
+        if lacking:
+            print(f"note: no image of {name} in fold {', '.join(lacking)}")
     return {fold: dict(counts[fold]) for fold in sorted(counts)}
-
-
-def mean_and_std(cases: list[Case], folds: list[str]) -> tuple[float, float]:
-    """Mean and standard deviation of all pixels, in 0..1: of the test images only if all are."""
-    training = [case.moments for case, fold in zip(cases, folds, strict=True) if fold != "test"]
-    moments = training or [case.moments for case in cases]
-    mean, square = np.mean(moments, axis=0)
-    return mean, float(np.sqrt(square - mean**2))
-
-
-# --- what eval.py needs besides ---
-
-
-def describe_unusual(channels: int, least: int, case: Case) -> dict:
-    """What caches of gray images with one label each, decoded in full, do not say."""
-    unusual = {}
-    if channels == 3:
-        unusual["channels"] = channels
-    if least:
-        unusual["fast_decode"] = True
-    if isinstance(case.label, tuple):
-        unusual["multi_label"] = True
-    return unusual
-
-
-def check_outputs(outputs: list[Path], inputs: list[Path]) -> None:
-    """Raise DataError if an output is an input, or a folder that holds one.
-
-    By whatever name: symbolic and hard links count.
-    """
-    targets = {path.resolve() for path in outputs}
-    existing = [path.stat() for path in targets if path.is_file()]
-    inodes = {(status.st_dev, status.st_ino) for status in existing}
-    for path in inputs:
-        real = path.resolve()
-        status = real.stat() if real.exists() else None
-        is_linked = status is not None and (status.st_dev, status.st_ino) in inodes
-        if is_linked or targets & {real, *real.parents}:
-            raise DataError(f"{path}: would be overwritten by a result; give another --out")
-
-
-# --- the command line ---
-
-
-def run_command(main: Callable, *errors: type) -> None:
-    """Run a script's main: what the user can fix, or stopped, is one line.
-
-    A bug keeps its traceback.
-    """
-    # A screen may lack the letters of a file's name; headers have slips, some in every file.
-    sys.stdout.reconfigure(errors="backslashreplace")
-    warnings.filterwarnings("ignore", module=r"pydicom|PIL|nibabel")
-    try:
-        main()
-    except (DataError, OSError, *errors) as error:
-        sys.exit(f"error: {one_line(error)}")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        sys.exit(f"error: {one_line(error)} (out of memory? use fewer --workers)")
 
 
 if __name__ == "__main__":

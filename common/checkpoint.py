@@ -1,255 +1,276 @@
-"""Checkpoints and other files of a run: written atomically, loaded without running their code.
+"""Files of a run: new folders, atomic writing, checkpoints that are safe to read, resuming.
 
-In this order: writing files, reading checkpoints, a run (`Run` is what the three train.py use),
-the picture of its log, and the hashes by which eval.py knows what a run was trained on.
+In this order: errors and the command line, new folders, writing, reading checkpoints, a run (`Run`
+is what the three train.py use), the picture of its log, and what a run was trained on.
+
+torch is imported where it is used: preprocess.py needs the first parts alone, and starts in a tenth
+of the time without it.
 """
 
-import argparse
+from __future__ import annotations
+
 import csv
 import hashlib
 import json
 import math
 import os
 import pickle
+import re
+import shutil
 import sys
-import weakref
+import unicodedata
+import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import nn
-from torch.amp import GradScaler
-from torch.optim import Optimizer
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.amp import GradScaler
+    from torch.optim import Optimizer
 
-
-# Settings that older checkpoints lack, and what they were without a word
-OLDER_SETTINGS = {"freeze": False, "channels": 64, "validate_every": 1}
+FORMAT = 1  # version of caches and checkpoints; another number is refused
 BACKBONE = "backbone."  # prefix of the ResNet's weights in detection, which classification lacks
-
-# log.png, in pixels of twice its final size
-PANEL = (1000, 800)  # width and height of a panel, of which there are two
-TOP = 130  # y of the upper end of the axes
-BOTTOM = PANEL[1] - 110  # y of the horizontal axis
-CURVE = {"training": "#1f4e9c", "validation": "#c0392b"}
+PANEL = (500, 400)  # width and height in pixels of a panel of log.png
+CURVES = {"train": "#1f4e9c", "val": "#c0392b"}  # colours by the prefix of a column
 
 
-class CheckpointError(ValueError):
-    """A file of a run that is missing or damaged, does not fit, or cannot be written."""
+# --- errors and the command line ---
+
+
+class DataError(ValueError):
+    """An error the user can fix: shown as one line with exit status 1, without a traceback."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
+
+def one_line(text: object) -> str:
+    """Text for a terminal: one line, control characters escaped, cut in the middle if long."""
+    line = re.sub(r"\s*[\r\n]\s*", " ", str(text).strip())
+    line = "".join(repr(c)[1:-1] if unicodedata.category(c)[0] == "C" else c for c in line)
+    return line if len(line) <= 300 else f"{line[:150]} ... {line[-145:]}"
+
+
+def run_command(main: Callable) -> None:
+    """Run a script's main: user errors and Ctrl-C print one line, a bug keeps its traceback."""
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # a screen may lack letters of a name
+    # Headers have slips, some in every file.
+    warnings.filterwarnings("ignore", module=r"pydicom|PIL|nibabel")
+    try:
+        main()
+    except (DataError, OSError, RecursionError) as error:
+        sys.exit(f"error: {one_line(error)}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except RuntimeError as error:
+        if not str(error).startswith(("DataLoader worker", "Symlink loop")):
+            raise
+        sys.exit(f"error: {one_line(error)} (out of memory? use fewer --workers)")
+
+
+def progress(text: str) -> None:
+    """Print a line that overwrites itself on a terminal, and nothing elsewhere."""
+    if sys.stdout.isatty():
+        print(f"\r{text}\033[K", end="", flush=True)
+
+
+# --- new folders: what never replaces a file cannot lose one ---
+
+
+def free_name(path: Path, taken: bool = False) -> Path:
+    """The first of path, path-2, path-3, ... that does not exist; `taken`: the one before it."""
+    names = [path]
+    while os.path.lexists(names[-1]):
+        names.append(path.with_name(f"{path.name}-{len(names) + 1}"))
+    return names[-2] if taken and len(names) > 1 else names[-1]
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, OUT.unfinished, which becomes OUT at the end.
+
+    An error removes it. A killed or interrupted run leaves it, with what was done until then.
+    Raises DataError if one of the two is there already.
+    """
+    refuse_existing(out)
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        unfinished.mkdir()
+    except FileExistsError as error:
+        reason = "another run writes there, or one was stopped: then remove this folder"
+        raise DataError(f"{unfinished}: {reason}") from error
+    try:
+        yield unfinished
+        unfinished.rename(out)
+    except Exception:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def refuse_existing(out: Path, hint: str = "") -> None:
+    """Raise DataError if something is called `out`, be it a broken link."""
+    if os.path.lexists(out) or not out.name:  # "/" and "." have no name
+        raise DataError(f"{out}: exists already; {hint or 'remove it, or give another --out'}")
 
 
 # --- writing ---
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, renamed at the end: a file that bears its name is complete.
+
+    Raises DataError naming the file if it cannot be written.
+    """
+    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")  # writers look at the suffix
+    try:
+        yield temporary
+        os.replace(temporary, path)  # atomic, because both are in one folder
+    except (OSError, RuntimeError) as error:
+        # torch hides the OSError of a full disk in a RuntimeError.
+        raise DataError(f"{path}: not written ({error.__context__ or error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """Write a dict of plain values, lists, dicts, tensors; a crash leaves the old or the new file.
 
     Keep the bare model's `state_dict()` in it, not that of a compiled or distributed wrapper.
-    Raises CheckpointError naming the file.
+    Raises DataError naming the file.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut may leave the new name with old or no content
-        os.replace(temporary, path)  # atomic, because both are in one folder
-    except (OSError, RuntimeError) as error:
-        # torch hides the OSError of a full disk in a RuntimeError
-        raise CheckpointError(f"{path}: not written ({error.__context__ or error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    import torch
+
+    checkpoint = {"format": FORMAT, **checkpoint}
+    checkpoint["digest"] = hash_values(checkpoint)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut may leave the new name with old or no content
 
 
-@contextmanager
-def written(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, renamed at the end: a file that bears its name is complete.
-
-    Raises CheckpointError naming the file if it cannot be written.
-    """
-    # Writers choose the format by the suffix, of which .nii.gz is the longest.
-    temporary = path.with_name(f".partial_{path.name[-7:]}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: not written ({error.strerror or error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+def hash_values(checkpoint: dict) -> str:
+    """SHA-256 of all plain values, and of the types and shapes of all tensors, of a checkpoint."""
+    values = {name: value for name, value in checkpoint.items() if name != "digest"}
+    text = json.dumps(values, default=lambda tensor: f"{tensor.dtype} {tuple(tensor.shape)}")
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_json(path: Path, values: dict) -> None:
     """Write a report; NaN and infinite numbers, which JSON does not have, become null."""
-
-    def plain(value: object) -> object:
-        if isinstance(value, dict):
-            return {name: plain(one) for name, one in value.items()}
-        if isinstance(value, list):
-            return [plain(one) for one in value]
-        if isinstance(value, float) and not math.isfinite(value):
-            return None
-        return value
-
-    with written(path) as temporary:
-        temporary.write_text(json.dumps(plain(values), indent=1), encoding="utf-8")
+    plain = json.loads(json.dumps(values), parse_constant=lambda name: None)
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(plain, indent=1), encoding="utf-8")
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
     """Write rows with the columns of all; what a row lacks stays empty."""
     columns = {name: None for row in rows for name in row}  # a dict keeps their order
-    with written(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
 
 
-def clear_results(out: Path, names: Iterable[str]) -> None:
-    """Remove what an earlier run left: nothing of it is to be taken for this run's."""
-    for name in names:
-        (out / name).unlink(missing_ok=True)
-
-
-def lock_folder(folder: Path) -> TextIO | None:
-    """Make the folder and keep other processes out until the file that is returned is closed.
-
-    Raises CheckpointError if one writes there. Windows has no such locks: there nothing is kept.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        return None
-    file = open(folder / ".lock", "w")  # noqa: SIM115, closed by unlock_folder or with the process
-    try:
-        # The system frees this lock when a process ends, however it ends: no stale locks.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        file.close()
-        message = f"{folder}: another run writes here; wait for it, or use another --out"
-        raise CheckpointError(message) from error
-    # A command that ends with an error never unlocks, and leaves no .lock behind either.
-    weakref.finalize(file, Path.unlink, folder / ".lock", missing_ok=True)
-    return file
-
-
-def unlock_folder(file: TextIO | None) -> None:
-    """Let others write to the folder again."""
-    if file is not None and not file.closed:
-        Path(file.name).unlink(missing_ok=True)
-        file.close()
-
-
-@contextmanager
-def hold_folder(folder: Path) -> Iterator[None]:
-    """`lock_folder` for the lines of a with statement."""
-    lock = lock_folder(folder)
-    try:
-        yield
-    finally:
-        unlock_folder(lock)
-
-
 # --- reading ---
 
 
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
-    """Read what `save_checkpoint` wrote, tensors on `device`. Raises CheckpointError."""
+def read_meta(cache: Path, task: str, keys: tuple[str, ...]) -> dict:
+    """The meta.json of a finished cache of this task, with these keys. Raises DataError."""
+    path = cache / "meta.json"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        command = f"python {task}/preprocess.py --data RAW --out {cache}"
+        raise DataError(f"{cache}: no finished cache here; make one by: {command}") from error
+    check_version(path, meta, task, f"{task}/preprocess.py", "preprocess again")
+    missing = [name for name in keys if name not in meta]
+    if missing:
+        raise DataError(f"{path}: no {', '.join(missing)} in it; preprocess again")
+    return {name: meta[name] for name in ("format", "task", *keys)}
+
+
+def load_checkpoint(path: Path, task: str | None = None) -> dict:
+    """Read what `save_checkpoint` wrote, of this task or of any, on the CPU. Raises DataError."""
+    import torch
+
     if not path.is_file():
         hint = "train.py writes best.pt and last.pt to its --out"
-        raise CheckpointError(f"{path}: no checkpoint here; {hint}")
+        raise DataError(f"{path}: no checkpoint here; {hint}")
     try:
         # A pickle can run any code when it is loaded; weights_only refuses such a file.
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         damaged = zipfile.ZipFile(path).testzip()  # torch does not look at the checksums
-    except pickle.UnpicklingError as error:
-        reason = "it holds more than tensors and plain values; nothing of it was run"
-        raise CheckpointError(f"{path}: not a checkpoint of train.py ({reason})") from error
     except Exception as error:  # torch, pickle and zipfile each raise their own
-        reason = " ".join(f"{type(error).__name__} {error}".split())[:120]
-        raise CheckpointError(f"{path}: not a readable checkpoint ({reason})") from error
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it holds more than tensors and plain values; nothing of it was run"
+        raise DataError(f"{path}: not a checkpoint of train.py ({reason[:120]})") from error
     if damaged:
-        raise CheckpointError(f"{path}: not a whole checkpoint, the checksum of {damaged} is wrong")
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model"), dict):
-        expected = "expected the weights under 'model'"
-        raise CheckpointError(f"{path}: not a checkpoint of train.py, {expected}")
-    return checkpoint
+        raise DataError(f"{path}: not a whole checkpoint, the checksum of {damaged} is wrong")
+    check_version(path, checkpoint, task, f"{task or 'TASK'}/train.py", "train again")
+    with suppress(Exception):  # keys and values of any type
+        if checkpoint["digest"] == hash_values(checkpoint):
+            return checkpoint
+    problem = "not a checkpoint of this version: its values were changed after it was written"
+    raise DataError(f"{path}: {problem}; train again")
 
 
-def check_types(values: dict, types: dict[str, type], where: object) -> None:
-    """Raise CheckpointError unless `values` has all these names, each with a value of its type."""
-    for name, expected in types.items():
-        value = values.get(name)
-        if type(value) is not expected:  # isinstance would take True for an int
-            message = f"{name} is {repr(value)[:60]}, expected a value of type {expected.__name__}"
-            raise CheckpointError(f"{where}: {message}")
+def check_version(path: Path, values: object, task: str | None, script: str, hint: str) -> None:
+    """Raise DataError unless a file says that it is of this format and task."""
+    if not isinstance(values, dict) or str(values.get("format")) != str(FORMAT):  # be it a tensor
+        raise DataError(f"{path}: not made by this version of {script}; {hint}")
+    if task not in (None, values.get("task")):
+        raise DataError(f"{path}: made for {values.get('task')}, expected {task}")
 
 
-def load_run(
-    path: Path, task: str, settings: dict[str, type], device: torch.device | str = "cpu"
-) -> dict:
-    """Read a checkpoint of this task's train.py, with at least these settings.
-
-    What is in its `meta` is for the task to check. Raises CheckpointError.
-    """
-    checkpoint = load_checkpoint(path, device)
-    other = checkpoint.get("task", task)  # older checkpoints do not say
-    if other != task:
-        message = f"a checkpoint of {other}/train.py, expected one of {task}/train.py"
-        raise CheckpointError(f"{path}: {message}")
-    check_types(checkpoint, {"meta": dict, "settings": dict, "epoch": int, "figures": dict}, path)
-    check_types(checkpoint["settings"], {"fold": int, "index": str, "amp": str} | settings, path)
-    batch_size = checkpoint["settings"].get("batch_size")
-    if type(batch_size) is not int or batch_size < 1:
-        raise CheckpointError(f"{path}: batch_size is {batch_size!r}, expected 1 or more")
-    return checkpoint
-
-
-def check_weights(state: dict, path: Path) -> None:
-    """Raise CheckpointError if a weight is NaN or infinite: no loss or score could be a number."""
-    for name, weight in state.items():
-        if isinstance(weight, torch.Tensor) and not weight.isfinite().all():
-            raise CheckpointError(f"{path}: {name} holds NaN or infinite weights, expected numbers")
-
-
-def load_weights(model: nn.Module, checkpoint: dict, path: Path) -> None:
-    """Copy `checkpoint["model"]` into a bare model. Raises CheckpointError if it does not fit."""
-    check_weights(checkpoint["model"], path)
+def load_weights(model: nn.Module, weights: dict, path: Path) -> None:
+    """Copy weights by name into a bare model. Raises DataError if they do not fit, or are NaN."""
     try:
-        model.load_state_dict(checkpoint["model"])
-    except (RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{path}: does not fit this model: {reason}") from error
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise DataError(f"{path}: does not fit this model: {error}") from error
+    for name, weight in model.state_dict().items():
+        if not weight.isfinite().all():  # no loss or score could be a number
+            raise DataError(f"{path}: {name} holds NaN or infinite weights, expected numbers")
 
 
-def load_fitting_weights(model: nn.Module, checkpoint: dict, path: Path) -> list[str]:
-    """Copy the weights whose name and shape fit into a bare model; the model's names of those.
+def load_init(path: Path, model: nn.Module, is_main: bool) -> dict:
+    """Copy the weights of --init whose name and shape fit into a bare model; its checkpoint.
 
-    For --init: another number of classes keeps all but the last layer, another task the backbone,
-    which has a prefix where it is a part of the network. Raises CheckpointError if nothing fits.
+    Another number of classes keeps all but the last layer, another task the backbone, which has a
+    prefix where it is a part of the network. Raises DataError if nothing fits.
     """
-    check_weights(checkpoint["model"], path)
-    own = model.state_dict()
-    given = {}
-    for name, weight in checkpoint["model"].items():
-        given[str(name).removeprefix(BACKBONE)] = weight
+    checkpoint = load_checkpoint(path)
+    model_weights = model.state_dict()
+    init = {name.removeprefix(BACKBONE): weight for name, weight in checkpoint["model"].items()}
     fitting = {}
-    for name in own:
-        weight = given.get(name.removeprefix(BACKBONE))
-        if isinstance(weight, torch.Tensor) and weight.shape == own[name].shape:
+    for name in model_weights:
+        weight = init.get(name.removeprefix(BACKBONE))
+        if weight is not None and weight.shape == model_weights[name].shape:
             fitting[name] = weight
     # A norm's counter of batches has no dimensions, and so fits any network.
     if not any(weight.ndim for weight in fitting.values()):
         message = "none of its weights has the name and the shape of one of this model"
-        raise CheckpointError(f"{path}: {message}")
-    model.load_state_dict(own | fitting)
-    return list(fitting)
+        raise DataError(f"{path}: {message}")
+    load_weights(model, model_weights | fitting, path)
+    if is_main:
+        missing = ", ".join(sorted(model_weights.keys() - fitting.keys())[:4]) or "none"
+        print(
+            f"--init {path}: {len(fitting)} of {len(init)} arrays taken; at random: {missing}, ..."
+        )
+    return checkpoint
 
 
 # --- a run: a training's folder and its state ---
@@ -257,406 +278,141 @@ def load_fitting_weights(model: nn.Module, checkpoint: dict, path: Path) -> list
 
 @dataclass
 class Run:
-    """A training's folder and how far it has come. Rank 0 claims and saves, all ranks restore."""
+    """A training's folder and state. All ranks restore, only rank 0 saves."""
 
     out: Path
     score: str  # the column of log.csv that best.pt is chosen by
+    model: nn.Module  # the bare one
+    optimizer: Optimizer
+    scaler: GradScaler
     epoch: int = 0  # epochs done
     best: float = -math.inf  # validation score of best.pt
     best_epoch: int = 0
     log: list[dict] = field(default_factory=list)  # a row for each epoch
-    trained_on: dict | None = None  # see list_trained_on
-    lock: TextIO | None = None
+    trained_on: list[str] = field(default_factory=list)  # see list_trained_on
 
-    def restore(
-        self, settings: dict, meta: dict, model: nn.Module, optimizer: Optimizer, scaler: GradScaler
+    def begin(
+        self, args: Namespace, settings: dict, meta: dict, index: list[dict], is_main: bool
     ) -> None:
-        """Go on from last.pt. Raises CheckpointError if it was trained otherwise."""
-        last = self.out / "last.pt"
-        saved = restore_state(last, settings, meta, model, optimizer, scaler)
+        """Resume from last.pt, or make the folder and begin with the weights of --init.
+
+        Raises DataError if the settings or the cache are not those of last.pt.
+        """
+        if not args.resume:
+            init = load_init(args.init, self.model, is_main) if args.init else {}
+            if is_main:
+                self.trained_on = list_trained_on(index, str(args.fold), init)
+                self.out.mkdir(parents=True, exist_ok=True)
+                print(f"settings: {json.dumps(settings)}")
+            return
+        path = self.out / "last.pt"
+        saved = load_checkpoint(path, meta["task"])
+        if "optimizer" not in saved:
+            raise DataError(f"{path}: no state of the optimizer in it, as in a copy of best.pt")
+        check_settings(saved["settings"], settings, path)
+        check_settings(saved["meta"], meta, path)
+        load_weights(self.model, saved["model"], path)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
         self.epoch = saved["epoch"]
         self.log = saved["log"]
-        self.trained_on = saved.get("trained_on")  # older checkpoints do not say
+        self.trained_on = saved["trained_on"]
         if (self.out / "best.pt").exists():  # without it the next epoch is the best one there is
             self.best = saved["best"]
-        for row in self.log:
-            if row.get(self.score) == self.best:
-                self.best_epoch = row["epoch"]
+            self.best_epoch = saved["best_epoch"]
 
-    def claim(self, args: argparse.Namespace, settings: dict) -> None:
-        """Keep others out of the folder. Raises CheckpointError if it holds a run that must not go.
-
-        What a run on the synthetic set left there goes without asking, for another such run.
-        """
-        self.lock = lock_folder(self.out)
-        last = self.out / "last.pt"
-        if args.resume and self.epoch >= args.epochs:
-            print(f"{last}: all {self.epoch} epochs are done; {hint_at_init(last, 'N')}")
-        if not args.resume:
-            is_demo = args.data is None and trained_on_index(last, settings["index"])
-            refuse_overwriting(self.out, args.overwrite or is_demo)
-
-    def save(
-        self,
-        row: dict,
-        score: float | None,
-        contents: dict,
-        model: nn.Module,
-        optimizer: Optimizer,
-        scaler: GradScaler,
-    ) -> None:
-        """Print and log an epoch; write best.pt if its score is the best so far, then last.pt.
+    def save(self, row: dict, score: float | None, contents: dict) -> None:
+        """Save an epoch: best.pt if its score is the best so far, then last.pt; log and print it.
 
         `score` is None without validation. On a tie keep the later epoch, whose learning rate is
         lower. In this order a crash leaves a last.pt that is older than best.pt, and never one
         whose best.pt is missing.
         """
-        if sys.stdout.isatty():
-            print("\r\033[K", end="")  # the line of progress makes room
-        print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
         self.epoch = row["epoch"]
         self.log.append(row)
-        contents = contents | {
-            "epoch": self.epoch,
-            "trained_on": self.trained_on,
-            "model": model.state_dict(),
-            "frozen": [name for name, w in model.named_parameters() if not w.requires_grad],
-        }
-        last = self.out / "last.pt"
-        best = self.out / "best.pt"
+        if self.epoch == 1 and (self.out / "last.pt").exists():
+            raise DataError(f"{self.out}: another run writes here; give another --out")
+        state = {"epoch": self.epoch, "trained_on": self.trained_on}
+        contents = contents | state | {"model": self.model.state_dict()}
         if score is not None and score >= self.best:
             self.best = score
             self.best_epoch = self.epoch
-            save_checkpoint(best, contents)
-        if self.epoch == 1:  # what a run that is replaced has left
-            last.unlink(missing_ok=True)
-            if not self.best_epoch:
-                best.unlink(missing_ok=True)
-        contents |= {
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-            "best": self.best,
-            "log": self.log,
-        }
-        save_checkpoint(last, contents)
+            save_checkpoint(self.out / "best.pt", contents)
+        contents |= {"best": self.best, "best_epoch": self.best_epoch, "log": self.log}
+        contents |= {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        save_checkpoint(self.out / "last.pt", contents)
         write_csv(self.out / "log.csv", self.log)
-        with written(self.out / "log.png") as temporary:
+        with atomic_path(self.out / "log.png") as temporary:
             draw_log(self.log, self.score, self.best_epoch).save(temporary)
-
-
-def identify_run(cache: Path, world_size: int) -> dict:
-    """What tells a run from others beside its options: the number of processes and the cache."""
-    return {
-        "world_size": world_size,
-        "index": file_sha256(cache / "index.csv"),
-        "array_bytes": array_bytes(cache),
-    }
-
-
-def load_init(
-    args: argparse.Namespace,
-    model: nn.Module,
-    device: torch.device,
-    is_main: bool,
-    head: tuple[str, ...],
-) -> dict:
-    """Copy what fits of --init into the model; returns its checkpoint, {} without one.
-
-    --freeze then holds all that came from there (or with --pretrained) but for the head, whose
-    names begin with one of `head`; a resumed run holds what it held before. Raises CheckpointError.
-    """
-    if args.resume:  # the weights themselves come from last.pt, by Run.restore
-        if args.freeze:
-            freeze(model, load_checkpoint(args.out / "last.pt").get("frozen", []))
-        return {}
-    init = {}
-    taken = list(model.state_dict())  # with --pretrained and no --init: all
-    if args.init:
-        init = load_checkpoint(args.init, device)
-        taken = load_fitting_weights(model, init, args.init)
-        if is_main:
-            report_init(args.init, list(model.state_dict()), taken, len(init["model"]))
-    if args.freeze:
-        frozen = freeze(model, [name for name in taken if not name.startswith(head)])
-        total = sum(1 for _ in model.parameters())
-        if not frozen:
-            raise CheckpointError(f"{args.init}: only the head fits, which leaves --freeze nothing")
-        if is_main:
-            print(f"--freeze: {len(frozen)} of {total} arrays of weights stay as they are")
-    return init
-
-
-def report_init(path: Path, own: list[str], taken: list[str], given: int) -> None:
-    """Say how many arrays came from --init, and which start at random."""
-    line = f"--init {path}: {len(taken)} of its {given} arrays taken"
-    missing = sorted(set(own) - set(taken))
-    if missing:
-        examples = ", ".join(missing[:4])
-        if len(missing) > 4:
-            examples += ", ..."
-        line += f"; {len(missing)} that it lacks or has in other shapes start at random: {examples}"
-    print(line)
-
-
-def freeze(model: nn.Module, names: list[str]) -> list[str]:
-    """Exclude weights from training; the names of those that the model has."""
-    frozen = []
-    for name, weight in model.named_parameters():
-        if name in names:
-            weight.requires_grad = False
-            frozen.append(name)
-    return frozen
-
-
-def set_training(model: nn.Module) -> None:
-    """model.train(), but norms whose weights are frozen keep the statistics that they came with.
-
-    BatchNorm in training mode updates its running mean and variance even if its weights are fixed.
-    """
-    model.train()
-    for module in model.modules():
-        weights = list(module.parameters(recurse=False))
-        if weights and not any(weight.requires_grad for weight in weights):
-            module.eval()
+        progress("")
+        print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
 
 
 def check_settings(saved: dict, current: dict, path: Path) -> None:
-    """Raise CheckpointError listing the settings that would change the result of a resumed run."""
-    changes = {}
+    """Raise DataError listing the settings that would change the result of a resumed run."""
+    changes = []
     for name in {**saved, **current}:
         if saved.get(name) != current.get(name):
-            changes[name] = f"{name} {saved.get(name)} (now {current.get(name)})"
-    if changes:
-        message = f"{path}: cannot resume, it was trained with {', '.join(changes.values())}"
-        if "epochs" in changes:
-            message += f"; {hint_at_init(path, current['epochs'])}"
-        raise CheckpointError(message)
-
-
-def hint_at_init(path: Path, epochs: object) -> str:
-    """What to type for more epochs: the learning rate of a run ends at zero, so it is a new one."""
-    return f"to go on from its weights: --init {path} --epochs {epochs} --out OTHER"
-
-
-def array_bytes(cache: Path) -> int:
-    """Bytes of all arrays of a cache: with index.csv and meta.json they tell it from others."""
-    return sum(path.stat().st_size for path in cache.rglob("*.npy"))
-
-
-def trained_on_index(path: Path, index: str) -> bool:
-    """Whether there is a checkpoint that was trained on the cache with this hash of index.csv."""
-    return path.exists() and load_checkpoint(path).get("settings", {}).get("index") == index
-
-
-def refuse_overwriting(out: Path, overwrite: bool) -> None:
-    """Raise CheckpointError if the output folder holds a training that nobody said may go.
-
-    Nothing is deleted here: a training is replaced when the new one has finished its first epoch.
-    """
-    ours = [name for name in ("last.pt", "best.pt", "log.csv") if (out / name).exists()]
-    if ours and not overwrite:
-        message = f"{out}: holds a training ({', '.join(ours)})"
-        raise CheckpointError(f"{message}; use --resume, --overwrite, or another --out")
-
-
-def restore_state(
-    path: Path,
-    settings: dict,
-    meta: dict,
-    model: nn.Module,
-    optimizer: Optimizer,
-    scaler: GradScaler,
-) -> dict:
-    """Put last.pt into model, optimizer and scaler, and return all that it holds.
-
-    Raises CheckpointError if it was trained with other settings or on another cache.
-    """
-    checkpoint = load_checkpoint(path)
-    if "optimizer" not in checkpoint:
-        message = "no state of the optimizer in it; a copy of best.pt cannot be resumed"
-        raise CheckpointError(f"{path}: {message}")
-    types = {"settings": dict, "meta": dict, "optimizer": dict, "scaler": dict, "log": list}
-    check_types(checkpoint, types | {"epoch": int, "best": float}, path)
-    epoch = checkpoint["epoch"]
-    rows = len(checkpoint["log"])
-    if rows != epoch or epoch < 1:
-        message = f"epoch {epoch} and a log of {rows} epochs, expected one row for each epoch"
-        raise CheckpointError(f"{path}: {message}")
-    # Older checkpoints do not say how large the arrays were: taken to be as large as now.
-    unsaid = {name: value for name, value in OLDER_SETTINGS.items() if name in settings}
-    unsaid |= {"array_bytes": settings["array_bytes"]}
-    check_settings(unsaid | checkpoint["settings"], settings, path)
-    check_settings(checkpoint["meta"], meta, path)
-    load_weights(model, checkpoint, path)
-    try:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        # torch checks the number of weights, not the shapes of their moments.
-        for weight, state in optimizer.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):
-                if state[name].shape != weight.shape:
-                    raise ValueError(f"{name} {tuple(state[name].shape)} for {tuple(weight.shape)}")
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path}: the optimizer's state does not fit ({reason})") from error
-    return checkpoint
+            changes.append(f"{name} {saved.get(name)} (now {current.get(name)})")
+    if changes:  # for more epochs too: the learning rate has come to its end
+        hint = f"to continue from its weights: --init {path}"
+        raise DataError(f"{path}: was trained with {', '.join(changes)}; {hint}")
 
 
 # --- log.png ---
 
 
 def draw_log(log: list[dict], score: str, best: int) -> Image.Image:
-    """Loss and score by epoch, side by side, of the rows of log.csv; the best epoch is marked.
+    """Loss and score by epoch, side by side, of the rows of log.csv.
 
-    `score` is a column, `best` an epoch, or 0 for none. What is not finite leaves a gap; lines go
-    on over epochs without validation. Without any there is no second panel.
+    `score` is a column, `best` an epoch, or 0 for none. The ends of the axes are numbered.
     """
-    panels = 2 if any(score in row for row in log) else 1
-    picture = Image.new("RGB", (panels * PANEL[0], PANEL[1]), "white")
-    draw = ImageDraw.Draw(picture)
-    losses = {}
-    for name, column in {"training": "train_loss", "validation": "val_loss"}.items():
-        if column in log[0]:  # segmentation validates by scores alone
-            losses[name] = [row.get(column) for row in log]
-    draw_curves(draw, 0, "loss", losses, best)
-    if panels == 2:
-        title = score.removeprefix("val_").replace("_", " ")
-        scores = {"validation": [row.get(score) for row in log]}
-        draw_curves(draw, PANEL[0], title, scores, best)
-    return picture.reduce(2)  # Pillow's lines are smooth only if drawn larger
+    picture = Image.new("RGB", (2 * PANEL[0], PANEL[1]), "white")
+    for k, columns in enumerate((("train_loss", "val_loss"), (score,))):
+        curves = {}  # (epoch, value) by column, without what is not finite
+        for column in columns:
+            rows = [row for row in log if math.isfinite(row.get(column, math.nan))]
+            if rows:  # segmentation has no val_loss, --fold -1 no score
+                curves[column] = [(row["epoch"], row[column]) for row in rows]
+        if curves:
+            draw_panel(ImageDraw.Draw(picture), k * PANEL[0], curves, len(log), best)
+    return picture
 
 
-def draw_curves(
-    draw: ImageDraw.ImageDraw, x: int, title: str, curves: dict[str, list], best: int
+def draw_panel(
+    draw: ImageDraw.ImageDraw, left: int, curves: dict[str, list], epochs: int, best: int
 ) -> None:
-    """One panel, whose left side is at `x`: a grid with numbers, a legend, and the curves.
-
-    A curve has a number for each epoch, or None for one without validation.
-    """
-    left = x + 130  # ends of the horizontal axis
-    right = x + PANEL[0] - 40
-    epochs = len(next(iter(curves.values())))
-    finite = []
-    for values in curves.values():
-        finite += [value for value in values if value is not None and math.isfinite(value)]
-    finite = finite or [0.0]
-    # A loss that falls to a tenth is a corner on a linear axis.
-    is_log = title == "loss" and 0 < 10 * min(finite) < max(finite)
-    ticks = log_ticks(finite) if is_log else linear_ticks(min(finite), max(finite))
-    low = min(ticks + finite)
-    high = max(ticks + finite)
+    """One panel of log.png, whose left side is at `left`: curves of (epoch, value) by name."""
+    font = ImageFont.load_default(size=14)
+    values = [value for points in curves.values() for _, value in points]
+    low = min(values)
+    high = max(values)
 
     def place(epoch: float, value: float) -> tuple[float, float]:
         """Pixel (x, y) of a value; y points downwards."""
-        share = (value - low) / (high - low)  # of the height of the axes
-        if is_log:
-            share = math.log(value / low) / math.log(high / low)
         along = (epoch - 1) / max(1, epochs - 1)
-        return left + along * (right - left), BOTTOM - share * (BOTTOM - TOP)
+        up = (value - low) / ((high - low) or 1)
+        return left + 70 + along * (PANEL[0] - 100), PANEL[1] - 50 - up * (PANEL[1] - 100)
 
-    # Horizontal lines with their values, ticks with their epochs, axes, title
-    for tick in ticks:
-        _, y = place(1, tick)
-        draw.line((left, y, right, y), "#dddddd", 2)
-        draw.text((left - 14, y), f"{tick:.4g}", "black", small_font(), anchor="rm")
-    for epoch in linear_ticks(1, epochs):
-        if epoch == int(epoch) and 1 <= epoch <= epochs:
-            at, _ = place(epoch, low)
-            draw.line((at, BOTTOM, at, BOTTOM + 8), "black", 2)
-            draw.text((at, BOTTOM + 28), f"{epoch:.0f}", "black", small_font(), anchor="mm")
-    draw.line((left, TOP, left, BOTTOM, right, BOTTOM), "black", 2)
-    middle = (left + right) / 2
-    draw.text((middle, BOTTOM + 74), "epoch", "black", small_font(), anchor="mm")
-    large = ImageFont.load_default(size=30)
-    draw.text((left, 44), f"{title} (log)" if is_log else title, "black", large, anchor="lm")
-
-    # Curves last, above all other lines
+    draw.line([place(1, high), place(1, low), place(epochs, low)], "black")
+    for epoch, value in ((1, low), (1, high), (epochs, low)):  # the ends of the axes
+        x, y = place(epoch, value)
+        if epoch == 1:
+            draw.text((x - 6, y), f"{value:.4g}", "black", font, anchor="rm")
+        if value == low:
+            draw.text((x, y + 16), f"{epoch}", "black", font, anchor="mm")
     if best:
-        at, _ = place(best, low)
-        text = f"best: epoch {best}"
-        if title != "loss":
-            text += f", {curves['validation'][best - 1]:.4g}"
-        mark_best(draw, at, text, at > middle)
-    draw_legend(draw, right, curves)
-    for name, values in reversed(curves.items()):
-        draw_curve(draw, place, values, CURVE[name])
-
-
-def small_font() -> ImageFont.FreeTypeFont:
-    """That of all numbers and names in a panel."""
-    return ImageFont.load_default(size=24)
-
-
-def mark_best(draw: ImageDraw.ImageDraw, at: float, text: str, is_left: bool) -> None:
-    """A dashed line at `at`, and a text above it on its left or right side."""
-    for y in range(TOP, BOTTOM, 16):
-        draw.line((at, y, at, y + 8), "#888888", 2)
-    beside = at - 10 if is_left else at + 10
-    anchor = "rm" if is_left else "lm"
-    draw.text((beside, TOP - 18), text, "#666666", small_font(), anchor)
-
-
-def draw_legend(draw: ImageDraw.ImageDraw, right: float, curves: dict[str, list]) -> None:
-    """Name, colour and last value of each curve, from right to left."""
-    at = right
-    for name, values in reversed(curves.items()):
-        last = [value for value in values if value is not None][-1]
-        text = f"{name} {last:.4g}"
-        draw.text((at, 44), text, CURVE[name], small_font(), anchor="rm")
-        at -= draw.textlength(text, small_font()) + 20
-        draw.line((at - 40, 44, at, 44), CURVE[name], 6)
-        at -= 70
-
-
-def draw_curve(
-    draw: ImageDraw.ImageDraw, place: Callable, values: list[float | None], colour: str
-) -> None:
-    """A line through the finite values, with dots if they are few.
-
-    `place(epoch, value)` gives their pixels. A value that is not finite interrupts the line, None
-    does not.
-    """
-    points = []  # since the last gap
-    for epoch, value in enumerate([*values, math.nan], 1):  # the gap at the end draws the last part
-        if value is None:
-            continue
-        if math.isfinite(value):
-            points.append(place(epoch, value))
-            continue
-        if points:
-            draw.line(points, colour, 6, joint="curve")
-        if len(values) <= 30 or len(points) == 1:
-            for x, y in points:
-                draw.ellipse((x - 7, y - 7, x + 7, y + 7), colour)
-        points = []
-
-
-def linear_ticks(low: float, high: float) -> list[float]:
-    """Three to seven round numbers, 1, 2 or 5 times a power of ten apart, about a range."""
-    if low == high:
-        margin = 0.05 * max(1, abs(low))
-        low -= margin
-        high += margin
-    step = 10 ** math.floor(math.log10((high - low) / 3))
-    for factor in (5, 2):  # the largest step that leaves three numbers
-        if (high - low) / (factor * step) >= 2:
-            step *= factor
-            break
-    first = math.floor(low / step)
-    return [k * step for k in range(first, math.ceil(high / step) + 1)]
-
-
-def log_ticks(values: list[float]) -> list[float]:
-    """1, 2 and 5 times the powers of ten about a range; the powers alone if that is long."""
-    first = math.floor(math.log10(min(values)))
-    last = math.ceil(math.log10(max(values)))
-    factors = (1, 2, 5) if last - first <= 2 else (1,)
-    ticks = []
-    for exponent in range(first, last + 1):
-        ticks += [factor * 10.0**exponent for factor in factors]
-    above = [tick for tick in ticks if tick >= max(values)]
-    below = [tick for tick in ticks if tick <= min(values)]
-    return [tick for tick in ticks if max(below) <= tick <= min(above)]
+        draw.line([place(best, low), place(best, high)], "#999999")
+        x, y = place(best, high)
+        anchor = "lm" if 2 * best < epochs else "rm"  # to the side that has room
+        draw.text((x, y - 12), f"best: epoch {best}", "#666666", font, anchor=anchor)
+    for k, (name, points) in enumerate(curves.items()):
+        colour = CURVES[name.split("_")[0]]
+        places = [place(*point) for point in points]
+        draw.line(places, colour, 3)
+        draw.point(places, colour)  # a single epoch is no line
+        title = f"{name} {points[-1][1]:.4g}"
+        draw.text((left + 70 + 200 * k, 14), title, colour, font, anchor="lm")
 
 
 # --- what was trained on ---
@@ -667,26 +423,49 @@ def file_sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def short_hash(data: object) -> str:
-    """The beginning of the SHA-256 of bytes or of a contiguous array."""
-    return hashlib.sha256(data).hexdigest()[:12]
+def list_trained_on(index: list[dict], fold: str, init: dict) -> list[str]:
+    """What a checkpoint keeps of its training rows: sorted hashes, with those of its --init.
+
+    `index` are the rows of index.csv; `init` is the checkpoint of --init, {} without one.
+    """
+    hashes = set(init.get("trained_on", []))
+    val = [row for row in index if row["fold"] == fold]
+    seen = sum(not hashes.isdisjoint(hash_row(row)) for row in val)
+    if seen:
+        print(f"note: --init was trained on {seen} of {len(val)} rows of the validation fold:")
+        print("      the scores below are too high, and eval.py will refuse them")
+    for row in index:
+        if row["fold"] not in ("test", fold):
+            hashes |= hash_row(row)
+    return sorted(hashes)
 
 
-def list_trained_on(patients: list[str], images: list[str], init: dict | None = None) -> dict:
-    """What a checkpoint keeps of its training rows: sorted hashes, with those of its --init."""
-    before = (init or {}).get("trained_on") or {}
-    return {
-        "patients": sorted({*patients, *before.get("patients", [])}),
-        "images": sorted({*images, *before.get("images", [])}),
-    }
+def hash_row(row: dict[str, str]) -> set[str]:
+    """What the image and the patient of a row are known by, in other caches too."""
+    patient = hashlib.sha256(f"patient {row['patient']}".encode())
+    return {row["digest"], patient.hexdigest()[:16]}
 
 
-def count_trained_on(trained_on: dict, patients: list[str], images: list[str]) -> list[int]:
-    """Numbers of the rows (a hash of the patient and of the image each) that were trained on."""
-    known_patients = set(trained_on["patients"])
-    known_images = set(trained_on["images"])
-    seen = []
-    for row_number, (patient, image) in enumerate(zip(patients, images, strict=True)):
-        if patient in known_patients or image in known_images:
-            seen.append(row_number)
-    return seen
+def refuse_trained_on(
+    path: Path, checkpoint: dict, index: list[dict], rows: list[dict], is_own_cache: bool
+) -> None:
+    """Raise DataError if a checkpoint, or its --init, was trained on some of these rows.
+
+    Images and patients count. Patients whom an official split has on both sides are told, but not
+    refused: such splits are kept as they are. `rows` are some of `index`, all rows of index.csv;
+    `is_own_cache` says that the training was on this cache.
+    """
+    splits_of = defaultdict(set)  # the official splits of each patient
+    for row in index:
+        if row["split"] and is_own_cache:
+            splits_of[row["patient"]].add(row["split"])
+    hashes = set(checkpoint["trained_on"])
+    seen = [row for row in rows if not hashes.isdisjoint(hash_row(row))]
+    refused = [row for row in seen if len(splits_of[row["patient"]]) < 2]
+    if refused:
+        count = f"{len(refused)} of these {len(rows)} images or patients"
+        hint = "take others, or, if only names are alike, change them in index.csv"
+        raise DataError(f"{path}: trained on {count}, such as {refused[0]['id']}; {hint}")
+    if seen:
+        count = f"{len(seen)} of {len(rows)} images are of patients in training"
+        print(f"note: {count}, by the official split")

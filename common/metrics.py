@@ -6,7 +6,6 @@ class only, nothing predicted, no cases at all, a score that is NaN) is NaN, nev
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,29 +14,7 @@ from torch import Tensor
 
 from common.checkpoint import write_json
 
-FEW_GROUPS = 10  # below this, an interval promises more than it holds
-FEW_CASES = 5  # below this, a value of --by has no metrics
-# Columns of the printed table of folds: those of them that a task has
-FOLD_COLUMNS = (
-    "accuracy",
-    "balanced_accuracy",
-    "auroc",
-    "sensitivity",
-    "specificity",
-    "mean_iou",
-    "iou_75",
-    "mae_px",
-    "mae_mm",
-    "dice",
-    "iou",
-    "hd95_mm",
-    "assd_mm",
-)
-# 97.5 % quantiles of Student's t for 1 to 18 degrees of freedom
-STUDENT = """
-    12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262
-    2.228 2.201 2.179 2.160 2.145 2.131 2.120 2.110 2.101
-"""
+FEW_GROUPS = 10  # patients: with fewer, an interval is too narrow to be told
 
 
 def divide(a: float, b: float) -> float:
@@ -57,27 +34,30 @@ def classification_metrics(
     """All metrics of a split. Binary: at 0.5 and, with the suffix _tuned, at `threshold`.
 
     `threshold` is one for all images, or float64 (N,), one for each (folds have their own).
-    Several labels an image, int64 (N, C): `multi_label_metrics` with their `names`.
     More than two classes: the prediction is the largest probability, and auroc, average_precision,
-    sensitivity, specificity, precision and f1 are means over the classes, each against the others
-    (macro); NaN if they are not defined for one of the classes.
+    sensitivity, specificity, precision and f1 are means over the classes that occur, each against
+    the others (macro); with the suffix _NAME they are those of a class.
+    Several labels an image, int64 (N, C): `multi_label_metrics` with their `names`.
     """
+    names = names or [str(k) for k in range(probabilities.shape[1])]
     if labels.ndim == 2:
         return multi_label_metrics(labels, probabilities, threshold, names)
-    if probabilities.shape[1] == 2:
+    if len(names) == 2:
         scores = probabilities[:, 1]
-        metrics = binary_metrics(labels, scores)
-        metrics["auroc"] = auroc(labels, scores)
-        metrics["average_precision"] = average_precision(labels, scores)
+        metrics = binary_metrics(labels, scores) | ranking_metrics(labels, scores)
         metrics["sensitivity_at_95_specificity"] = sensitivity_at_specificity(labels, scores, 0.95)
         metrics["specificity_at_95_sensitivity"] = specificity_at_sensitivity(labels, scores, 0.95)
         if threshold is not None:
             for name, value in binary_metrics(labels, scores, threshold).items():
                 metrics[f"{name}_tuned"] = value
     else:
-        metrics = macro_metrics(labels, probabilities)
+        metrics = macro_metrics(labels, probabilities, names)
     if probabilities.isnan().any():
         metrics = dict.fromkeys(metrics, math.nan)
+    if len(labels.unique()) < 2:  # these then tell only which class it is
+        for name in metrics:
+            if name.startswith(("precision", "f1", "average_precision")):
+                metrics[name] = math.nan
     return {**metrics, "brier": brier(labels, probabilities)}
 
 
@@ -90,25 +70,29 @@ def multi_label_metrics(
     `thresholds` float64 (N, C) are those of the metrics called _tuned. The means are over labels of
     which there are both values, and NaN if a metric is not defined for one of these.
     """
-    of_each_label = []
-    of_whole_labels = []  # those with both values
-    for k in range(len(names)):
-        known = labels[:, k] >= 0
-        truth = labels[known, k]  # (M,), M <= N
-        positive = probabilities[known, k]
+    by_label = {}
+    averaged = []  # labels with both values
+    for k, name in enumerate(names):
+        is_known = labels[:, k] >= 0
+        truth = labels[is_known, k]  # (M,), M <= N
+        positive = probabilities[is_known, k]
         pair = torch.stack([1 - positive, positive], 1)  # (M, 2): a binary task
-        threshold = None if thresholds is None else thresholds[known, k]
-        metrics = classification_metrics(truth, pair, threshold)
-        of_each_label.append(metrics)
-        if len(truth) and truth.min() < truth.max():
-            of_whole_labels.append(metrics)
-    means = {}
-    for name in of_each_label[0]:
-        values = [metrics[name] for metrics in of_whole_labels]
-        means[name] = divide(sum(values), len(values))
-    for label, metrics in zip(names, of_each_label, strict=True):
-        means |= {f"{name}_{label}": value for name, value in metrics.items()}
-    return means
+        threshold = None if thresholds is None else thresholds[is_known, k]
+        by_label[name] = classification_metrics(truth, pair, threshold)
+        if len(truth.unique()) == 2:
+            averaged.append(name)
+    return average_metrics(by_label, averaged)
+
+
+def average_metrics(by_class: dict[str, dict], averaged: list[str]) -> dict[str, float]:
+    """Means of the metrics of some classes, and the metrics of all with their names at the end."""
+    metrics = {}
+    for name in next(iter(by_class.values())):
+        values = [by_class[class_name][name] for class_name in averaged]
+        metrics[name] = divide(sum(values), len(values))
+    for class_name, own in by_class.items():
+        metrics |= {f"{name}_{class_name}": value for name, value in own.items()}
+    return metrics
 
 
 def binary_metrics(
@@ -133,23 +117,29 @@ def binary_metrics(
     return metrics
 
 
-def macro_metrics(labels: Tensor, probabilities: Tensor) -> dict[str, float]:
-    """Means over the classes, each against the others; accuracy over all images."""
-    classes = probabilities.shape[1]
+def ranking_metrics(labels: Tensor, scores: Tensor) -> dict[str, float]:
+    """What depends on the order of the scores alone."""
+    return {
+        "auroc": auroc(labels, scores),
+        "average_precision": average_precision(labels, scores),
+    }
+
+
+def macro_metrics(labels: Tensor, probabilities: Tensor, names: list[str]) -> dict[str, float]:
+    """Means over the classes that occur, each against the others; accuracy over all images."""
     predictions = probabilities.argmax(1)
-    of_each_class = []
-    for k in range(classes):
+    by_class = {}
+    averaged = []  # classes that occur
+    for k, name in enumerate(names):
         truth = (labels == k).long()
-        metrics = binary_metrics(truth, (predictions == k).double())
-        metrics["auroc"] = auroc(truth, probabilities[:, k])
-        metrics["average_precision"] = average_precision(truth, probabilities[:, k])
-        of_each_class.append(metrics)
-    means = {}
-    for name in of_each_class[0]:
-        means[name] = sum(metrics[name] for metrics in of_each_class) / classes
-    means["accuracy"] = (predictions == labels).double().mean().item()
-    means["balanced_accuracy"] = means["sensitivity"]  # mean recall over the classes
-    return means
+        counted = binary_metrics(truth, (predictions == k).double())
+        by_class[name] = counted | ranking_metrics(truth, probabilities[:, k])
+        if truth.any():
+            averaged.append(name)
+    metrics = average_metrics(by_class, averaged)
+    metrics["accuracy"] = (predictions == labels).double().mean().item()
+    metrics["balanced_accuracy"] = metrics["sensitivity"]  # mean recall over the classes
+    return metrics
 
 
 def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
@@ -181,7 +171,7 @@ def count_by_threshold(labels: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, 
     scores, order = scores.double().sort(descending=True)
     positive = labels[order].double()
     is_last = torch.ones_like(positive, dtype=torch.bool)
-    is_last[:-1] = scores[1:] != scores[:-1]  # of a tie only the last: ties move together
+    is_last[:-1] = scores[1:] != scores[:-1]  # ties move together
     true_positives = positive.cumsum(0)[is_last]
     false_positives = (1 - positive).cumsum(0)[is_last]
     return scores[is_last], true_positives, false_positives
@@ -205,51 +195,29 @@ def average_precision(labels: Tensor, scores: Tensor) -> float:
 
 def best_threshold(
     labels: Tensor, probabilities: Tensor, point: tuple[str, float] | None = None
-) -> float | list[float] | None:
-    """Threshold for probabilities (N, 2) of the positive class; None for more classes.
+) -> float | list[float]:
+    """Threshold for probabilities (N, 2) of the positive class; (N, C) of several labels: a list.
 
-    That of the operating point, such as ("sensitivity", 0.95), or without one Youden's. Of several
-    labels an image, (N, C), one for each; NaN without images that have and that lack it.
+    It has the largest sensitivity + specificity (Youden 1950), or with an operating point, such as
+    ("sensitivity", 0.95), at least that sensitivity (specificity) and the largest of the other. It
+    lies halfway to the next lower score. NaN without images that have and that lack a label.
     """
     if labels.ndim == 2:
         thresholds = []
         for truth, scores in zip(labels.T, probabilities.T, strict=True):
-            known = truth >= 0
-            pair = torch.stack([1 - scores, scores], 1)[known]
-            thresholds.append(best_threshold(truth[known], pair, point))
+            is_known = truth >= 0
+            pair = torch.stack([1 - scores, scores], 1)[is_known]
+            thresholds.append(best_threshold(truth[is_known], pair, point))
         return thresholds
-    if probabilities.shape[1] != 2:
-        return None
-    if point is None:
-        return youden_threshold(labels, probabilities[:, 1])
-    return threshold_at(labels, probabilities[:, 1], *point)
-
-
-def youden_threshold(labels: Tensor, scores: Tensor) -> float:
-    """Threshold of the largest sensitivity + specificity (Youden 1950).
-
-    It lies halfway to the next lower score.
-    """
-    fpr, tpr, thresholds = roc_curve(labels, scores)
-    youden = tpr - fpr  # sensitivity + specificity - 1
-    if youden.isnan().any():
-        return math.nan
-    best = int(youden[1:].argmax()) + 1  # the first threshold is infinite
-    return thresholds[best : best + 2].mean().item()
-
-
-def threshold_at(labels: Tensor, scores: Tensor, name: str, least: float) -> float:
-    """Threshold where "sensitivity" or "specificity" is at least this and the other is largest.
-
-    It lies halfway to the next lower score, or just above all scores if it has to.
-    """
-    fpr, tpr, thresholds = roc_curve(labels, scores)
+    fpr, tpr, thresholds = roc_curve(labels, probabilities[:, 1])
     if (tpr - fpr).isnan().any():
         return math.nan
-    if name == "sensitivity":
-        chosen = int((tpr >= least - 1e-9).nonzero()[0])  # it rises along the curve
+    if point is None:
+        chosen = int((tpr - fpr)[1:].argmax()) + 1  # the first threshold is infinite
+    elif point[0] == "sensitivity":
+        chosen = int((tpr >= point[1] - 1e-9).nonzero()[0])  # it rises along the curve
     else:
-        chosen = int((1 - fpr >= least - 1e-9).nonzero()[-1])  # it falls
+        chosen = int((1 - fpr >= point[1] - 1e-9).nonzero()[-1])  # it falls
     if chosen == 0:  # nothing is positive there
         return math.nextafter(thresholds[1].item(), math.inf)
     return thresholds[chosen : chosen + 2].mean().item()
@@ -460,27 +428,26 @@ def bootstrap(
 
     Whole groups (patients) are drawn with replacement, because images of one patient are not
     independent (Davison & Hinkley 1997, section 3.8). Samples in which a metric is NaN are left
-    out of it and counted. One group has no interval, nor has a metric that is the same in all
-    samples: the ends are NaN.
+    out of it and counted. With fewer than FEW_GROUPS patients the ends are NaN, and for a metric
+    that is the same in all samples.
     """
     number_of = {group: k for k, group in enumerate(dict.fromkeys(groups))}
     members = torch.tensor([number_of[group] for group in groups])  # (N,) number of the group
     counts = torch.bincount(members, minlength=len(number_of))
-    rows_of = members.argsort(stable=True).split(counts.tolist())  # of each group
+    rows_of = members.argsort(stable=True).split(counts.tolist())  # row numbers of each group
     generator = torch.Generator().manual_seed(seed)
     values = function(torch.arange(len(groups)))
     drawn = []
-    for _ in range(samples if len(rows_of) > 1 else 0):
+    for _ in range(samples if len(rows_of) >= FEW_GROUPS else 0):
         picks = torch.randint(len(rows_of), (len(rows_of),), generator=generator).tolist()
         drawn.append(function(torch.cat([rows_of[k] for k in picks])))
 
     summary = {}
-    tail = tail_probability(len(rows_of))
     for name, value in values.items():
         sample = torch.tensor([metrics[name] for metrics in drawn], dtype=torch.float64)
         finite = sample[sample.isfinite()]
-        low = finite.quantile(tail).item() if len(finite) else math.nan
-        high = finite.quantile(1 - tail).item() if len(finite) else math.nan
+        low = finite.quantile(0.025).item() if len(finite) else math.nan
+        high = finite.quantile(0.975).item() if len(finite) else math.nan
         if high - low < 1e-12 * max(1.0, abs(high)):  # no two samples differ
             low = math.nan
             high = math.nan
@@ -489,171 +456,30 @@ def bootstrap(
     return summary
 
 
-def tail_probability(groups: int) -> float:
-    """The part of the samples that lies beyond either end of a 95 % interval.
-
-    Below 20 groups the ends are taken further out, by as much as Student's t is wider than the
-    normal distribution (expanded percentile interval, Hesterberg, The American Statistician 2015).
-    """
-    if not 2 <= groups < 20:
-        return 0.025
-    quantile = float(STUDENT.split()[groups - 2])
-    # The spread of samples of n values is too small by sqrt((n - 1) / n).
-    z = quantile * math.sqrt(groups / (groups - 1))
-    return 0.5 * math.erfc(z / math.sqrt(2))  # the normal distribution beyond z
-
-
-def split_by(values: list[str], bands: bool = True) -> dict[str, list[int]]:
-    """Numbers of the rows that have each value of a column, numbers in rising order, "" last.
-
-    With `bands` more than 8 different numbers are cut at their quartiles; each band is called by
-    its smallest and its largest member.
-    """
-    rows_of = defaultdict(list)
-    for k, value in enumerate(values):
-        is_empty = value.strip().lower() in ("", "nan")
-        rows_of["(empty)" if is_empty else value].append(k)
-    empty = rows_of.pop("(empty)", [])
-    if all(is_number(value) for value in rows_of):
-        rows_of = {value: rows_of[value] for value in sorted(rows_of, key=float)}
-        if bands and len(rows_of) > 8:
-            rows_of = cut_into_bands(rows_of)
-    else:
-        rows_of = {value: rows_of[value] for value in sorted(rows_of)}
-    if empty:
-        rows_of["(empty)"] = empty
-    return rows_of
-
-
-def is_number(text: str) -> bool:
-    """Whether a cell of a table is a finite number."""
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
-
-
-def cut_into_bands(rows_of: dict[str, list[int]]) -> dict[str, list[int]]:
-    """The rows of rising numbers in four bands of about as many rows each; ties stay together."""
-    count = sum(len(rows) for rows in rows_of.values())
-    members = defaultdict(list)  # numbers in each band
-    before = 0
-    for value, rows in rows_of.items():
-        middle = before + len(rows) / 2  # of the rows with this number, among all
-        members[int(4 * middle / count)].append(value)
-        before += len(rows)
-    bands = {}
-    for numbers in members.values():
-        name = f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else numbers[0]
-        bands[name] = []
-        for number in numbers:
-            bands[name] += rows_of[number]
-    return bands
-
-
-def tabulate(
-    function: Callable[[Tensor], dict[str, float]],
-    folds: list[str],
-    groups: list[str],
-    by: tuple[str, dict[str, list[int]]] | None = None,
-    samples: int = 1000,
-) -> dict:
-    """What metrics.json holds of parts of the cases: "folds" if there are several, "by" with --by.
-
-    `folds` and `groups` have the fold and the patient of every case, `function` is that of
-    `bootstrap`, `by` a column and what `split_by` gives for it.
-    """
-    tables = {}
-    if len(set(folds)) > 1:
-        tables["folds"] = []
-        for fold, rows in split_by(folds, bands=False).items():
-            row = {"fold": fold, "n": len(rows)}
-            tables["folds"].append(row | function(torch.tensor(rows)))
-    if by:
-        column, rows_of = by
-        tables["by"] = summarise_by(function, column, rows_of, groups, samples)
-    return tables
-
-
 def summarise_by(
     function: Callable[[Tensor], dict[str, float]],
-    column: str,
-    rows_of: dict[str, list[int]],
+    values: list[str],
     groups: list[str],
-    samples: int,
-) -> dict:
-    """Every metric for each value of a column, and the largest difference between two values.
+) -> list[dict]:
+    """`bootstrap` of the rows that have each value of a column: value, n, patients, summary.
 
-    Values of fewer than FEW_CASES rows have NaN. Of two values the difference has the interval of
-    bootstrap samples of the patients of both, at least FEW_GROUPS of each. Of more it has none: the
-    two were chosen because they are far apart, which an interval would have to make up for.
+    `values` and `groups` have the value and the patient of every row. Numbers come in rising order.
     """
-    values = []
-    for value, rows in rows_of.items():
-        patients = [groups[k] for k in rows]
-        of_value = restrict(function, torch.tensor(rows))
-        summary = bootstrap(of_value, patients, samples if len(rows) >= FEW_CASES else 0)
-        if len(rows) < FEW_CASES:
-            for metric in summary.values():
-                metric["value"] = math.nan
+    try:
+        distinct = sorted(set(values), key=float)
+    except ValueError:
+        distinct = sorted(set(values))
+    table = []
+    for value in distinct:
+        rows = torch.tensor([k for k, other in enumerate(values) if other == value])
+
+        def of_value(chosen: Tensor, rows: Tensor = rows) -> dict[str, float]:
+            return function(rows[chosen])
+
+        patients = [groups[k] for k in rows.tolist()]
         row = {"value": value, "n": len(rows), "patients": len(set(patients))}
-        values.append(row | {"summary": summary})
-
-    intervals = {}
-    large = [row for row in values if row["n"] >= FEW_CASES]
-    if len(large) == 2 and min(row["patients"] for row in large) >= FEW_GROUPS:
-        first, second = (rows_of[row["value"]] for row in large)
-        intervals = bootstrap_difference(function, first, second, groups, samples)
-    differences = {}
-    for name in values[0]["summary"]:
-        defined = {}  # the metric of each value that has it
-        for row in values:
-            if math.isfinite(row["summary"][name]["value"]):
-                defined[row["value"]] = row["summary"][name]["value"]
-        differences[name] = largest_difference(defined, intervals.get(name))
-    return {"column": column, "values": values, "differences": differences}
-
-
-def largest_difference(defined: dict[str, float], interval: dict[str, float] | None) -> dict:
-    """The highest minus the lowest of some metrics, and their names.
-
-    `interval` is that of the first one minus the second.
-    """
-    difference = {"value": math.nan, "low": math.nan, "high": math.nan}
-    if len(defined) < 2:
-        return difference
-    highest = max(defined, key=defined.get)
-    lowest = min(defined, key=defined.get)
-    difference["value"] = defined[highest] - defined[lowest]
-    if interval and highest == next(iter(defined)):
-        difference |= {"low": interval["low"], "high": interval["high"]}
-    elif interval:
-        difference |= {"low": -interval["high"], "high": -interval["low"]}
-    return difference | {"highest": highest, "lowest": lowest}
-
-
-def restrict(function: Callable, rows: Tensor) -> Callable[[Tensor], dict[str, float]]:
-    """`function` of row numbers that count within `rows`."""
-    return lambda chosen: function(rows[chosen])
-
-
-def bootstrap_difference(
-    function: Callable[[Tensor], dict[str, float]],
-    first: list[int],
-    second: list[int],
-    groups: list[str],
-    samples: int,
-) -> dict[str, dict[str, float]]:
-    """`bootstrap` of the metrics of some rows minus those of others, which may share patients."""
-    rows = torch.tensor(first + second)
-    is_first = torch.arange(len(rows)) < len(first)
-
-    def difference(chosen: Tensor) -> dict[str, float]:
-        ours = function(rows[chosen[is_first[chosen]]])
-        theirs = function(rows[chosen[~is_first[chosen]]])
-        return {name: value - theirs[name] for name, value in ours.items()}
-
-    return bootstrap(difference, [groups[k] for k in first + second], samples)
+        table.append(row | {"summary": bootstrap(of_value, patients)})
+    return table
 
 
 def write_report(
@@ -662,61 +488,33 @@ def write_report(
     groups: list[str],
     cases: list[dict],
     run: dict,
-    tables: dict | None = None,
+    by: dict | None = None,
     shown: list[str] | None = None,
 ) -> None:
-    """Print the metrics of `bootstrap` and write metrics.json: {"summary", "cases", "run"}.
+    """Print the metrics of `bootstrap` and write metrics.json: {"summary", "by", "cases", "run"}.
 
     `cases` has a row per case, in the order of `groups` (its patient); `run` says how they arose;
-    `tables` is what `tabulate` gives of parts of the cases; `shown` are the metrics to print, all
+    `by` has the column and what `summarise_by` gives for it; `shown` are the metrics to print, all
     without it.
     """
-    tables = tables or {}
     shown = shown or list(summary)
     unit = run.get("unit", "mm")
-    if "folds" in tables:
-        print_folds(tables["folds"], unit)
-    print_summary({name: summary[name] for name in shown}, groups, unit)
-    if "by" in tables:
-        print_by(tables["by"], shown, unit)
-    report = {"summary": summary, **tables, "cases": cases, "run": run}
-    write_json(out / "metrics.json", report)
-
-
-def print_folds(folds: list[dict], unit: str) -> None:
-    """Print the main metrics of each fold, a row a fold."""
-    names = [name for name in FOLD_COLUMNS if name in folds[0]]
-    print("fold       n" + "".join(f"  {in_unit(name, unit):>8}" for name in names))
-    for row in folds:
-        cells = [f"  {show(row[name]):>{max(8, len(name))}}" for name in names]
-        print(f"{row['fold']:5} {row['n']:6}" + "".join(cells))
-
-
-def show(value: float) -> str:
-    """A metric in four digits, "-" where it is not defined."""
-    return f"{value:.4f}" if math.isfinite(value) else "-"
-
-
-def print_by(by: dict, shown: list[str], unit: str) -> None:
-    """Print some metrics for each value of a column, and the largest difference."""
-    print(f"\nby {by['column']}{'n':>{38 - len(by['column'])}}")
-    for name in [name for name in shown if name in by["differences"]]:
-        difference = by["differences"][name]
-        print(in_unit(name, unit))
+    for name in shown if by else []:
+        print(f"{in_unit(name, unit)} by {by['column']}")
         for row in by["values"]:
-            print(f"  {row['value'][:30]:30} {row['n']:8}  {with_interval(row['summary'][name])}")
-        if difference["value"] > 0:  # not with one value only, which has NaN
-            pair = f"{difference['highest']} above {difference['lowest']}"
-            print(f"  {'largest difference':39}  {with_interval(difference)}  {pair}")
-    few = [row for row in by["values"] if row["patients"] < FEW_GROUPS]
-    if few:
-        names = ", ".join(f"{row['value']} ({row['patients']})" for row in few)
-        print(f"note: fewer than {FEW_GROUPS} patients, which show little: {names}")
+            metric = with_interval(row["summary"][name])
+            print(f"  {row['value'][:30] or '(empty)':30} {row['n']:8}  {metric}")
+    for name in shown:
+        print(f"{in_unit(name, unit):41}  {with_interval(summary[name])}")
+    print_notes(summary, len(set(groups)))
+    write_json(out / "metrics.json", {"summary": summary, "by": by, "cases": cases, "run": run})
 
 
 def with_interval(metric: dict[str, float]) -> str:
-    """A metric with its interval, if it has one."""
-    text = show(metric["value"])
+    """A metric in four digits, "-" where it is not defined, and its interval if it has one."""
+    if not math.isfinite(metric["value"]):
+        return "-"
+    text = f"{metric['value']:.4f}"
     if math.isfinite(metric["low"]):
         text += f"  ({metric['low']:.4f} to {metric['high']:.4f})"
     return text
@@ -727,18 +525,10 @@ def in_unit(name: str, unit: str) -> str:
     return name.replace("_mm", f"_{unit}")
 
 
-def print_summary(
-    summary: dict[str, dict[str, float]], groups: list[str], unit: str = "mm"
-) -> None:
-    """Print every metric with its interval, and what that is worth with few groups."""
-    count = len(set(groups))
-    for name, metric in summary.items():
-        print(f"{in_unit(name, unit):30} {with_interval(metric)}")
-    if count == 1:
-        print("note: one patient, so no intervals")
-    elif count < FEW_GROUPS:
-        print(f"note: the intervals rest on {count} patients and are too narrow:")
-        print("      over 5, about 88 % of such intervals hold the true value, not 95 %")
-    if "auroc" in summary and summary["auroc"]["value"] > 0.95 and count < 600:
+def print_notes(summary: dict[str, dict[str, float]], patients: int) -> None:
+    """Say why there is no interval, or where it lies wrongly."""
+    if patients < FEW_GROUPS:
+        print(f"note: {patients} patients, so no intervals: they take at least {FEW_GROUPS}")
+    elif "auroc" in summary and summary["auroc"]["value"] > 0.95 and patients < 600:
         print("note: near 1 the interval of AUROC lies too high: at 0.99, with 50 patients")
         print("      of each class, 84 % of such intervals hold the true value")

@@ -19,10 +19,12 @@ from pydicom import uid
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.checkpoint import short_hash
-from detection.preprocess import BOX, DataError, read_meta
+from common.checkpoint import DataError, read_meta
 
-COLUMNS = ("id", "patient", "fold", "site", *BOX, "height", "width", "spacing")
+META = ("size", "mean", "std", "n")
+BOX = ("xmin", "ymin", "xmax", "ymax")
+PLACE = ("id", "patient", "fold", "split", "digest", "site")
+COLUMNS = (*PLACE, *BOX, "height", "width", "spacing")
 # The folds that training and evaluation know; a person may edit them in index.csv.
 FOLD_NAMES = ("0", "1", "2", "3", "4", "test")
 PHANTOM = 256  # pixels per side of a synthetic picture
@@ -33,54 +35,55 @@ PHANTOM = 256  # pixels per side of a synthetic picture
 
 def open_cache(cache: Path) -> tuple[dict, list[dict[str, str]]]:
     """meta.json and the rows of index.csv. Raises DataError unless images.npy goes with them."""
-    meta = read_meta(cache)
-    images = load_array(cache / "images.npy", "uint8", 3)  # (N, S, S)
-    try:
-        rows = read_index(cache)
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{cache / 'index.csv'}: {error}; preprocess again") from error
-    expected = (len(rows), meta["size"], meta["size"])
-    if images.shape != expected:
-        problem = f"images.npy {images.shape}, expected {expected} by index.csv and meta.json"
-        raise DataError(f"{cache}: {problem}; preprocess again")
+    meta = read_meta(cache, "detection", META)
+    load_array(cache / "images.npy", "uint8", (meta["n"], meta["size"], meta["size"]))
+    rows = read_index(cache / "index.csv", meta["n"], COLUMNS)
     for number, row in enumerate(rows, 1):
-        problem = check_row(row, meta)
+        problem = check_box(row)
         if problem:
             raise DataError(f"{cache / 'index.csv'}: row {number}: {problem}")
     return meta, rows
 
 
-def load_array(path: Path, dtype: str, axes: int) -> np.ndarray:
-    """An array of a cache, mapped: only what is used is read. Raises DataError naming the file."""
-    again = "make the cache again with preprocess.py --overwrite"
+def load_array(path: Path, dtype: str, shape: tuple[int | None, ...]) -> np.ndarray:
+    """An array of a cache, mapped: only what is used is read. Raises DataError naming the file.
+
+    `shape` has None where an axis may have any length.
+    """
     try:
         array = np.load(path, mmap_mode="r")
+        content = f"{array.dtype} {array.shape}"
     except Exception as error:  # the one place where numpy's many exceptions become ours
-        raise DataError(f"{path}: {type(error).__name__}: {error}; {again}") from error
-    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != axes:
-        found = f"{getattr(array, 'dtype', type(array).__name__)} {getattr(array, 'shape', '')}"
-        raise DataError(f"{path}: {found}, expected {dtype} with {axes} axes; {again}")
-    if path.stat().st_size != array.offset + array.nbytes:
-        found = f"{path}: {path.stat().st_size} bytes"
-        raise DataError(f"{found}, expected {array.offset + array.nbytes} by its header; {again}")
+        raise DataError(f"{path}: {type(error).__name__}: {error}; preprocess again") from error
+    fits = len(shape) == array.ndim
+    fits = fits and all(n in (None, m) for n, m in zip(shape, array.shape, strict=True))
+    if array.dtype != dtype or not fits:
+        raise DataError(f"{path}: {content}, expected {dtype} {shape}; preprocess again")
     return array
 
 
-def read_index(cache: Path) -> list[dict[str, str]]:
-    """The rows of index.csv (id, patient, fold, site, box, ...), in the order of images.npy."""
-    with open(cache / "index.csv", newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def read_index(path: Path, count: int, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    """The rows of an index.csv with these columns. Raises DataError unless there are `count`."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{path}: {error}; preprocess again") from error
+    if len(rows) != count:
+        raise DataError(f"{path}: {len(rows)} rows, expected {count} by meta.json")
+    for number, row in enumerate(rows, 1):
+        # csv.DictReader: the key None holds surplus values, the value None is a missing one.
+        if None in row or None in row.values() or not set(columns) <= row.keys():
+            expected = f"expected a value for each of {', '.join(columns)}"
+            raise DataError(f"{path}: row {number}: found {list(row)}, {expected}")
+        if row["fold"] not in FOLD_NAMES:
+            problem = f"fold {row['fold']!r}, expected one of {' '.join(FOLD_NAMES)}"
+            raise DataError(f"{path}: row {number}: {problem}")
+    return rows
 
 
-def check_row(row: dict[str, str], meta: dict) -> str:
-    """What is wrong with a row of index.csv, or ""."""
-    # csv.DictReader: the key None holds surplus values, the value None is a missing one.
-    if None in row or None in row.values() or not set(COLUMNS) <= row.keys():
-        return f"found {list(row)}, expected a value for each of {', '.join(COLUMNS)}"
-    if not row["id"]:
-        return "no id, expected a name"
-    if row["fold"] not in FOLD_NAMES:
-        return f"fold {row['fold']!r}, expected one of {' '.join(FOLD_NAMES)}"
+def check_box(row: dict[str, str]) -> str:
+    """What is wrong with the numbers of a row of index.csv, or ""."""
     try:
         xmin, ymin, xmax, ymax = (float(row[name]) for name in BOX)
         height = float(row["height"])
@@ -111,44 +114,34 @@ def read_boxes(rows: list[dict[str, str]]) -> tuple[Tensor, Tensor]:
     return torch.tensor(boxes) / scale, scale
 
 
-def fingerprints(cache: Path, rows: list[int]) -> tuple[list[str], list[str]]:
-    """Hashes of the patient and the image of every row: they tell eval.py what was trained on."""
-    index = read_index(cache)
-    images = np.load(cache / "images.npy", mmap_mode="r")
-    patient_hashes = [short_hash(index[k]["patient"].encode()) for k in rows]
-    image_hashes = [short_hash(images[k]) for k in rows]
-    return patient_hashes, image_hashes
-
-
 # --- batches ---
 
 
 class XrayDataset(Dataset):
     """Raw images and boxes of a cache, a batch at a time: augmentation is on the device.
 
-    `dataset[row_numbers]` gives images uint8 (B, 1, S, S) and boxes float32 (B, 4) in fractions of
-    the image. It pickles as nothing but the path: each worker maps the file itself, because a
-    pickled memory map is the whole array.
+    `dataset[row_numbers]` gives images uint8 (B, 1, S, S) and their `boxes`, float32 (N, 4) in
+    fractions of the image. Each worker maps the file itself, because a pickled memory map is the
+    whole array.
     """
 
-    def __init__(self, cache: Path) -> None:
+    def __init__(self, cache: Path, boxes: Tensor) -> None:
         self.cache = cache
+        self.boxes = boxes
         self.images = None  # opened by the first batch, in the process that loads it
-        self.boxes = None
 
     def __getstate__(self) -> dict:
-        return {"cache": self.cache, "images": None, "boxes": None}
+        return {"cache": self.cache, "boxes": self.boxes, "images": None}
 
     def __getitem__(self, row_numbers: list[int]) -> tuple[Tensor, Tensor]:
         if self.images is None:
-            self.boxes, _ = read_boxes(read_index(self.cache))  # (N, 4)
             self.images = np.load(self.cache / "images.npy", mmap_mode="r")  # (N, S, S)
         images = torch.from_numpy(self.images[row_numbers])  # (B, S, S), a copy in memory
         return images[:, None], self.boxes[row_numbers]
 
 
 def make_loader(
-    cache: Path,
+    dataset: Dataset,
     batches: Sampler | list[list[int]],
     workers: int,
     device: torch.device,
@@ -158,7 +151,7 @@ def make_loader(
     Workers stay from epoch to epoch: the dataset knows no epoch, only the sampler does.
     """
     return DataLoader(
-        XrayDataset(cache),
+        dataset,
         batch_size=None,
         sampler=batches,
         num_workers=workers,
@@ -199,6 +192,9 @@ class EpochBatches(Sampler):
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
+        if len(self) == 0:
+            size = f"--batch-size {batch_size} in each of {world_size} processes"
+            raise DataError(f"{len(rows)} training images, less than one batch of {size}")
 
     def __len__(self) -> int:
         return len(self.rows) // (self.batch_size * self.world_size)
@@ -221,8 +217,7 @@ def to_input(
     images: Tensor,
     boxes: Tensor,
     device: torch.device,
-    mean: float,
-    std: float,
+    mean_std: tuple[float, float],
     rng: np.random.Generator | None = None,
     strength: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
@@ -235,6 +230,7 @@ def to_input(
     boxes = boxes.to(device, non_blocking=True)
     if rng is not None:
         images, boxes = augment(images, boxes, rng, strength)
+    mean, std = mean_std
     images = (images - mean) / std
     return images.contiguous(memory_format=torch.channels_last), boxes
 
@@ -327,24 +323,10 @@ def reach(direction: Tensor) -> Tensor:
 
 
 def inverse(matrix: Tensor) -> Tensor:
-    """Inverse of (B, 2, 2) by elimination, the larger element of the first column as the pivot.
-
-    torch.linalg.inv waits for the GPU, to look for singular ones.
-    """
-    is_lower_larger = matrix[:, 1, 0].abs() > matrix[:, 0, 0].abs()  # (B,)
-    swap = is_lower_larger[:, None, None]
-    rows = torch.where(swap, matrix.flip(1), matrix)
-    a, b, c, d = rows.flatten(1).unbind(1)  # (B,) each: [[a, b], [c, d]]
-    factor = c / a
-    one_by_a = 1 / a
-    one_by_d = 1 / (d - factor * b)  # of what is left of d below the pivot
-    lower_left = -factor * one_by_d
-    lower_right = one_by_d
-    upper_left = (1 - b * lower_left) * one_by_a
-    upper_right = -b * lower_right * one_by_a
-    elements = [upper_left, upper_right, lower_left, lower_right]
-    inverted = torch.stack(elements, 1).view(-1, 2, 2)
-    return torch.where(swap, inverted.flip(2), inverted)  # swapped rows are swapped columns here
+    """Inverse of (B, 2, 2). torch.linalg.inv waits for the GPU, to look for singular ones."""
+    a, b, c, d = matrix.flatten(1).unbind(1)  # (B,) each: [[a, b], [c, d]]
+    adjugate = torch.stack([d, -b, -c, a], 1).view(-1, 2, 2)
+    return adjugate / (a * d - b * c)[:, None, None]
 
 
 def change_gray(images: Tensor, draws: Tensor, rng: np.random.Generator) -> Tensor:

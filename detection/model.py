@@ -4,50 +4,41 @@ In the shapes below B is the batch, S the side of an image in pixels, F a number
 the size of a feature map. Boxes are xmin, ymin, xmax, ymax in fractions of the image.
 """
 
-import sys
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from detection.preprocess import DataError
-
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50")
-HEADS = ("edges", "linear")
-HEAD = ("lateral.", "smooth.", "out.")  # what --freeze trains: names of weights begin so
 # One mean and std for the one channel (the averages of ImageNet's three): with three different
 # ones the summed stem would not equal the RGB network on a gray picture.
-PRETRAINED_MEAN = 0.449
-PRETRAINED_STD = 0.226
-WIDTH = 128  # features of the map that the edges are found in
+PRETRAINED_MEAN_STD = (0.449, 0.226)
+WIDTH = 128  # channels of the map that the edges are found in
 
 
-def build_model(arch: str, head: str, channels: int, pretrained: bool = False) -> nn.Module:
-    """A BoxNet with random weights and `channels` in the first stage, doubled in each next.
+def build_model(arch: str, channels: int, pretrained: bool = False) -> nn.Module:
+    """A BoxNet with random weights.
 
-    torchvision has 64. `pretrained` takes its ImageNet weights (of 64 channels), the stem's filters
-    summed over RGB. Raises DataError if it cannot.
+    `channels`: those of the first stage; each later stage doubles them. torchvision has 64.
+    `pretrained` takes its ImageNet weights (of 64 channels), the stem's filters summed over RGB.
+    Raises OSError if they are not to be had.
     """
     try:
         net = torchvision.models.get_model(arch, weights="DEFAULT" if pretrained else None)
-    except (OSError, RuntimeError) as error:  # no network, no place for the file, a broken download
-        problem = f"could not fetch the ImageNet weights of {arch} ({error})"
-        raise DataError(f"--pretrained: {problem}") from error
+    except Exception as error:  # no network, a full disk, a file that was cut: each has its own
+        raise OSError(f"no weights of {arch}: {type(error).__name__} {error}") from error
     rgb_stem = net.conv1.weight  # (64, 3, 7, 7)
     if channels != 64:
         narrow(net, channels / 64)
     net.conv1 = nn.Conv2d(1, channels, 7, stride=2, padding=3, bias=False)
-    # As torchvision starts its convolutions
+    # Same initialisation as torchvision
     nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
     if pretrained:
         # A gray picture has one value in all three channels: the sum gives the same response.
         gray_stem = rgb_stem.detach().sum(1, keepdim=True)  # (64, 1, 7, 7)
         net.conv1.weight = nn.Parameter(gray_stem)
     net.fc = nn.Identity()  # its weights would be trained by nothing
-    return BoxNet(net, head)
+    return BoxNet(net)
 
 
 def narrow(net: nn.Module, share: float) -> None:
@@ -64,7 +55,7 @@ def narrow(net: nn.Module, share: float) -> None:
                 continue
             shape = (part.kernel_size, part.stride, part.padding)
             conv = nn.Conv2d(inputs, outputs, *shape, bias=False)
-            # As torchvision starts its convolutions
+            # Same initialisation as torchvision
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
             setattr(net, name, conv)
         elif isinstance(part, nn.BatchNorm2d):
@@ -76,34 +67,26 @@ def narrow(net: nn.Module, share: float) -> None:
 class BoxNet(nn.Module):
     """ResNet (He et al., CVPR 2016) from gray float images (B, 1, S, S) to boxes (B, 4).
 
-    Head "linear" regresses them from the pooled features. Head "edges" fuses the stages to a map of
-    1/8 of the image (Lin et al., CVPR 2017), has one map for each edge, and takes the mean
-    coordinate under its softmax (Sun et al., ECCV 2018, integral regression): where an edge is
-    stays a question of place, which few images are enough to learn.
+    The stages are fused to a map of 1/8 of the image (Lin et al., CVPR 2017); each edge of the box
+    has a map, and is the mean coordinate under its softmax (Sun et al., ECCV 2018, integral
+    regression): where an edge is stays a question of place, which few images are enough to learn.
     """
 
-    def __init__(self, backbone: nn.Module, head: str) -> None:
+    def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = head
         channels = []
         for stage in (backbone.layer2, backbone.layer3, backbone.layer4):
             block = stage[-1]
             last_norm = getattr(block, "bn3", block.bn2)  # only a bottleneck has a third one
             channels.append(last_norm.num_features)
-        if head == "linear":
-            self.out = nn.Linear(channels[-1], 4)
-            nn.init.zeros_(self.out.weight)
-            middle = torch.tensor([0.25, 0.25, 0.75, 0.75])  # start with half of each side
-            self.out.bias = nn.Parameter(middle)
-        else:
-            self.lateral = nn.ModuleList(nn.Conv2d(count, WIDTH, 1) for count in channels)
-            self.smooth = nn.Sequential(
-                nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False),
-                nn.BatchNorm2d(WIDTH),
-                nn.ReLU(),
-            )
-            self.out = nn.Conv2d(WIDTH, 4, 1)  # a map for each edge
+        self.lateral = nn.ModuleList(nn.Conv2d(count, WIDTH, 1) for count in channels)
+        self.smooth = nn.Sequential(
+            nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False),
+            nn.BatchNorm2d(WIDTH),
+            nn.ReLU(),
+        )
+        self.out = nn.Conv2d(WIDTH, 4, 1)  # a map for each edge
 
     def forward(self, images: Tensor) -> Tensor:
         net = self.backbone
@@ -112,8 +95,6 @@ class BoxNet(nn.Module):
         eighth = net.layer2(features)  # (B, 2 F, S / 8, S / 8)
         sixteenth = net.layer3(eighth)  # (B, 4 F, S / 16, S / 16)
         last = net.layer4(sixteenth)  # (B, 8 F, S / 32, S / 32)
-        if self.head == "linear":
-            return self.out(last.mean((2, 3)))
         # From coarse to fine: what lies where, then where exactly
         fused = self.lateral[2](last)  # (B, WIDTH, S / 32, S / 32)
         fused = enlarge(fused, sixteenth) + self.lateral[1](sixteenth)
@@ -144,6 +125,9 @@ def edge_positions(maps: Tensor) -> Tensor:
     return torch.stack([xmin, ymin, xmax, ymax], 1)
 
 
+# --- losses ---
+
+
 def smooth_l1(pred: Tensor, boxes: Tensor) -> Tensor:
     """Mean error of boxes (B, 4): squared within 2 % of the image, absolute beyond."""
     return F.smooth_l1_loss(pred, boxes, beta=0.02)
@@ -168,3 +152,6 @@ def area(sides: Tensor) -> Tensor:
     """Areas (B,) of boxes by their width and height (B, 2); none where a side is negative."""
     width, height = sides.clamp(min=0).unbind(1)
     return width * height
+
+
+LOSSES = {"mse": F.mse_loss, "smooth_l1": smooth_l1, "smooth_l1_giou": smooth_l1_giou}

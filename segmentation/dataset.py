@@ -19,10 +19,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.checkpoint import short_hash
-from segmentation.preprocess import DataError, read_meta, resample
+from common.checkpoint import DataError, read_meta
+from segmentation.model import cut, window_size
 
-COLUMNS = ("id", "group", "fold")
+META = (
+    "classes",
+    "values",
+    "channels",
+    "resample",
+    "spacing",
+    "slice_axis",
+    "shape",
+    "normalisation",
+    "picture_unit",
+    "n",
+)
+COLUMNS = ("id", "patient", "fold", "split", "digest")
 # The folds that training and evaluation know; a person may edit them in index.csv.
 FOLD_NAMES = ("0", "1", "2", "3", "4", "test")
 FOREGROUND = 0.5  # the part of the patches that is centred on a foreground voxel
@@ -32,74 +44,56 @@ FOREGROUND = 0.5  # the part of the patches that is centred on a foreground voxe
 
 
 def open_cache(cache: Path) -> tuple[dict, list[dict[str, str]]]:
-    """meta.json and the rows of index.csv. Raises DataError unless they are those of a cache."""
-    meta = read_meta(cache)
-    try:
-        rows = read_index(cache)
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"{cache / 'index.csv'}: {error}; preprocess again") from error
-    for number, row in enumerate(rows, 1):
-        problem = check_row(row)
-        if problem:
-            raise DataError(f"{cache / 'index.csv'}: row {number}: {problem}")
+    """meta.json and the rows of index.csv. Raises DataError unless the arrays go with them."""
+    meta = read_meta(cache, "segmentation", META)
+    rows = read_index(cache / "index.csv", meta["n"], COLUMNS)
+    for row in rows:
+        check_case(cache, row["id"], meta)
     return meta, rows
 
 
-def read_index(cache: Path) -> list[dict[str, str]]:
-    """The rows of index.csv (id, group, fold, image, mask)."""
-    with open(cache / "index.csv", newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def check_row(row: dict[str, str]) -> str:
-    """What is wrong with a row of index.csv, or ""."""
-    # csv.DictReader: the key None holds surplus values, the value None is a missing one.
-    if None in row or None in row.values() or not set(COLUMNS) <= row.keys():
-        return f"found {list(row)}, expected a value for each of {', '.join(COLUMNS)}"
-    if not row["id"]:
-        return "no id, expected a name"
-    if row["fold"] not in FOLD_NAMES:
-        return f"fold {row['fold']!r}, expected one of {' '.join(FOLD_NAMES)}"
-    if "/" in row["id"] or "\\" in row["id"] or row["id"].startswith("."):
-        return f"id {row['id']!r}, expected a name without separators: files are called by it"
-    return ""
+def read_index(path: Path, count: int, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    """The rows of an index.csv with these columns. Raises DataError unless there are `count`."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{path}: {error}; preprocess again") from error
+    if len(rows) != count:
+        raise DataError(f"{path}: {len(rows)} rows, expected {count} by meta.json")
+    for number, row in enumerate(rows, 1):
+        # csv.DictReader: the key None holds surplus values, the value None is a missing one.
+        if None in row or None in row.values() or not set(columns) <= row.keys():
+            expected = f"expected a value for each of {', '.join(columns)}"
+            raise DataError(f"{path}: row {number}: found {list(row)}, {expected}")
+        if row["fold"] not in FOLD_NAMES:
+            problem = f"fold {row['fold']!r}, expected one of {' '.join(FOLD_NAMES)}"
+            raise DataError(f"{path}: row {number}: {problem}")
+    return rows
 
 
 def check_case(cache: Path, name: str, meta: dict) -> None:
-    """Raise DataError unless the arrays of a case go together and the network can take them.
+    """Raise DataError unless the arrays of a case go together."""
+    mask = load_array(cache / "volumes" / f"{name}.mask.npy", "uint8", (None, None, None))
+    shape = (len(meta["channels"]), *mask.shape)  # (C, X, Y, Z)
+    load_array(cache / "volumes" / f"{name}.image.npy", "float16", shape)
+    load_array(cache / "volumes" / f"{name}.points.npy", "int16", (None, 4))
 
-    All of it is read once, as an epoch will do.
+
+def load_array(path: Path, dtype: str, shape: tuple[int | None, ...]) -> np.ndarray:
+    """An array of a cache, mapped: only what is used is read. Raises DataError naming the file.
+
+    `shape` has None where an axis may have any length.
     """
-    again = "make the cache again"
-    image_path = cache / "volumes" / f"{name}.image.npy"
-    mask_path = cache / "volumes" / f"{name}.mask.npy"
-    image = load_array(image_path, "float16", 4)  # (C, X, Y, Z)
-    mask = load_array(mask_path, "uint8", 3)  # (X, Y, Z)
-    expected = (len(meta["channels"]), *mask.shape)
-    if image.shape != expected:
-        reason = f"shape {image.shape}, expected {expected} by its mask and meta.json"
-        raise DataError(f"{image_path}: {reason}; {again}")
-    broken = int((~np.isfinite(image)).sum())
-    if broken:
-        raise DataError(f"{image_path}: {broken} voxels are NaN or infinite; {again}")
-    if mask.max() >= len(meta["classes"]):
-        reason = f"class number {mask.max()}, expected those of {meta['classes']}"
-        raise DataError(f"{mask_path}: {reason}; {again}")
-
-
-def load_array(path: Path, dtype: str, axes: int) -> np.ndarray:
-    """An array of a cache, mapped: only what is used is read. Raises DataError naming the file."""
-    again = "make the cache again with preprocess.py --overwrite"
     try:
         array = np.load(path, mmap_mode="r")
+        content = f"{array.dtype} {array.shape}"
     except Exception as error:  # the one place where numpy's many exceptions become ours
-        raise DataError(f"{path}: {type(error).__name__}: {error}; {again}") from error
-    if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != axes:
-        found = f"{getattr(array, 'dtype', type(array).__name__)} {getattr(array, 'shape', '')}"
-        raise DataError(f"{path}: {found}, expected {dtype} with {axes} axes; {again}")
-    if path.stat().st_size != array.offset + array.nbytes:
-        found = f"{path}: {path.stat().st_size} bytes"
-        raise DataError(f"{found}, expected {array.offset + array.nbytes} by its header; {again}")
+        raise DataError(f"{path}: {type(error).__name__}: {error}; preprocess again") from error
+    fits = len(shape) == array.ndim
+    fits = fits and all(n in (None, m) for n, m in zip(shape, array.shape, strict=True))
+    if array.dtype != dtype or not fits:
+        raise DataError(f"{path}: {content}, expected {dtype} {shape}; preprocess again")
     return array
 
 
@@ -110,94 +104,24 @@ def open_case(cache: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
     return image, mask
 
 
-def read_points(cache: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Foreground voxels of a case, integers (N, 4): class, x, y, z.
-
-    `shape` is that of its mask. Raises DataError naming the file.
-    """
-    path = cache / "volumes" / f"{name}.points.npy"
-    try:
-        points = np.load(path)
-    except Exception as error:  # as in load_array
-        raise DataError(f"{path}: {type(error).__name__}: {error}; preprocess again") from error
-    good = isinstance(points, np.ndarray) and points.dtype.kind == "i" and points.shape[1:] == (4,)
-    if not good or (points[:, 1:] < 0).any() or (points[:, 1:] >= shape).any():
-        expected = f"integers (N, 4), class and voxel inside {shape}"
-        raise DataError(f"{path}: expected {expected}; preprocess again")
-    return points
-
-
-def fingerprints(cache: Path, rows: list[int]) -> tuple[list[str], list[str]]:
-    """Hashes of the group and of the image of every row: by them eval.py knows what was trained on.
-
-    Of a volume the middle plane is enough: no two are the same, and a cache may fill a disk.
-    """
-    index = read_index(cache)
-    patients = []
-    images = []
-    for k in rows:
-        image, _ = open_case(cache, index[k]["id"])
-        middle = image[:, image.shape[1] // 2]  # (C, Y, Z)
-        if image.shape[3] == 1:  # a picture
-            middle = image
-        patients.append(short_hash(index[k]["group"].encode()))
-        images.append(short_hash(np.ascontiguousarray(middle)))
-    return patients, images
-
-
-# --- patches: boxes of voxels, one voxel thick if they are slices ---
-
-
-def patch_axes(values: list, dims: int, slice_axis: int) -> list:
-    """Of values for x, y and z those that a patch has: in two dimensions all but the slice axis."""
-    return [value for axis, value in enumerate(values) if dims == 3 or axis != slice_axis]
-
-
-def window_size(patch: list[int], slice_axis: int) -> list[int]:
-    """The patch as a box of voxels (x, y, z): a slice is one voxel thick along the slice axis."""
-    size = list(patch)
-    if len(size) == 2:
-        size.insert(slice_axis, 1)
-    return size
-
-
-def cut(volume: np.ndarray, corner: list[int], size: list[int]) -> np.ndarray:
-    """The box of `size` at `corner` of (..., X, Y, Z), zeros where it reaches out of the volume."""
-    inside, place = box_slices(corner, size, volume.shape[-3:])
-    box = np.zeros((*volume.shape[:-3], *size), volume.dtype)  # (..., *size)
-    box[(..., *place)] = volume[(..., *inside)]
-    return box
-
-
-def box_slices(
-    corner: list[int], size: list[int], shape: tuple[int, ...]
-) -> tuple[list[slice], list[slice]]:
-    """The part of a box that lies in a volume of `shape`: slices of the volume, and of the box."""
-    inside = []
-    place = []
-    for start, length, end in zip(corner, size, shape, strict=True):
-        low = max(0, start)
-        high = max(0, min(end, start + length))
-        inside.append(slice(low, high))
-        place.append(slice(low - start, high - start))
-    return inside, place
+# --- patches ---
 
 
 class PatchDataset(Dataset):
     """Patches of a cache's volumes, a batch at a time, raw: augmentation is on the device.
 
-    `dataset[places]`, with places (row number, corner x, y, z) in voxels, gives images float16 (B,
-    C, *S) and masks uint8 (B, *S) of `patch`, which has two or three axes. The arrays are opened
-    anew for each batch, so that the dataset holds no open files and can go to workers.
+    `names` are the ids of all rows. `dataset[places]`, with places (row number, corner x, y, z) in
+    voxels, gives images float16 (B, C, *S) and masks uint8 (B, *S) of `patch`, which has two or
+    three axes. The arrays are opened anew for each batch, so that the dataset holds no open files
+    and can go to workers.
     """
 
-    def __init__(self, cache: Path, patch: list[int], slice_axis: int) -> None:
+    def __init__(self, cache: Path, names: list[str], patch: list[int], slice_axis: int) -> None:
         self.cache = cache
-        self.names = [row["id"] for row in read_index(cache)]
+        self.names = names
         self.size = window_size(patch, slice_axis)
         self.is_slice = len(patch) == 2
         self.thin = slice_axis - 3  # the axis that a slice does not have, counted from the end
-        self.spacing = patch_axes(read_meta(cache)["spacing"], len(patch), slice_axis)
 
     def __getitem__(self, places: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
         images = []
@@ -215,19 +139,17 @@ class PatchDataset(Dataset):
 
 
 def make_loader(
-    cache: Path,
-    patch: list[int],
-    slice_axis: int,
-    batches: Sampler,
+    dataset: Dataset,
+    batches: Sampler | list[list[int]],
     workers: int,
     device: torch.device,
 ) -> DataLoader:
-    """A loader of the batches that `batches` draws: the dataset is asked for a whole batch at once.
+    """A loader of whole batches of row numbers: the dataset is asked for one at once.
 
     Workers stay from epoch to epoch: the dataset knows no epoch, only the sampler does.
     """
     return DataLoader(
-        PatchDataset(cache, patch, slice_axis),
+        dataset,
         batch_size=None,
         sampler=batches,
         num_workers=workers,
@@ -253,36 +175,36 @@ class EpochBatches(Sampler):
 
     def __init__(
         self,
-        cache: Path,
-        patch: list[int],
-        slice_axis: int,
+        images: PatchDataset,
         rows: list[int],
         batch_size: int,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.size = np.array(window_size(patch, slice_axis))  # voxels, (3,)
+        self.size = np.array(images.size)  # voxels, (3,)
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
 
-        index = read_index(cache)
-        self.shapes = {}  # of each row: voxels, (3,)
-        self.points = {}  # of each row and of each class in it: foreground voxels (N, 3)
+        self.shapes = {}  # voxels along the axes (3,), by row
+        self.points = {}  # foreground voxels (N, 3), by row and class
         draws = []  # each row as often as an epoch takes a patch from it
         for row in rows:
-            name = index[row]["id"]
-            _, mask = open_case(cache, name)
-            points = read_points(cache, name, mask.shape)
+            name = images.names[row]
+            _, mask = open_case(images.cache, name)
+            points = np.load(images.cache / "volumes" / f"{name}.points.npy")  # class, x, y, z
             classes = np.unique(points[:, 0])
             self.points[row] = [points[points[:, 0] == k, 1:] for k in classes]
             self.shapes[row] = np.array(mask.shape)
             patch_voxels = np.minimum(self.size, mask.shape).prod()
             draws += [row] * max(1, round(mask.size / patch_voxels))
         self.draws = np.array(draws)
+        if len(self) == 0:
+            size = f"--batch-size {batch_size} in each of {world_size} processes"
+            raise DataError(f"{len(self.draws)} training patches, less than one batch of {size}")
 
     def __len__(self) -> int:
         return len(self.draws) // (self.batch_size * self.world_size)
@@ -325,12 +247,11 @@ def to_input(
     rng: np.random.Generator,
     spacing: list[float],
     strength: float,
-    mirror: bool,
 ) -> tuple[Tensor, Tensor]:
     """Images float32 (B, C, *S) and masks int64 (B, *S) on `device`, augmented."""
     images = images.to(device, non_blocking=True).float()
     masks = masks.to(device, non_blocking=True)
-    images, masks = augment(images, masks, rng, spacing, strength, mirror)
+    images, masks = augment(images, masks, rng, spacing, strength)
     return images, masks.long()
 
 
@@ -340,17 +261,14 @@ def augment(
     rng: np.random.Generator,
     spacing: list[float],
     strength: float,
-    mirror: bool,
 ) -> tuple[Tensor, Tensor]:
     """Random affine for images (B, C, *S) and masks (B, *S); gamma, contrast, ... for images alone.
 
     S has two or three axes with `spacing` in mm. Parameters are drawn per image on the CPU from
     `rng`, so that neither workers nor the device change them; only the noise is drawn on the
-    device, from a generator that `rng` seeds. `mirror` flips each axis in half of the images.
-    `strength` 0 is no augmentation but mirroring, 1 the default of train.py.
+    device, from a generator that `rng` seeds. `strength` 0 is no augmentation, 1 the default of
+    train.py.
     """
-    if mirror:
-        images, masks = mirror_axes(images, masks, rng)
     if strength == 0:
         return images, masks
 
@@ -375,19 +293,6 @@ def augment(
     values = torch.from_numpy(draws[moves:].astype(np.float32))  # (4, B)
     values = values.to(images.device, non_blocking=True)
     return change_values(images, values, int(rng.integers(2**62))), masks
-
-
-def mirror_axes(images: Tensor, masks: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Flip each axis of images (B, C, *S) and masks (B, *S) in half of the images."""
-    batch = len(masks)
-    dims = masks.ndim - 1
-    for axis in range(1, dims + 1):  # of the masks; the images' is one more
-        flipped = torch.from_numpy(rng.random(batch) < 0.5)
-        flipped = flipped.to(images.device, non_blocking=True)  # (B,)
-        flipped = flipped.view(-1, *[1] * dims)  # (B, 1, ...) as the masks
-        masks = torch.where(flipped, masks.flip(axis), masks)
-        images = torch.where(flipped[:, None], images.flip(axis + 1), images)
-    return images, masks
 
 
 def random_affine(draws: np.ndarray, extent: np.ndarray) -> Tensor:
@@ -525,10 +430,16 @@ def draw_phantom(
     picture[organ] = 0.8
     picture[core] = 0.58
 
-    bias = resample(rng.normal(0, 1, [3] * 3).astype(np.float32), shape)  # of the receiver coil
-    texture = resample(rng.normal(0, 1, [12] * 3).astype(np.float32), shape)
+    bias = smooth_noise(rng, 3, shape)  # the sensitivity of a receiver coil
+    texture = smooth_noise(rng, 12, shape)
     noise = rng.normal(0, 0.04, shape)
     picture = picture * (1 + 0.08 * bias + 0.06 * texture) + noise
     picture = picture.clip(0) * rng.uniform(500, 2000)  # MR has no unit
     mask = organ.astype(np.uint8) + core
     return np.rint(picture).astype(np.int16), mask
+
+
+def smooth_noise(rng: np.random.Generator, cells: int, shape: list[int]) -> np.ndarray:
+    """Noise of mean 0 and deviation about 1 on a grid of `cells` an axis, scaled to `shape`."""
+    noise = torch.from_numpy(rng.normal(0, 1, [cells] * 3).astype(np.float32))
+    return F.interpolate(noise[None, None], shape, mode="trilinear")[0, 0].numpy()

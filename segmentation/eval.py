@@ -8,30 +8,23 @@
 With masks, written to --out: metrics.json with 95 % bootstrap intervals (over patients), cases.csv,
 predictions/ID.nii.gz, worst.png (image, truth, prediction on the slice with the most errors, worst
 case first) and worst.gif. All metrics are taken on the grid of the original file, but for
-dice_cache, on the grid of the cache: it is the score that train.py printed, unless --largest has
-dropped something, which is told for each case as dropped_ml. The probabilities of
-several checkpoints are averaged; those of several folds predict the fold that they left out each,
-and the metrics are of all these cases together.
+dice_cache, on the grid of the cache: without --largest it is the score that train.py printed.
+dropped_ml is what --largest dropped. The probabilities of several checkpoints are averaged; those
+of several folds predict the fold that each left out, and the metrics are of all these cases
+together.
 
 New images (.nii, .nii.gz, pictures, or folders of them and of DICOM series, as deep as an archive
 exports them): masks, volumes.csv and overlays. nnU-Net's NAME_0000.nii.gz, NAME_0001.nii.gz, ...
-are the channels of one image. Nothing is written onto an image, or onto a file that is no earlier
-result.
+are the channels of one image.
 """
 
 import argparse
-import csv
 import math
-import os
 import sys
-import warnings
-import zlib
-from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -39,82 +32,50 @@ import torch
 import torchvision
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.functional import InterpolationMode, pil_to_tensor, resize, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.checkpoint import (
-    CheckpointError,
-    clear_results,
-    count_trained_on,
+    DataError,
     file_sha256,
-    hold_folder,
-    load_run,
+    free_name,
+    load_checkpoint,
     load_weights,
+    new_folder,
+    one_line,
+    progress,
+    refuse_trained_on,
+    run_command,
     write_csv,
-    written,
 )
 from common.metrics import (
     bootstrap,
     dice_scores,
     segmentation_metrics,
-    split_by,
-    tabulate,
+    summarise_by,
     write_report,
 )
-from segmentation.dataset import (
-    check_case,
-    fingerprints,
-    open_cache,
-    open_case,
-    patch_axes,
-    read_index,
-)
-from segmentation.model import build_model, predict_volume
+from segmentation.dataset import META, open_cache, open_case
+from segmentation.model import build_model, patch_axes, predict_volume
 from segmentation.preprocess import (
-    META,
-    PICTURE_KINDS,
-    DataError,
-    Notes,
-    check_channels,
-    check_grid,
-    check_meta,
-    check_outputs,
-    check_range,
+    PREDICTION,
+    NewImage,
     explain,
-    fit_picture,
+    find_new,
     from_grid,
-    image_name,
-    is_dicom,
-    is_picture,
-    list_volumes,
-    note_others,
-    one_line,
-    orient,
-    print_note,
-    progress,
-    ras_shape,
-    read_channels,
-    read_dataset,
-    read_header,
-    read_meta,
+    read_new,
     read_nifti,
     reading,
-    run_command,
-    split_channel,
-    to_grid,
-    volume_name,
     write_mask,
 )
 from segmentation.train import AMP, check_finite, choose_device
 
-# Stands in the header of masks of new images: they may be replaced, other files may not.
-PREDICTION = b"prediction of segmentation/eval.py"
-MOST_VALUES = 50  # of a column of --by
 TILE = 256  # pixels of the longer side of one picture in a gallery
 GAP = 2  # pixels between two pictures of a tile
 LINE = 20  # pixels of a line of text
+CAPTION = 300  # least width in pixels of a tile
 OVERLAYS = 100  # pictures of new images: the first ones
 COLOURS = ("#ff4040", "#40c0ff", "#ffd040", "#60e060", "#d070ff", "#ff9040", "#40e0d0", "#ff80c0")
 
@@ -129,115 +90,90 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--split", choices=("val", "test"), default="val", help=split_help)
     images_help = "new images without masks: files and folders"
     add("--images", type=Path, nargs="+", metavar="PATH", help=images_help)
-    add("--tta", action="store_true", help="average over mirrored copies; for runs with --mirror")
     largest_help = "keep the largest connected part of each class, tell what is dropped"
     add("--largest", action="store_true", help=largest_help)
-    by_help = "metrics for each value of a column of index.csv, such as fold"
+    by_help = "metrics for each value of a column of index.csv (default for several folds: fold)"
     add("--by", metavar="COLUMN", help=by_help)
-    out_help = "(default: eval_val, eval_folds, eval_test or predictions, beside the first run)"
+    out_help = "a new folder (default: eval_val, eval_test or predictions beside the run)"
     add("--out", type=Path, help=out_help)
     add = parser.add_argument_group("run").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
     add("--amp", choices=AMP, help="mixed precision (default: as in training)")
-    add("--samples", type=int, default=1000, help="bootstrap samples (default: %(default)s)")
     args = parser.parse_args(argv)
     if (args.data is None) == (args.images is None):
         parser.error("give either --data CACHE (with masks) or --images PATH ... (new images)")
     if args.by and not args.data:
         parser.error("--by needs known cases: give --data")
-    if args.samples < 1:
-        parser.error("expected --samples >= 1")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     device = choose_device(args.device)
-    models, checkpoints = load_models(args.checkpoint, device)
-    out = args.out or args.checkpoint[0].parent / name_results(args, checkpoints)
-    if args.data:
-        evaluate_split(args, models, checkpoints, device, out)
-    else:
-        predict_images(args, models, checkpoints, device, out)
+    runs = load_runs(args.checkpoint, device)
+    name = f"eval_{args.split}" if args.data else "predictions"
+    out = args.out or free_name(args.checkpoint[0].parent / name)
+    bad = 0
+    with new_folder(out) as folder:
+        if args.data:
+            result = evaluate_split(args, runs, device, folder)
+        else:
+            result, bad = predict_images(args, runs, device, folder)
+    print(f"{result} in {out}")
+    if bad:  # one bad file does not cost the results of the others
+        raise DataError(f"{bad} files could not be read (named above)")
 
 
 # --- the models ---
 
 
-def load_models(
-    paths: list[Path], device: torch.device
-) -> tuple[list[torch.nn.Module], list[dict]]:
-    """Bare models and their checkpoints. Raises CheckpointError if they do not go together."""
-    types = {"channels": int, "patch": list, "mirror": bool}
-    checkpoints = [load_run(path, "segmentation", types, device) for path in paths]
-    models = []
-    # A file may hold anything: what decides about sizes and loops is checked before it is used.
-    for path, checkpoint in zip(paths, checkpoints, strict=True):
+class Run(NamedTuple):
+    """A checkpoint with its network."""
+
+    path: Path
+    checkpoint: dict
+    model: nn.Module
+    meta: dict
+    settings: dict
+    fold: str  # the one that the training left out, "-1" for none
+
+
+def load_runs(paths: list[Path], device: torch.device) -> list[Run]:
+    """Checkpoints and their bare models. Raises DataError if they do not go together."""
+    runs = []
+    for path in paths:
+        checkpoint = load_checkpoint(path, "segmentation")
         meta = checkpoint["meta"]
         settings = checkpoint["settings"]
-        check_meta(meta, path)
-        check_same(meta, checkpoints[0]["meta"], path, paths[0])
-        check_sizes(settings, path)
         model = build_model(meta, settings["channels"], settings["patch"])
-        load_weights(model, checkpoint, path)
-        models.append(model.to(device).eval())
-    return models, checkpoints
+        load_weights(model, checkpoint["model"], path)
+        model = model.to(device).eval()
+        runs.append(Run(path, checkpoint, model, meta, settings, str(settings["fold"])))
+        check_same(meta, runs[0].meta, path, paths[0])
+    return runs
 
 
 def check_same(meta: dict, expected: dict, path: Path, other: Path) -> None:
-    """Raise CheckpointError if images were not prepared in the same way."""
+    """Raise DataError if images were not prepared in the same way."""
     for name in META:
         # The median shape may differ, which only suggests the size of a patch, and the plane.
-        found = meta.get(name)
-        if name not in ("shape", "slice_axis") and found != expected.get(name):
-            raise CheckpointError(f"{path}: {name} {found}, but {other} has {expected.get(name)}")
+        if name not in ("shape", "slice_axis", "n") and meta[name] != expected[name]:
+            raise DataError(f"{path}: {name} {meta[name]}, but {other} has {expected[name]}")
 
 
-def check_sizes(settings: dict, path: Path) -> None:
-    """Raise CheckpointError if no run can have these settings: a file may claim any size."""
-    if settings["amp"] not in AMP or not 2 <= settings["channels"] <= 1024:
-        raise CheckpointError(f"{path}: settings {settings}, of no training")
-    patch = settings["patch"]
-    sides_are_good = all(type(side) is int and 1 <= side <= 4096 for side in patch)
-    if len(patch) not in (2, 3) or not sides_are_good:
-        expected = "two or three numbers of voxels"
-        raise CheckpointError(f"{path}: patch {patch}, expected {expected}")
+def predict(runs: list[Run], image: np.ndarray, device: torch.device, amp: str | None) -> Tensor:
+    """Class probabilities float16 (K, X, Y, Z) of an image (C, X, Y, Z), averaged over the runs.
 
-
-def predict(
-    models: list,
-    checkpoints: list[dict],
-    image: np.ndarray,
-    device: torch.device,
-    amp: str | None,
-    tta: bool,
-) -> Tensor:
-    """Class probabilities float16 (K, X, Y, Z) of an image (C, X, Y, Z), averaged over the models.
-
-    `amp` None is the precision of each training. Raises DataError if the image shall be mirrored
-    (`tta`) and a model was not trained on mirrored images.
+    `amp` None is the precision of each training.
     """
-    if tta and not all(checkpoint["settings"]["mirror"] for checkpoint in checkpoints):
-        reason = "a checkpoint has not seen mirrored images, expected runs with --mirror"
-        raise DataError(f"--tta: {reason}")
     total = None
-    for model, checkpoint in zip(models, checkpoints, strict=True):
-        settings = checkpoint["settings"]
-        part = predict_volume(
-            model,
-            image,
-            settings["patch"],
-            checkpoint["meta"]["slice_axis"],
-            device,
-            AMP[amp or settings["amp"]],
-            settings["batch_size"],
-            tta,
-        ).cpu()
-        part /= len(models)  # in place: the array can be larger than all else
-        if total is None:
-            total = part
-        else:
-            total += part
+    for run in runs:
+        settings = run.settings
+        mode = AMP[amp or settings["amp"]]
+        plan = (settings["patch"], run.meta["slice_axis"], device, mode, settings["batch_size"])
+        part = predict_volume(run.model, image, *plan).cpu()
+        part /= len(runs)  # in place: the array can be larger than all else
+        total = part if total is None else total.add_(part)
     return total
 
 
@@ -254,105 +190,115 @@ def name_memory_error(path: Path) -> Iterator[None]:
         raise explain(path, MemoryError(reason)) from error
 
 
-def name_results(args: argparse.Namespace, checkpoints: list[dict]) -> str:
-    """The default folder of the results, beside the first checkpoint."""
-    if not args.data:
-        return "predictions"
-    folds = {checkpoint["settings"]["fold"] for checkpoint in checkpoints}
-    if args.split == "val" and len(folds) > 1:
-        return "eval_folds"  # beside eval_val, which is that of the first fold alone
-    return f"eval_{args.split}"
-
-
 # --- a split of a cache ---
 
 
 def evaluate_split(
-    args: argparse.Namespace, models: list, checkpoints: list[dict], device: torch.device, out: Path
-) -> None:
-    """Metrics, tables, masks and pictures of a split."""
-    meta = checkpoints[0]["meta"]
-    classes = meta["classes"]
-    rows_by_fold = choose_rows(args.data, args.split, args.checkpoint, checkpoints)
-    index = read_index(args.data)
-    rows = [index[k] for k in chain.from_iterable(rows_by_fold.values())]
-    by = choose_groups(rows, args.by)
-    names = [row["id"] for row in rows]
-    check_split_outputs(out, args, names, suffix_of(meta))
-    for name in names:
-        check_case(args.data, name, meta)
+    args: argparse.Namespace, runs: list[Run], device: torch.device, out: Path
+) -> str:
+    """Predict the cases of a split: masks, pictures, cases.csv, and from it metrics.json."""
+    meta, index = open_cache(args.data)
+    check_same(meta, runs[0].meta, args.data, args.checkpoint[0])
+    folds = choose_folds(args, runs, index)
+    rows = [row for row in index if row["fold"] in folds]
+    by = args.by or ("fold" if len(folds) > 1 else None)
+    if by and by not in index[0]:
+        expected = f"expected one of {', '.join(index[0])}"
+        raise DataError(f"--by {by}: no such column in index.csv, {expected}")
 
+    # The table, a row a case; masks and a picture for each
+    (out / "predictions").mkdir()
     cases = []
-    tiles = []  # a picture for each case
+    tiles = []
     worst_dice = math.nan  # as long as no case has a Dice
-    structures = Counter()  # by in how many of truth and prediction they are: 0, 1 or 2
-    with hold_folder(out):
-        clear_results(out, list_results(out))
-        (out / "predictions").mkdir(exist_ok=True)
-        for number, row in enumerate(rows, 1):
-            # The image and its mask are on the grid of the cache, the truth on that of its file.
-            name = row["id"]
-            own_models = of_fold(row["fold"], models, checkpoints)
-            own = of_fold(row["fold"], checkpoints, checkpoints)
-            image, mask = open_case(args.data, name)
-            truth, affine, header = read_truth(args.data, name, meta["values"])
-            grid = (truth.shape, affine)
-            result = predict_case(args, name, own_models, own, image, grid, device)
-            on_grid, prediction, dropped = result
-            values = np.array(meta["values"], np.uint8)
-            with written(out / "predictions" / f"{name}{suffix_of(meta)}") as path:
-                write_prediction(path, values[prediction], affine, header)
+    for number, row in enumerate(rows, 1):
+        # The image and its mask are on the grid of the cache, the truth on that of its file.
+        name = row["id"]
+        image, mask = open_case(args.data, name)
+        truth, affine, header = read_truth(args.data, name, meta["values"])
+        with name_memory_error(args.data / "volumes" / f"{name}.image.npy"):
+            probabilities = predict(left_out(row["fold"], runs), image, device, args.amp)
+            check_finite(probabilities, name)
+            prediction = from_grid(probabilities.numpy(), truth.shape, affine)
+        on_grid = probabilities.argmax(0).byte().numpy()
+        metrics = {}
+        if args.largest:
+            prediction, dropped = keep_largest(prediction)
+            on_grid, _ = keep_largest(on_grid)
+            metrics["dropped_ml"] = dropped * voxel_ml(affine)
+        write_prediction(out / "predictions", name, prediction, affine, header, meta)
+        metrics = measure_case(truth, prediction, affine, meta["classes"]) | metrics
+        scores = dice_scores(
+            torch.from_numpy(np.array(mask)), torch.from_numpy(on_grid), len(meta["classes"])
+        )
+        metrics["dice_cache"] = scores.nanmean().item()
+        place = {key: row[key] for key in ("id", "patient", "fold")}
+        cases.append(place | metrics)
+        maps = {"truth": mask, "prediction": on_grid}
+        tiles.append(draw_case(image, maps, meta, name, metrics))
+        if math.isnan(worst_dice) or metrics["dice"] < worst_dice:
+            worst_dice = metrics["dice"]
+            worst = (image, maps, meta, name)
+        progress(f"{number}/{len(rows)}  {name}  dice {metrics['dice']:.3f}")
+    progress("")
+    write_csv(out / "cases.csv", cases)
+    write_metrics(args, cases, rows, by, meta, out)
 
-            metrics = measure_case(truth, prediction, affine, classes)
-            for k in range(1, len(classes)):
-                present = int((truth == k).any()) + int((prediction == k).any())
-                structures[present] += 1
-            scores = dice_scores(torch.from_numpy(np.array(mask)), on_grid, len(classes))
-            metrics["dice_cache"] = scores.nanmean().item()
-            if args.largest:
-                metrics["dropped_ml"] = dropped * voxel_ml(affine)
-            cases.append({"id": name, "group": row["group"], "fold": row["fold"]} | metrics)
-
-            maps = {"truth": mask, "prediction": on_grid.numpy()}
-            tiles.append(draw_case(image, maps, meta, name, metrics))
-            if math.isnan(worst_dice) or metrics["dice"] < worst_dice:
-                worst_dice = metrics["dice"]
-                worst = (image, maps, meta, name)
-            progress(f"{number}/{len(rows)}  {name}  dice {metrics['dice']:.3f}")
-        progress("")
-        dice = torch.tensor([case["dice"] for case in cases])
-        order = dice.nan_to_num(2.0).argsort()[:12]  # NaN, nothing there and nothing found: last
-        write_gallery(out / "worst.png", [tiles[k] for k in order.tolist()])
-        write_gif(out / "worst.gif", *worst)
-        summarise(args, cases, by, meta, structures, out)
-    absent = f"{structures[0]} structures absent in both, {structures[1]} in one"
-    print(f"{len(rows)} cases; {absent}; all of it in {out}")
+    dice = torch.tensor([case["dice"] for case in cases])
+    order = dice.nan_to_num(2.0).argsort()[:12]  # NaN, nothing there and nothing found: last
+    write_gallery(out / "worst.png", [tiles[k] for k in order.tolist()])
+    write_gif(out / "worst.gif", *worst)
+    return f"{len(rows)} cases; tables, masks and pictures"
 
 
-def predict_case(
+def write_metrics(
     args: argparse.Namespace,
-    name: str,
-    models: list,
-    checkpoints: list[dict],
-    image: np.ndarray,
-    grid: tuple[tuple[int, ...], np.ndarray],
-    device: torch.device,
-) -> tuple[Tensor, np.ndarray, int]:
-    """Class numbers on the grid of the cache, uint8 (X, Y, Z), and on that of the file.
+    cases: list[dict],
+    rows: list[dict[str, str]],
+    by: str | None,
+    meta: dict,
+    out: Path,
+) -> None:
+    """The means over all cases, those of each value of --by, and of bootstrap samples."""
+    names = [name for name in cases[0] if name not in ("id", "patient", "fold")]
+    values = [[case[name] for name in names] for case in cases]
+    table = torch.tensor(values, dtype=torch.float64)  # (cases, metrics)
 
-    `grid` are shape and affine of the file. Also returns how many voxels of it --largest dropped.
-    Raises DataError for what is not finite.
-    """
-    with name_memory_error(args.data / "volumes" / f"{name}.image.npy"):
-        probabilities = predict(models, checkpoints, image, device, args.amp, args.tta)
-        check_finite(probabilities, name)
-        prediction = from_grid(probabilities.numpy(), *grid)
-    on_grid = probabilities.argmax(0).byte()
-    dropped = 0
+    def measure(chosen: Tensor) -> dict[str, float]:
+        means = table[chosen].nanmean(0)  # a structure that neither mask has is NaN
+        return dict(zip(names, means.tolist(), strict=True))
+
+    patients = [case["patient"] for case in cases]
+    summary = bootstrap(measure, patients)
+    if by:
+        values = [row[by] for row in rows]
+        by = {"column": by, "values": summarise_by(measure, values, patients)}
+    unit = meta["picture_unit"]
+    run = describe_run(args, len(cases)) | {"classes": meta["classes"], "unit": unit or "mm"}
+    write_report(out, summary, patients, cases, run, by)
+    absent = sum(math.isnan(case["dice"]) for case in cases)
+    if absent:
+        print(f"note: {absent} cases where neither mask has anything: left out of the means")
     if args.largest:
-        prediction, dropped = keep_largest(prediction)
-        on_grid = torch.from_numpy(keep_largest(on_grid.numpy())[0])
-    return on_grid, prediction, dropped
+        most = max(cases, key=lambda case: case["dropped_ml"])
+        count = sum(case["dropped_ml"] > 0 for case in cases)
+        worst = f"at most {most['dropped_ml']:.3f} ml, of {most['id']}"
+        print(f"note: --largest dropped parts of {count} of {len(cases)} cases, {worst}")
+    if unit == "px":
+        print("note: the pictures say no resolution: distances are in pixels, in metrics.json")
+        print("      and cases.csv too, and volume_error_ml is in thousands of pixels")
+
+
+def describe_run(args: argparse.Namespace, count: int) -> dict:
+    """How the metrics of a split arose: command, versions, hashes, number of images."""
+    return {
+        "command": " ".join(sys.argv),
+        "versions": {module.__name__: module.__version__ for module in (torch, nib)},
+        "checkpoint_sha256": [file_sha256(path) for path in args.checkpoint],
+        "index_sha256": file_sha256(args.data / "index.csv"),
+        "split": args.split,
+        "n": count,
+    }
 
 
 def keep_largest(labels: np.ndarray) -> tuple[np.ndarray, int]:
@@ -423,146 +369,45 @@ def draw_case(
     metrics: dict[str, float],
 ) -> Tensor:
     """Image, truth and prediction where these two differ most, with the case's metrics."""
-    position = fullest(maps["truth"] != maps["prediction"], meta["slice_axis"])
-    unit = meta.get("picture_unit", "mm")
+    differs = maps["truth"] != maps["prediction"]
+    position = fullest(differs if differs.any() else maps["truth"] > 0, meta["slice_axis"])
+    unit = meta["picture_unit"] or "mm"
     caption = f"dice {metrics['dice']:.3f}  hd95 {metrics['hd95_mm']:.1f} {unit}"
     return draw_panels(image, {"image": None} | maps, meta, position, [name, caption])
 
 
-def choose_rows(
-    cache: Path, split: str, paths: list[Path], checkpoints: list[dict]
-) -> dict[str, list[int]]:
-    """Row numbers of the split by fold: of "test", or of each fold that a checkpoint left out.
+def choose_folds(args: argparse.Namespace, runs: list[Run], index: list[dict]) -> list[str]:
+    """The folds to predict: "test", or those that the runs left out.
 
-    Raises DataError if there are none, or if one that predicts them was trained on one of them.
+    Raises DataError if one has no rows, or if a run that predicts it was trained on some.
     """
-    meta, index = open_cache(cache)
-    check_same(meta, checkpoints[0]["meta"], cache, paths[0])
     folds = ["test"]
-    if split == "val":
-        left_out = {checkpoint["settings"]["fold"] for checkpoint in checkpoints}
-        if -1 in left_out:
+    sha256 = file_sha256(args.data / "index.csv")
+    if args.split == "val":
+        if any(run.fold == "-1" for run in runs):
             raise DataError("a checkpoint left no fold out (--fold -1); use --split test")
-        folds = [str(fold) for fold in sorted(left_out)]
-        sha256 = file_sha256(cache / "index.csv")
-        if any(checkpoint["settings"]["index"] != sha256 for checkpoint in checkpoints):
-            raise DataError(
-                f"{cache}: not the cache of the training, so its folds differ; use --split test"
-            )
-    rows_by_fold = {}
+        if any(run.settings["index"] != sha256 for run in runs):
+            problem = "not the cache of the training, so its folds differ"
+            raise DataError(f"{args.data}: {problem}; use --split test")
+        folds = sorted({run.fold for run in runs})
+        missing = [row for row in index if row["fold"] not in ("test", *folds)]
+        if len(folds) > 1 and missing:
+            names = ", ".join(sorted({row["fold"] for row in missing}))
+            print(f"note: no checkpoint of fold {names}: {len(missing)} rows are left out")
     for fold in folds:
-        rows = [k for k, row in enumerate(index) if row["fold"] == fold]
+        rows = [row for row in index if row["fold"] == fold]
         if not rows:
-            raise DataError(
-                f"{cache}: no {split} rows; preprocess.py makes them by --test-fraction or --like"
-            )
-        own = of_fold(fold, checkpoints, checkpoints)
-        check_leakage(cache, rows, of_fold(fold, paths, checkpoints), own)
-        rows_by_fold[fold] = rows
-    missing = [row["fold"] for row in index if row["fold"] not in ("test", *folds)]
-    if len(folds) > 1 and missing:
-        names = ", ".join(sorted(set(missing)))
-        print(f"note: no checkpoint of fold {names}: {len(missing)} rows are left out")
-    return rows_by_fold
+            hint = "preprocess.py makes them by --test-fraction or --like"
+            raise DataError(f"{args.data}: no {args.split} rows; {hint}")
+        for run in left_out(fold, runs):
+            is_own_cache = run.settings["index"] == sha256
+            refuse_trained_on(run.path, run.checkpoint, index, rows, is_own_cache)
+    return folds
 
 
-def of_fold(fold: str, items: list, checkpoints: list[dict]) -> list:
-    """Of items that belong to a checkpoint each, those whose training left the fold out.
-
-    All of them for the fold "test".
-    """
-    chosen = []
-    for item, checkpoint in zip(items, checkpoints, strict=True):
-        if fold in ("test", str(checkpoint["settings"]["fold"])):
-            chosen.append(item)
-    return chosen
-
-
-def check_leakage(cache: Path, rows: list[int], paths: list[Path], checkpoints: list[dict]) -> None:
-    """Raise DataError if a checkpoint, or its --init, was trained on some of these rows.
-
-    Images and patients count. Patients whom an official split has on both sides are told, but not
-    refused: such splits are kept as they are.
-    """
-    index = read_index(cache)
-    overlaps = read_meta(cache).get("overlaps", {})
-    patients, images = fingerprints(cache, rows)
-    for path, checkpoint in zip(paths, checkpoints, strict=True):
-        trained_on = checkpoint.get("trained_on")
-        if not trained_on:
-            print(
-                f"note: {path} does not say what it was trained on: keep that out of the test set"
-            )
-            continue
-        settings = checkpoint["settings"]
-        official = set()  # hashes of training patients, where the split is an official one
-        of_this_cache = settings["index"] == file_sha256(cache / "index.csv")
-        if of_this_cache and overlaps.get("patients on both sides of an official split"):
-            held_out = ("test", str(settings["fold"]))
-            others = [k for k, row in enumerate(index) if row["fold"] not in held_out]
-            official = set(fingerprints(cache, others)[0])
-        seen = count_trained_on(trained_on, patients, images)
-        refused = [k for k in seen if patients[k] not in official]
-        kept = len(seen) - len(refused)
-        if kept:
-            print(
-                f"note: {kept} of {len(rows)} images are of patients in training, "
-                "by the official split"
-            )
-        if refused:
-            name = index[rows[refused[0]]]["id"]
-            count = f"{len(refused)} of these {len(rows)} images or patients ({name})"
-            raise DataError(
-                f"{path}: trained on {count}; "
-                "take others, or, if only names are alike, change them in index.csv"
-            )
-
-
-def choose_groups(
-    rows: list[dict[str, str]], column: str | None
-) -> tuple[str, dict[str, list[int]]] | None:
-    """--by as `tabulate` takes it: the column, and the numbers of the rows that have each value.
-
-    Raises DataError without such a column, or if it has too many values to be one of groups.
-    """
-    if column is None:
-        return None
-    names = ", ".join(rows[0])
-    if column not in rows[0]:
-        raise DataError(f"--by {column}: no such column in index.csv, expected one of {names}")
-    rows_of = split_by([row[column] for row in rows], bands=column != "fold")
-    if len(rows_of) > MOST_VALUES:
-        found = f"{len(rows_of)} values in {len(rows)} rows"
-        raise DataError(
-            f"--by {column}: {found}, expected at most {MOST_VALUES}; the columns are {names}"
-        )
-    return column, rows_of
-
-
-def suffix_of(meta: dict) -> str:
-    """What masks are called: those of pictures are pictures."""
-    return ".png" if "picture_unit" in meta else ".nii.gz"
-
-
-def check_split_outputs(out: Path, args: argparse.Namespace, names: list[str], suffix: str) -> None:
-    """Raise DataError if a result would be written onto a mask of the cache or a checkpoint."""
-    outputs = [out / "metrics.json", out / "cases.csv"]
-    inputs = list(args.checkpoint)
-    for name in names:
-        outputs.append(out / "predictions" / f"{name}{suffix}")
-        inputs.append(args.data / "volumes" / f"{name}.truth.nii.gz")
-    check_outputs(outputs, inputs)
-
-
-def list_results(out: Path) -> list[str]:
-    """The files that an evaluation of a split left in the folder."""
-    names = ["metrics.json", "cases.csv", "worst.png", "worst.gif"]
-    if (out / "cases.csv").is_file():
-        with open(out / "cases.csv", newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                for suffix in (".nii.gz", ".png"):
-                    names.append(f"predictions/{Path(row['id']).name}{suffix}")
-    return names
+def left_out(fold: str, runs: list[Run]) -> list[Run]:
+    """The runs whose training left a fold out; all of them for "test"."""
+    return [run for run in runs if fold in ("test", run.fold)]
 
 
 def read_truth(
@@ -578,19 +423,24 @@ def read_truth(
 
 
 def write_prediction(
-    path: Path,
-    mask: np.ndarray,
+    folder: Path,
+    name: str,
+    labels: np.ndarray,
     affine: np.ndarray,
     header: nib.Nifti1Header | None,
+    meta: dict,
     description: bytes = b"",
-) -> None:
-    """Write uint8 (X, Y, Z) as NIfTI, or as the PNG of a picture, by the suffix of the file."""
-    if path.suffix != ".png":
-        write_mask(path, mask, affine, header, description)
-        return
+) -> str:
+    """Write class numbers (X, Y, Z) as values of masks, NIfTI or PNG; the name of the file."""
+    mask = np.array(meta["values"], np.uint8)[labels]
+    if meta["picture_unit"] is None:
+        file_name = f"{name}.nii.gz"
+        write_mask(folder / file_name, mask, affine, header, description)
+        return file_name
     info = PngInfo()
     info.add_text("Software", description.decode())
-    Image.fromarray(mask[:, :, 0].T).save(path, pnginfo=info)
+    Image.fromarray(mask[:, :, 0].T).save(folder / f"{name}.png", pnginfo=info)
+    return f"{name}.png"
 
 
 def measure_case(
@@ -617,59 +467,6 @@ def measure_case(
     return means | details
 
 
-def summarise(
-    args: argparse.Namespace,
-    cases: list[dict],
-    by: tuple[str, dict[str, list[int]]] | None,
-    meta: dict,
-    structures: Counter,
-    out: Path,
-) -> None:
-    """Write cases.csv and metrics.json, and print the means over the cases with their intervals."""
-    write_csv(out / "cases.csv", cases)
-    names = [name for name in cases[0] if name not in ("id", "group", "fold")]
-    values = []
-    for case in cases:
-        values.append([case[name] for name in names])
-    table = torch.tensor(values, dtype=torch.float64)  # (cases, metrics)
-
-    def mean_metrics(rows: Tensor) -> dict[str, float]:
-        means = table[rows].nanmean(0)
-        return dict(zip(names, means.tolist(), strict=True))
-
-    groups = [case["group"] for case in cases]
-    folds = [case["fold"] for case in cases]
-    summary = bootstrap(mean_metrics, groups, args.samples)
-    tables = tabulate(mean_metrics, folds, groups, by, args.samples)
-    run = {
-        "command": " ".join(sys.argv),
-        "versions": {module.__name__: module.__version__ for module in (torch, nib)},
-        "checkpoint_sha256": [file_sha256(path) for path in args.checkpoint],
-        "index_sha256": file_sha256(args.data / "index.csv"),
-        "split": args.split,
-        "n": len(cases),
-        "classes": meta["classes"],
-        "tta": args.tta,
-        "largest": args.largest,
-        "both_empty": structures[0],
-        "one_empty": structures[1],
-    }
-    unit = meta.get("picture_unit")
-    if unit:
-        run["unit"] = unit
-    write_report(out, summary, groups, cases, run, tables)
-    if args.largest:
-        most = max(cases, key=lambda case: case["dropped_ml"])
-        count = sum(case["dropped_ml"] > 0 for case in cases)
-        worst = f"at most {most['dropped_ml']:.3f} ml, of {most['id']}"
-        print(f"note: --largest dropped parts of {count} of {len(cases)} cases, {worst}")
-    if unit == "px":
-        print("note: the pictures say no resolution: distances are in pixels, in metrics.json")
-        print("      and cases.csv too, and volume_error_ml is in thousands of pixels")
-    elif unit == "mm":
-        print("note: volume_error_ml is that of slices of 1 mm: the area in mm2 by 1000")
-
-
 # --- pictures ---
 
 
@@ -693,7 +490,7 @@ def draw_panels(
     bare image.
     """
     axis = meta["slice_axis"]
-    is_colour = "picture_unit" in meta and len(image) == 3
+    is_colour = meta["picture_unit"] and len(image) == 3
     shown = image if is_colour else image[:1]
     plane = np.stack([take_slice(one, axis, position) for one in shown])  # (1 or 3, H, W)
     plane = plane.astype(np.float32)
@@ -719,6 +516,8 @@ def draw_panels(
             panel = overlay(gray, plane, len(meta["classes"]))
         panels += [panel, gap]
     strip = torch.cat(panels[:-1], 2)  # (3, H, W)
+    margin = max(0, CAPTION - strip.shape[2])  # or the caption of a narrow image would be cut
+    strip = torch.nn.functional.pad(strip, [0, margin])
     head = draw_caption(caption, list(maps), size[1] + GAP, strip.shape[2])
     return torch.cat([pil_to_tensor(head), strip], 1)
 
@@ -768,12 +567,7 @@ def write_gallery(path: Path, tiles: list[Tensor]) -> None:
     for tile in tiles:
         margins = [0, width - tile.shape[2], 0, height - tile.shape[1]]  # left, right, top, bottom
         padded.append(torch.nn.functional.pad(tile, margins))
-    save_picture(path, to_pil_image(torchvision.utils.make_grid(padded, nrow=3)))
-
-
-def save_picture(path: Path, picture: Image.Image) -> None:
-    with written(path) as temporary:
-        picture.save(temporary)
+    to_pil_image(torchvision.utils.make_grid(padded, nrow=3)).save(path)
 
 
 def write_gif(path: Path, image: np.ndarray, maps: dict, meta: dict, name: str) -> None:
@@ -786,361 +580,87 @@ def write_gif(path: Path, image: np.ndarray, maps: dict, meta: dict, name: str) 
     for k in range(0, count, step):
         caption = f"{name}  slice {k + 1}/{count}"
         frames.append(to_pil_image(draw_panels(image, maps, meta, k, [caption])))
-    with written(path) as temporary:
-        frames[0].save(temporary, save_all=True, append_images=frames[1:], duration=100, loop=0)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
 
 
 # --- new images ---
 
 
-@dataclass
-class NewImage:
-    """A new image, and the name of its mask."""
-
-    name: str
-    paths: list[Path]  # one file or DICOM folder with all channels, or one file a channel
-    numbers: list[int]  # which channels the files are, if they are one each
-    files: list[Path] = field(default_factory=list)  # those of a series that shares its folder
-
-
 def predict_images(
-    args: argparse.Namespace, models: list, checkpoints: list[dict], device: torch.device, out: Path
-) -> None:
-    """Masks and pictures of new images. Raises DataError at the end if some cannot be predicted."""
-    meta = checkpoints[0]["meta"]
-    warnings.filterwarnings("ignore", module="pydicom")  # harmless header slips, one line per file
-    images = find_images(args.images, meta)
-    check_place(out, args.images)
-    check_results(out, images, suffix_of(meta))
+    args: argparse.Namespace, runs: list[Run], device: torch.device, out: Path
+) -> tuple[str, int]:
+    """Write masks, volumes.csv and pictures of new images.
+
+    Returns what was done, and how many could not be predicted; their reasons are printed.
+    """
+    meta = runs[0].meta
+    images = find_new(args.images, meta)
     tiles = []  # a picture for each of the first images
-    bad = 0
-    done = 0
-    with hold_folder(out):
-        for image in images:
-            try:
-                row, on_grid, labels = predict_image(image, args, models, checkpoints, device, out)
-            except DataError as error:
-                bad += 1
-                print(error, file=sys.stderr)
-                continue
-            # Row by row: what a stopped run has done stays.
-            append_row(out / "volumes.csv", row, is_first=done == 0)
-            done += 1
-            maps = {"image": None, "prediction": labels}
-            if done <= OVERLAYS:
-                position = fullest(labels > 0, meta["slice_axis"])
-                tiles.append(draw_panels(on_grid, maps, meta, position, [image.name]))
-            if done == 1:
-                write_gif(out / "first.gif", on_grid, maps, meta, image.name)
-            unit = "px" if "picture_unit" in meta else "ml"
-            volumes = [f"{name} {row[f'{unit}_{name}']} {unit}" for name in meta["classes"][1:]]
-            if args.largest:
-                volumes.append(f"dropped {row[f'{unit}_dropped']} {unit}")
-            print(one_line(f"{row['image']}: {'  '.join(volumes)}"))
-        if done:
-            write_gallery(out / "overlays.png", tiles)
-            print(f"{done} images; masks, volumes.csv and pictures in {out}")
-            if done > OVERLAYS:
-                print(f"note: overlays of the first {OVERLAYS} images only")
-            if "picture_unit" in meta:
-                numbers = f"the numbers {meta['values']}; small ones look black in a viewer"
-                print(f"masks are PNG files of the pictures' sizes with {numbers}")
-    if bad:
-        raise DataError(f"{bad} of {len(images)} images could not be read (named above)")
-
-
-def find_images(paths: list[Path], meta: dict) -> list[NewImage]:
-    """The images among files and folders, with names of masks that do not collide.
-
-    For a network of several channels NAME_0000, NAME_0001, ... (nnU-Net) of one folder are one
-    image.
-    """
-    channels = len(meta["channels"])
-    by_place: dict[Path, NewImage] = {}
-    for image in list_new(paths, "picture_unit" in meta):
-        path = image.paths[0]
-        place = Path(os.path.abspath(path))
-        stem, number = split_channel(image.name)
-        if number is None or channels == 1 or not is_one_channel(path):
-            by_place[place / image.name if image.files else place] = image
-        else:
-            # The first channel file makes the image, the others join it.
-            image = by_place.setdefault(place.with_name(stem), NewImage(stem, [], []))
-            image.paths.append(path)
-            image.numbers.append(number)
-    images = list(by_place.values())
-    if channels == 1:
-        note_channels({image.name for image in images})
-    name_outputs(images)
-    return images
-
-
-def list_new(paths: list[Path], pictures: bool) -> list[NewImage]:
-    """Files as they are; of a folder, all that is below it; a DICOM series is one image.
-
-    What lies deeper is called by its path. Raises DataError for a folder without pictures, if
-    those are wanted.
-    """
-    images = []
-    for path in paths:
-        name = image_name(Path(os.path.abspath(path)))  # "." has no name of its own
-        below = []
-        for folder in list_folders(path):
-            inside = list_pictures(folder) if pictures else list_scans(folder)
-            parts = folder.relative_to(path).parts
-            for image in inside:
-                # The folder of a series has given its name to the image itself.
-                names = parts[:-1] if image.paths[0] == folder else parts
-                image.name = shorten_name("_".join([*names, image.name]))
-            below += inside
-        if pictures and path.is_dir() and not below:
-            raise DataError(f"{path}: no picture in it, expected {PICTURE_KINDS}, as in training")
-        images += below or [NewImage(name or "image", [path], [])]
-    return images
-
-
-def list_folders(top: Path) -> list[Path]:
-    """A folder and all folders below it, but hidden ones, in the order of their names."""
-    folders = []
-    for folder, names, _ in os.walk(top):
-        names[:] = sorted(name for name in names if not name.startswith("."))
-        folders.append(Path(folder))
-    return folders
-
-
-def list_pictures(folder: Path) -> list[NewImage]:
-    """The pictures of a folder; what else lies there is noted."""
-    volumes, others = list_volumes(folder)
-    pictures = [path for path in others if is_picture(path)]
-    left_out = [path for path in volumes + others if path.is_file() and path not in pictures]
-    note_others(folder, left_out, f"neither {PICTURE_KINDS}")
-    return [NewImage(image_name(path), [path], []) for path in pictures]
-
-
-def list_scans(folder: Path) -> list[NewImage]:
-    """The volumes of a folder, what else lies there is noted; or its DICOM series."""
-    volumes, others = list_volumes(folder)
-    others = [path for path in others if path.is_file()]
-    if volumes:
-        note_others(folder, others)
-        return [NewImage(volume_name(path), [path], []) for path in volumes]
-    name = Path(os.path.abspath(folder)).name
-    series, no_images = split_series(others)
-    if len(series) > 1:
-        images = []
-        for number, files in series.items():
-            # Each with the files that are no images: a cut one may be of any of the series.
-            images.append(NewImage(f"{name}_{number}", [folder], [], files + no_images))
-        return images
-    # Cut ones are named when the folder is read; a DICOMDIR is the table of contents of a disc.
-    cut = [path for path in no_images if not path.name.upper().startswith("DICOMDIR")]
-    if series or any(is_dicom(path) for path in cut):
-        return [NewImage(name or "image", [folder], [])]
-    return []
-
-
-def split_series(paths: list[Path]) -> tuple[dict[str, list[Path]], list[Path]]:
-    """The DICOM images among files, by the number of their series, and the other files.
-
-    Two series of one number, which echoes may have, are number and number_2.
-    """
-    by_uid = defaultdict(list)
-    numbers = {}
-    others = []
-    for path in paths:
-        ds = read_dataset(path, stop_before_pixels=True)
-        if ds is None or not ds.get("Rows"):
-            others.append(path)
-            continue
-        uid = str(ds.get("SeriesInstanceUID"))
-        by_uid[uid].append(path)
-        numbers.setdefault(uid, str(ds.get("SeriesNumber") or "series"))
-    taken: set[str] = set()
-    series = {choose_free(numbers[uid], taken): files for uid, files in by_uid.items()}
-    return series, others
-
-
-def shorten_name(name: str) -> str:
-    """The end of a name that would be too long for a file: folders may be called by UIDs."""
-    return name if len(name) <= 150 else name[-150:].lstrip(".")
-
-
-def is_one_channel(path: Path) -> bool:
-    """Whether a file can be one channel of nnU-Net: it is not 4D itself.
-
-    So can one that cannot be read: then the message names it with its channel.
-    """
-    if is_picture(path):
-        return False
-    try:
-        return path.is_file() and len(read_header(path).get_data_shape()) < 4
-    except (DataError, OSError, EOFError, zlib.error):
-        return True
-
-
-def note_channels(names: set[str]) -> None:
-    """Note names like nnU-Net's channel files, which with one channel are an image each."""
-    for first in sorted(names):
-        second = f"{first[:-1]}1"
-        if first.endswith("_0000") and second in names:
-            print(f"note: {first} and {second} are two images to a network of one channel")
-            return
-
-
-def name_outputs(images: list[NewImage]) -> None:
-    """Make the names differ, even without case: by their folders' names, and else by a number.
-
-    Of a.nii and a.nii.gz the latter has the mask a.nii.gz, or people would take it for the other's.
-    """
-    # Those come first, and so get the name, whose mask would be called as they are.
-    first_choice = sorted(images, key=lambda image: image.paths[0].name != f"{image.name}.nii.gz")
-    same_name = defaultdict(list)
-    for image in first_choice:
-        same_name[image.name.casefold()].append(image)
-    taken = {name for name, members in same_name.items() if len(members) == 1}
-    for members in same_name.values():
-        if len(members) == 1:
-            continue
-        # Two ct folders of p1 and p2 become p1_ct and p2_ct; what still is alike gets a number.
-        folders = [image.paths[0].resolve().parent.name for image in members]
-        for image, folder in zip(members, folders, strict=True):
-            if len(set(folders)) > 1:
-                image.name = f"{folder}_{image.name}"
-            image.name = choose_free(image.name, taken)
-
-
-def choose_free(base: str, taken: set[str]) -> str:
-    """`base`, or base_2, base_3, ... if that is taken; the choice is taken from now on."""
-    name = base
-    number = 2
-    while name.casefold() in taken:
-        name = f"{base}_{number}"
-        number += 1
-    taken.add(name.casefold())
-    return name
-
-
-def check_place(out: Path, paths: list[Path]) -> None:
-    """Raise DataError if --out lies below a folder of --images, where masks would be read."""
-    for folder in paths:
-        if folder.resolve() in out.resolve().parents:
-            problem = f"lies in {folder}, where it would be read as images"
-            raise DataError(f"--out {out}: {problem}; choose another")
-
-
-def check_results(out: Path, images: list[NewImage], suffix: str) -> None:
-    """Raise DataError if an image, or a file that is no earlier result, would be overwritten."""
-    masks = [out / f"{image.name}{suffix}" for image in images]
-    inputs = []
+    rows = []
     for image in images:
-        inputs += image.paths
-    table = out / "volumes.csv"
-    check_outputs([*masks, table, out / "overlays.png", out / "first.gif"], inputs)
-    if out.resolve() in [path.resolve() for path in inputs]:
-        reason = "is the folder of a DICOM series that is read"
-        raise DataError(f"{out}: {reason}; give another --out")
-    foreign = [mask for mask in masks if mask.exists() and not is_prediction(mask)]
-    # By its first columns a table is known to be one of ours.
-    if table.exists() and not table.read_bytes().startswith(b"image,mask,"):
-        foreign.append(table)
-    if foreign:
-        reason = "exists and is no earlier result of this script"
-        raise DataError(f"{foreign[0]}: {reason}; give another --out")
-
-
-def is_prediction(path: Path) -> bool:
-    """Whether a file is a mask written by this script."""
-    if path.suffix == ".png":
-        with reading(path), Image.open(path, formats=["PNG"]) as image:
-            return image.info.get("Software", "").encode().startswith(PREDICTION)
-    try:
-        return bytes(read_header(path)["descrip"]).startswith(PREDICTION)
-    except (DataError, OSError, EOFError, zlib.error):
-        return False
+        try:
+            row, on_grid, labels = predict_image(image, args, runs, device, out)
+        except DataError as error:
+            print(error, file=sys.stderr)
+            continue
+        rows.append(row)
+        write_csv(out / "volumes.csv", rows)  # what an interrupted run has done stays
+        maps = {"image": None, "prediction": labels}
+        if len(rows) <= OVERLAYS:
+            position = fullest(labels > 0, meta["slice_axis"])
+            tiles.append(draw_panels(on_grid, maps, meta, position, [image.name]))
+        if len(rows) == 1:
+            write_gif(out / "first.gif", on_grid, maps, meta, image.name)
+        unit = "px" if meta["picture_unit"] else "ml"
+        volumes = [f"{name} {row[f'{unit}_{name}']} {unit}" for name in meta["classes"][1:]]
+        if args.largest:
+            volumes.append(f"dropped {row[f'{unit}_dropped']} {unit}")
+        print(one_line(f"{row['image']}: {'  '.join(volumes)}"))
+    if not rows:
+        raise DataError(f"none of {len(images)} images could be predicted")
+    write_gallery(out / "overlays.png", tiles)
+    if len(rows) > OVERLAYS:
+        print(f"note: overlays of the first {OVERLAYS} images only")
+    if meta["picture_unit"]:
+        numbers = f"the numbers {meta['values']}; small ones look black in a viewer"
+        print(f"masks are PNG files of the pictures' sizes with {numbers}")
+    return f"{len(rows)} images; masks, volumes.csv and pictures", len(images) - len(rows)
 
 
 def predict_image(
-    image: NewImage,
-    args: argparse.Namespace,
-    models: list,
-    checkpoints: list[dict],
-    device: torch.device,
-    out: Path,
+    image: NewImage, args: argparse.Namespace, runs: list[Run], device: torch.device, out: Path
 ) -> tuple[dict, np.ndarray, np.ndarray]:
     """Write the mask of an image. Its row of volumes.csv; image and class numbers on the grid.
 
     Raises DataError if it cannot be read or needs more memory than there is.
     """
-    meta = checkpoints[0]["meta"]
-    with name_memory_error(image.paths[0]):
-        on_grid, affine, header, shape = read_image(image, meta)
-        probabilities = predict(models, checkpoints, on_grid, device, args.amp, args.tta)
-        check_finite(probabilities, image.paths[0])
+    meta = runs[0].meta
+    with name_memory_error(image.path):
+        on_grid, affine, header, shape, notes = read_new(image, meta)
+        for what, detail in notes:
+            print(one_line(f"note: {image.path}: {what} {detail}".rstrip()))
+        probabilities = predict(runs, on_grid, device, args.amp)
+        check_finite(probabilities, image.path)
         labels = from_grid(probabilities.numpy(), shape, affine)  # (X, Y, Z) of the file
         labels_on_grid = probabilities.argmax(0).byte().numpy()
+    dropped = 0
     if args.largest:
         labels, dropped = keep_largest(labels)
         labels_on_grid, _ = keep_largest(labels_on_grid)
-    mask_name = f"{image.name}{suffix_of(meta)}"
-    with written(out / mask_name) as path:
-        values = np.array(meta["values"], np.uint8)
-        write_prediction(path, values[labels], affine, header, PREDICTION)
-
-    voxel = voxel_ml(affine)
+    mask_name = write_prediction(out, image.name, labels, affine, header, meta, PREDICTION)
     counts = np.bincount(labels.reshape(-1), minlength=len(meta["classes"]))
-    source = image.files[:1] or image.paths  # of a series beside others its first file
+    source = [image.path] if image.is_series else image.files
     row = {"image": ";".join(map(str, source)), "mask": mask_name}
-    for name, count in zip(meta["classes"][1:], counts[1:], strict=True):
-        if "picture_unit" in meta:
-            row[f"px_{name}"] = int(count)  # pixels of the file
-        else:
-            row[f"ml_{name}"] = round(voxel * int(count), 3)
+    voxels = dict(zip(meta["classes"][1:], counts[1:].tolist(), strict=True))
     if args.largest:
-        if "picture_unit" in meta:
-            row["px_dropped"] = dropped
+        voxels["dropped"] = dropped
+    for name, count in voxels.items():
+        if meta["picture_unit"]:
+            row[f"px_{name}"] = count  # pixels of the file
         else:
-            row["ml_dropped"] = round(voxel * dropped, 3)
+            row[f"ml_{name}"] = round(voxel_ml(affine) * count, 3)
     return row, on_grid, labels_on_grid
 
 
-def read_image(
-    image: NewImage, meta: dict
-) -> tuple[np.ndarray, np.ndarray, nib.Nifti1Header | None, tuple[int, ...]]:
-    """An image on the common grid, float16 (C, X, Y, Z); affine, header and shape of its file.
-
-    Prints what is odd. Raises DataError if the model cannot take it.
-    """
-    notes: Notes = []
-    path = image.paths[0]
-    paths = image.paths
-    if image.numbers:
-        numbers = sorted(image.numbers)
-        if numbers != list(range(len(meta["channels"]))):
-            given = ", ".join(f"{number:04d}" for number in numbers)
-            expected = f"one for each of {meta['channels']}"
-            raise DataError(f"{path}: channel files {given}, expected {expected}")
-        paths = [image.paths[image.numbers.index(number)] for number in numbers]
-    volume, affine, header = fit_picture(path, read_channels(paths, notes, image.files), meta)
-    for what, detail in notes:
-        print_note(path, what, detail)
-    check_channels(path, volume.shape[3], meta["channels"])
-    shape = volume.shape[:3]
-    _, spacing = orient(affine)
-    check_grid(path, ras_shape(shape, affine), spacing, meta)
-    on_grid = to_grid(volume, affine, meta)
-    check_range(path, on_grid)
-    return on_grid, affine, header, shape
-
-
-def append_row(path: Path, row: dict, is_first: bool) -> None:
-    """Add a row to a CSV file; the first one replaces the file and writes the header."""
-    mode = "w" if is_first else "a"
-    with open(path, mode, newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, row)
-        if is_first:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 if __name__ == "__main__":
-    run_command(main, CheckpointError)
+    run_command(main)

@@ -7,17 +7,12 @@ of a patch, (X, Y, Z) the axes of a volume in RAS: to the right, front and top.
 
 import itertools
 import math
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from segmentation.dataset import box_slices, cut, in_batches, patch_axes, window_size
 
 # The layers by the number of axes: slices and volumes.
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -26,7 +21,6 @@ NORM = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 POOL = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
 MEMORY_FORMAT = {2: torch.channels_last, 3: torch.channels_last_3d}
 
-HEAD = ("head.",)  # what --freeze trains: names of weights begin so
 MAX_PATCH = 2**18  # voxels: 512 x 512, or 64 x 64 x 64
 MAX_STAGES = 6
 MAX_WIDTH = 256  # channels
@@ -58,6 +52,44 @@ def build_model(meta: dict, channels: int, patch: list[int]) -> "UNet":
     model = UNet(len(meta["channels"]), len(meta["classes"]), channels, patch, spacing)
     # The order of memory in which cuDNN and oneDNN convolve; it saves them two copies a layer.
     return model.to(memory_format=MEMORY_FORMAT[dims])
+
+
+# --- patches: boxes of voxels, one voxel thick if they are slices ---
+
+
+def patch_axes(values: list, dims: int, slice_axis: int) -> list:
+    """Of values for x, y and z those that a patch has: in two dimensions all but the slice axis."""
+    return [value for axis, value in enumerate(values) if dims == 3 or axis != slice_axis]
+
+
+def window_size(patch: list[int], slice_axis: int) -> list[int]:
+    """The patch as a box of voxels (x, y, z): a slice is one voxel thick along the slice axis."""
+    size = list(patch)
+    if len(size) == 2:
+        size.insert(slice_axis, 1)
+    return size
+
+
+def cut(volume: np.ndarray, corner: list[int], size: list[int]) -> np.ndarray:
+    """The box of `size` at `corner` of (..., X, Y, Z), zeros where it reaches out of the volume."""
+    inside, place = box_slices(corner, size, volume.shape[-3:])
+    box = np.zeros((*volume.shape[:-3], *size), volume.dtype)  # (..., *size)
+    box[(..., *place)] = volume[(..., *inside)]
+    return box
+
+
+def box_slices(
+    corner: list[int], size: list[int], shape: tuple[int, ...]
+) -> tuple[list[slice], list[slice]]:
+    """The part of a box that lies in a volume of `shape`: slices of the volume, and of the box."""
+    inside = []
+    place = []
+    for start, length, end in zip(corner, size, shape, strict=True):
+        low = max(0, start)
+        high = max(0, min(end, start + length))
+        inside.append(slice(low, high))
+        place.append(slice(low - start, high - start))
+    return inside, place
 
 
 # --- the network ---
@@ -209,11 +241,11 @@ def conv_unit(
     return nn.Sequential(*layers)
 
 
-# --- the loss ---
+# --- losses ---
 
 
-def segmentation_loss(logits: Tensor, masks: Tensor, kind: str) -> Tensor:
-    """Soft Dice loss, plus cross entropy if "dice_ce": a number for backward().
+def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """Soft Dice loss: a number for backward().
 
     Logits float32 (B, K, *S): half precision would overflow in the sums. Masks int64 (B, *S), class
     numbers.
@@ -233,10 +265,15 @@ def segmentation_loss(logits: Tensor, masks: Tensor, kind: str) -> Tensor:
     predicted = probabilities.sum(2)  # (B, K - 1)
     dice = 2 * common / (size + predicted).clamp(min=1e-6)
     false_share = predicted / truth.shape[2]
-    loss = torch.where(size > 0, 1 - dice, false_share).mean()
-    if kind == "dice_ce":
-        loss = loss + F.cross_entropy(logits, masks)
-    return loss
+    return torch.where(size > 0, 1 - dice, false_share).mean()
+
+
+def dice_ce_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """`dice_loss` plus the cross entropy, which has a gradient in every voxel."""
+    return dice_loss(logits, masks) + F.cross_entropy(logits, masks)
+
+
+LOSSES = {"dice_ce": dice_ce_loss, "dice": dice_loss}
 
 
 # --- whole volumes ---
@@ -251,13 +288,11 @@ def predict_volume(
     device: torch.device,
     amp: torch.dtype | None,
     batch_size: int,
-    mirror: bool = False,
 ) -> Tensor:
     """Class probabilities float16 (K, X, Y, Z) of a volume (C, X, Y, Z).
 
     The model sees overlapping windows of the size of the patch, `batch_size` at a time; with a
-    patch of two axes they are whole slices. `mirror` averages each window over all ways to flip its
-    axes.
+    patch of two axes they are whole slices.
 
     Windows lie on a lattice, so their weights are known beforehand to add up to one: a single array
     of the result's size is all that is kept, no array of weights to divide by at the end. It is on
@@ -271,14 +306,15 @@ def predict_volume(
         for axis in range(3):
             if axis != slice_axis:
                 size[axis] = max(size[axis], shape[axis])
-    along_axes = []  # of each axis: the windows' starts and weights
+    along_axes = []  # the windows' starts and weights along each axis
     for length, side in zip(shape, size, strict=True):
         axis_windows = window_weights(length, side)
         along_axes.append([(start, weights.to(device)) for start, weights in axis_windows])
     windows = list(itertools.product(*along_axes))
 
     result = None
-    for batch in in_batches(windows, batch_size):
+    for first in range(0, len(windows), batch_size):
+        batch = windows[first : first + batch_size]
         cuts = []
         for window in batch:
             corner = [start for start, _ in window]
@@ -287,10 +323,12 @@ def predict_volume(
         images = images.to(device, non_blocking=True).float()
         if is_slice:
             images = images.squeeze(thin)  # (B, C, *S)
-        probabilities = predict_batch(model, images, amp, mirror)  # (B, K, *S)
+        with torch.autocast(device.type, amp, enabled=amp is not None):
+            logits = model(images)  # (B, K, *S)
+        probabilities = logits.float().softmax(1)
         if is_slice:
             probabilities = probabilities.unsqueeze(thin)  # (B, K, *size)
-        if result is None:  # only the output tells the number of classes
+        if result is None:  # the output has the number of classes
             result_shape = (probabilities.shape[1], *shape)
             is_large = 2 * math.prod(result_shape) > MAX_ON_DEVICE
             place = "cpu" if is_large else device
@@ -303,9 +341,9 @@ def predict_volume(
 def window_weights(length: int, size: int) -> list[tuple[int, Tensor]]:
     """Where windows of `size` begin on an axis of `length` voxels, each with its weights (size,).
 
-    Windows overlap by half. Weights are bells, because a network is worst at the edge of what it
-    sees; they add up to one at every voxel of the axis. An axis shorter than the window lies in the
-    window's middle.
+    Windows overlap by half, with Gaussian weights, because a window is least reliable at its edge;
+    they add up to one at every voxel of the axis. An axis shorter than the window lies in its
+    middle.
     """
     if length <= size:
         starts = [(length - size) // 2]  # negative: the window begins before the axis
@@ -327,24 +365,6 @@ def window_weights(length: int, size: int) -> list[tuple[int, Tensor]]:
         weights = bell / total[start + size : start + 2 * size]
         windows.append((start, weights))
     return windows
-
-
-def predict_batch(
-    model: nn.Module, images: Tensor, amp: torch.dtype | None, mirror: bool
-) -> Tensor:
-    """Class probabilities float32 (B, K, *S) of images float32 (B, C, *S), averaged if mirrored."""
-    flips = [()]  # the axes to flip
-    if mirror:
-        axes = range(2, images.ndim)
-        for count in range(1, len(axes) + 1):
-            flips += itertools.combinations(axes, count)
-    mean = 0
-    for axes in flips:
-        with torch.autocast(images.device.type, amp, enabled=amp is not None):
-            logits = model(images.flip(axes))  # (B, K, *S)
-        probabilities = logits.float().softmax(1)
-        mean = mean + probabilities.flip(axes) / len(flips)
-    return mean
 
 
 def add_window(

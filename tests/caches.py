@@ -13,7 +13,23 @@ from types import ModuleType
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 from torch import nn
+
+from common import checkpoint
+from common.checkpoint import FORMAT
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = ("classification", "detection", "segmentation")
+TASKS = pytest.mark.parametrize("task", NAMES)
+XRAYS = pytest.mark.parametrize("task", NAMES[:2])
+# What log.csv has with the prefix val_, and what decides which checkpoint is the best
+SCORES = {"classification": "auroc", "detection": "mean_iou", "segmentation": "dice"}
+SMALL = {
+    "classification": "--batch-size 6",
+    "detection": "--batch-size 6 --channels 16",
+    "segmentation": "--batch-size 8 --channels 2",
+}
 
 
 def module(task: str, script: str) -> ModuleType:
@@ -48,38 +64,45 @@ def change_meta(cache: Path, **values: object) -> None:
     (cache / "meta.json").write_text(json.dumps(meta | values))
 
 
-def draw_images(cache: Path, task: str) -> Path:
+def draw_images(cache: Path, task: str, count: int = 24, size: int = 32) -> Path:
     """Noise with a bright square, low for label 1; two images a patient; folds 0, 1, 2 and test."""
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 60, (24, 32, 32), dtype=np.uint8)
+    images = rng.integers(0, 60, (count, size, size), dtype=np.uint8)
     rows = []
-    for k in range(24):
+    for k in range(count):
         top = 18 if k % 2 else 4
         images[k, top : top + 8, 6:14] += 150
         fold = ("0", "1", "2", "test")[k // 2 % 4]
         row = {"id": f"i{k}", "patient": f"p{k // 2}", "fold": fold}
+        row |= {"split": "", "digest": f"digest{k}"}
         if task == "classification":
-            row |= {"label": k % 2, "source": f"i{k}.png"}
+            row |= {"label": ("no", "yes")[k % 2], "source": f"i{k}.png"}
         else:
             row |= {"site": "ab"[k // 2 % 2], "xmin": 6, "ymin": top, "xmax": 14, "ymax": top + 8}
-            row |= {"height": 32, "width": 32, "spacing": "", "source": f"i{k}.png"}
+            row |= {"height": size, "width": size, "spacing": "", "source": f"i{k}.png"}
         rows.append(row)
     cache.mkdir(parents=True)
     np.save(cache / "images.npy", images)
     write_index(cache, rows)
-    meta = {"size": 32, "mean": 0.2, "std": 0.2, "n": 24}
+    meta = {"format": FORMAT, "task": task, "size": size, "n": count}
     if task == "classification":
-        meta |= {"classes": ["no", "yes"], "fit": "squash"}
+        meta |= {"classes": ["no", "yes"], "positive_class": "yes", "multi_label": False}
+        meta |= {"fit": "squash", "channels": 1}
+    else:
+        meta |= {"mean": 0.2, "std": 0.2}
     (cache / "meta.json").write_text(json.dumps(meta))
     return cache
 
 
-def draw_volumes(cache: Path, empty: bool = False) -> Path:
+def draw_volumes(
+    cache: Path, count: int = 8, shape: tuple[int, ...] = (8, 8, 8), empty: bool = False
+) -> Path:
     """Noise with a bright cube of class 1 (2 in the file), or none; folds 0, 1, 2 and test."""
     (cache / "volumes").mkdir(parents=True)
     rows = []
-    for k in range(8):
-        rng, mask = np.random.default_rng(k), np.zeros((8, 8, 8), np.uint8)
+    for k in range(count):
+        rng = np.random.default_rng(k)
+        mask = np.zeros(shape, np.uint8)
         if not empty:
             mask[2:6, 1 : 4 + k % 3, 2:6] = 1
         image = (rng.normal(0, 0.3, mask.shape) + 2 * mask)[None].astype(np.float16)
@@ -89,16 +112,21 @@ def draw_volumes(cache: Path, empty: bool = False) -> Path:
             np.save(cache / "volumes" / f"v{k}.{kind}.npy", array)
         nib.save(nib.Nifti1Image(2 * mask, np.eye(4)), cache / "volumes" / f"v{k}.truth.nii.gz")
         fold = ("0", "1", "2", "test")[k % 4]
-        rows.append({"id": f"v{k}", "group": f"g{k}", "fold": fold, "image": "", "mask": ""})
+        row = {"id": f"v{k}", "patient": f"p{k}", "fold": fold, "split": ""}
+        rows.append(row | {"digest": f"digest{k}", "image": "", "mask": ""})
     write_index(cache, rows)
     meta = {
+        "format": FORMAT,
+        "task": "segmentation",
+        "n": count,
+        "picture_unit": None,
         "classes": ["background", "cube"],
         "values": [0, 2],
         "channels": ["MRI"],
         "resample": False,
         "spacing": [1, 1, 1],
         "slice_axis": 2,
-        "shape": [8, 8, 8],
+        "shape": list(shape),
         "normalisation": [None],
     }
     (cache / "meta.json").write_text(json.dumps(meta))
@@ -109,31 +137,95 @@ def draw_cache(cache: Path, task: str) -> Path:
     return draw_volumes(cache) if task == "segmentation" else draw_images(cache, task)
 
 
-def train(task: str, cache: Path, out: Path, *options: str) -> None:
-    small = {
-        "classification": ["--batch-size", "6"],
-        "detection": ["--batch-size", "6", "--channels", "16"],
-        "segmentation": ["--batch-size", "8", "--channels", "2"],
-    }[task]
-    command = [
-        "--data",
-        str(cache),
-        "--out",
-        str(out),
-        "--epochs",
-        "1",
-        "--workers",
-        "0",
-        "--device",
-        "cpu",
-    ]
-    module(task, "train").main([*command, *small, *options])
+def write_raw(raw: Path, task: str) -> Path:
+    """Noise: 40 pictures in two class folders or with boxes, or 8 volumes with a cube."""
+    rng = np.random.default_rng(0)
+    names = {"classification": "no yes", "detection": "images images"}
+    folders = names.get(task, "imagesTr labelsTr").split()
+    for folder in folders:
+        (raw / folder).mkdir(parents=True, exist_ok=True)
+    lines = ["image,xmin,ymin,xmax,ymax"]
+    for k in range(8 if task == "segmentation" else 40):
+        if task == "segmentation":
+            mask = np.zeros((8, 8, 8), np.uint8)
+            mask[2:6, 2:6, 2:6] = 1
+            volume = rng.normal(0, 0.3, mask.shape) + 2 * mask
+            for folder, array in zip(folders, (volume, mask), strict=True):
+                nib.save(nib.Nifti1Image(array, np.eye(4)), raw / folder / f"v{k}.nii.gz")
+            continue
+        pixels = rng.integers(0, 256, (32, 48), dtype=np.uint8)
+        Image.fromarray(pixels).save(raw / folders[k % 2] / f"i{k}.png")
+        lines.append(f"i{k}.png,4,4,20,{20 + k % 8}")
+    if task == "detection":
+        (raw / "boxes.csv").write_text("\n".join(lines))
+    return raw
+
+
+# --- the commands: options are words, or texts of several words ---
+
+
+def split_words(*options: object) -> list[str]:
+    return " ".join(map(str, options)).split()
+
+
+def preprocess(task: str, raw: Path, out: Path, *options: object) -> None:
+    words = split_words("--data", raw, "--out", out, "--workers 1", *options)
+    module(task, "preprocess").main(words)
+
+
+def train(task: str, cache: Path, out: Path, *options: object) -> None:
+    words = split_words("--data", cache, "--out", out, "--epochs 1 --workers 0 --device cpu")
+    module(task, "train").main([*words, *split_words(SMALL[task], *options)])
 
 
 def evaluate(task: str, cache: Path, *options: object) -> None:
-    command = ["--data", cache, "--samples", "20", "--device", "cpu"]
-    command += ["--workers", "0"] if task != "segmentation" else []
-    module(task, "eval").main([str(word) for word in (*command, *options)])
+    workers = "" if task == "segmentation" else "--workers 0"
+    words = split_words("--data", cache, "--device cpu", workers, *options)
+    module(task, "eval").main(words)
+
+
+def predict(task: str, checkpoint: Path, out: Path, *images: object) -> None:
+    """eval.py on new images."""
+    workers = "" if task == "segmentation" else "--workers 1"
+    words = split_words("--checkpoint", checkpoint, "--device cpu", workers, "--out", out)
+    module(task, "eval").main([*words, "--images", *map(str, images)])
+
+
+def report(out: Path) -> dict:
+    return json.loads((out / "metrics.json").read_text())
+
+
+class Stopped(Exception):
+    """In place of a power cut."""
+
+
+def train_until(epoch: int, task: str, cache: Path, out: Path, *options: object) -> None:
+    """A training that stops when this epoch is saved."""
+
+    class StoppingRun(checkpoint.Run):
+        def save(self, *args: object) -> None:
+            super().save(*args)
+            if self.epoch == epoch:
+                raise Stopped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module(task, "train"), "Run", StoppingRun)
+        with pytest.raises(Stopped):
+            train(task, cache, out, *options)
+
+
+def refusal(call: Callable, *args: object) -> str:
+    """The one line that a call is refused with."""
+    with pytest.raises(checkpoint.DataError) as caught:
+        call(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, and its bytes."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def copy(source: Path, target: Path) -> Path:
@@ -146,22 +238,17 @@ def small_network() -> Iterator[None]:
     """In place of the ResNets for X-rays, networks of a thousandth of their weights."""
 
     def build_classifier(
-        arch: str,
-        num_classes: int,
-        size: int,
-        pretrained: bool = False,
-        channels: int = 1,
-        width: int = 64,
+        arch: str, meta: dict, width: int = 64, pretrained: bool = False
     ) -> nn.Module:
         layers = {
-            "conv1": nn.Conv2d(channels, 16, 7, 4, 3),
+            "conv1": nn.Conv2d(meta["channels"], 16, 7, 4, 3),
             "bn1": nn.BatchNorm2d(16),
-            "relu": nn.ReLU(),
+            "layer4": nn.ReLU(),
         }
         layers |= {"avgpool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
-        return nn.Sequential(OrderedDict(layers | {"fc": nn.Linear(16, num_classes)}))
+        return nn.Sequential(OrderedDict(layers | {"fc": nn.Linear(16, len(meta["classes"]))}))
 
-    def build_detector(arch: str, head: str, channels: int, pretrained: bool = False) -> nn.Module:
+    def build_detector(arch: str, channels: int, pretrained: bool = False) -> nn.Module:
         layers = {
             "conv1": nn.Conv2d(1, channels, 7, 4, 3),
             "bn1": nn.BatchNorm2d(channels),
@@ -170,13 +257,12 @@ def small_network() -> Iterator[None]:
         layers = {"backbone": nn.Sequential(OrderedDict(layers))}
         layers |= {"pool": nn.AdaptiveAvgPool2d(8)}  # for images of more than 32 px
         layers |= {"flatten": nn.Flatten(), "out": nn.Linear(64 * channels, 4)}
-        if head == "linear":
-            layers = {"norm": nn.BatchNorm2d(1)} | layers
         return nn.Sequential(OrderedDict(layers))
 
     builders = {"classification": build_classifier, "detection": build_detector}
     with pytest.MonkeyPatch.context() as patch:
         for task, build in builders.items():
-            for script in ("train", "eval"):
-                patch.setattr(module(task, script), "build_model", build)
+            patch.setattr(module(task, "train"), "build_model", build)
+            where = "model" if task == "classification" else "eval"
+            patch.setattr(module(task, where), "build_model", build)
         yield

@@ -8,11 +8,15 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 
 from common.checkpoint import load_checkpoint
+from tests.caches import NAMES, draw_cache, small_network, train
 
 # What is compared to the bit has to be computed in one place, and a GPU may be busy or too old. What
 # the shell said is kept for tests/test_cuda.py, in the environment: it passes on to pytest's workers.
@@ -26,6 +30,31 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def read_table(path: Path) -> list[dict[str, str]]:
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+# --- caches, and runs on them: made once, so a test that changes one copies it ---
+
+
+@pytest.fixture(scope="module")
+def quick() -> Iterator[None]:
+    with small_network():
+        yield
+
+
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("caches")
+    return {task: draw_cache(folder / task, task) for task in NAMES}
+
+
+@pytest.fixture(scope="session")
+def runs(caches, tmp_path_factory) -> dict[str, Path]:
+    """A training of one epoch on each cache, validated on fold 0."""
+    folder = tmp_path_factory.mktemp("runs")
+    with small_network():
+        for task, cache in caches.items():
+            train(task, cache, folder / task)
+    return {task: folder / task for task in caches}
 
 
 # --- the scripts as processes ---
@@ -53,6 +82,23 @@ def run_script(script: str, options: list[str], folder: Path, output: str, envir
     runpy.run_path(script, run_name="__main__")
 
 
+def start_script(script: Path, *options: str, cwd: Path, name: str = "", **environment: str):
+    """A script in a process that is started and not waited for; it prints to NAME.out and .err."""
+    arguments = (str(script), list(options), cwd, str(cwd / name), environment)
+    process = FORKS.Process(target=run_script, args=arguments)
+    process.start()
+    return process
+
+
+def wait_for(text: str, path: Path) -> None:
+    """Until a file that a process writes to has this text."""
+    for _ in range(6000):
+        if path.exists() and text in path.read_text():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{text!r} is not in {path}")
+
+
 def run_scripts(
     script: Path, *options: str, cwd: Path, processes: int = 1
 ) -> subprocess.CompletedProcess:
@@ -60,25 +106,21 @@ def run_scripts(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     started = []
     for rank in range(processes):
-        environment = {}
-        if processes > 1:
-            environment = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            environment |= {"WORLD_SIZE": str(processes), "MASTER_PORT": port}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": str(processes)}
-        output = str(cwd / f".rank{rank}")
-        arguments = (str(script), list(options), cwd, output, environment)
-        started.append(FORKS.Process(target=run_script, args=arguments))
-        started[-1].start()
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        environment = shared | own if processes > 1 else {}
+        started.append(start_script(script, *options, cwd=cwd, name=f".rank{rank}", **environment))
     for process in started:
         process.join(300)
-    codes = [process.exitcode for process in started]
+    code = next(filter(None, [process.exitcode for process in started]), 0)
     outputs = []
     for suffix in ("out", "err"):
         texts = [(cwd / f".rank{rank}.{suffix}").read_text() for rank in range(processes)]
         outputs.append("".join(texts))
-    return subprocess.CompletedProcess(options, next(filter(None, codes), 0), *outputs)
+    return subprocess.CompletedProcess(options, code, *outputs)
 
 
 # --- runs compared ---
@@ -100,6 +142,8 @@ def assert_same_training(a: Path, b: Path) -> None:
     """The last checkpoints of two runs are the same in all but the time they took."""
     first = load_checkpoint(a / "last.pt")
     second = load_checkpoint(b / "last.pt")
+    for one in (first, second):
+        one.pop("digest")  # the hash of all values, the time among them
     for row in first["log"] + second["log"]:
         row.pop("seconds")
         row.pop("train_seconds", None)  # segmentation has it

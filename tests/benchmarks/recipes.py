@@ -5,31 +5,27 @@
 
 Runs the commands of the sections "Recipe..." as they stand there, but for paths: `--data heart_xray`
 is FOLDER/heart_xray, caches and runs lie in --out. Every training is repeated for each fold and seed
-and scored by its last epoch, which no validation has chosen: the pooled figure counts each case
+and scored by its last epoch, which no validation has chosen: the pooled metrics count each case
 once, predicted by the network that did not see it. An interrupted call goes on where it was.
 """
 
 import argparse
-import csv
 import json
-import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TASKS = ("classification", "detection", "segmentation")
 # Of metrics.json's summary: what the READMEs' tables show
 SHOWN = {
     "classification": ("auroc", "accuracy", "sensitivity", "specificity", "accuracy_tuned"),
     "detection": ("mean_iou", "median_iou", "iou_75", "mse_224", "median_se_224"),
     "segmentation": ("dice", "iou", "hd95_mm", "assd_mm"),
 }
-COLUMNS = ("command", "run", "minutes", "cpu_minutes")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,13 +33,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--raw", type=Path, required=True, help="the folder in which the data sets lie")
-    add("--task", choices=TASKS, required=True, help="whose README")
+    add("--task", choices=SHOWN, required=True, help="whose README")
     add("--only", nargs="+", default=[""], metavar="WORD", help="caches with a WORD in their name")
     add("--folds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="(default: all five)")
     add("--seeds", type=int, nargs="+", default=[0], help="(default: 0)")
     add("--amp", help="of trainings whose command does not say it, such as bf16")
-    add("--jobs", type=int, default=1, help="trainings at a time (default: %(default)s)")
-    add("--threads", type=int, help="of each training (default: the cores, divided by --jobs)")
     add("--out", type=Path, default=ROOT / "runs" / "recipes", help="(default: runs/recipes)")
     return parser.parse_args(argv)
 
@@ -51,38 +45,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    threads = args.threads or max(1, len(os.sched_getaffinity(0)) // args.jobs)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-
     steps = {"preprocess": [], "train": [], "eval": []}
     for script, options in read_recipes(args.task):
         words = relocate(options, args.raw, args.out)
-        if any(word in Path(value_of(words, cache_option(script))).name for word in args.only):
+        cache = value_of(words, "--out" if script == "preprocess" else "--data")
+        if any(word in Path(cache).name for word in args.only):
             steps[script].append(words)
 
     for words in steps["preprocess"]:
-        cache = Path(value_of(words, "--out"))
-        source = Path(value_of(words, "--data"))
-        if (cache / "meta.json").exists():
-            print(f"{cache}: is there", flush=True)
-        elif source.exists():
-            run_all([command(args.task, "preprocess", words)], 1, args.out)
-        else:
-            print(f"{source}: not there, its recipes are left out", flush=True)
+        if not Path(value_of(words, "--out")).exists():
+            if Path(value_of(words, "--data")).exists():
+                run_once(args, "preprocess", words)
+            else:
+                print(f"{value_of(words, '--data')}: not there, its recipes are left out")
 
     usable = [words for words in steps["train"] if Path(value_of(words, "--data")).exists()]
-    trainings = []
     for words in usable:
         for seed in args.seeds:
             for fold in args.folds:
-                options = repeat(words, fold, seed, args.amp)
-                trainings.append(command(args.task, "train", options))
-    run_all(trainings, args.jobs, args.out)
+                run_once(args, "train", repeat(words, fold, seed, args.amp))
 
     lines = []
-    for checkpoints, words in list_evaluations(usable, steps["eval"]):
+    for runs, words in list_evaluations(usable, steps["eval"]):
         for seed in args.seeds:
-            lines += evaluate(args, checkpoints, words, seed)
+            lines += evaluate(args, runs, words, seed)
     table = "\n".join(lines)
     print(table)
     (args.out / f"{args.task}.md").write_text(table + "\n", encoding="utf-8")
@@ -104,49 +90,38 @@ def read_recipes(task: str) -> list[tuple[str, str]]:
 
 def relocate(options: str, raw: Path, out: Path) -> list[str]:
     """The options with data/... and runs/... below `out`, and data sets below `raw`."""
-    words = shlex.split(options)
     moved = []
-    for before, word in zip(["", *words], words, strict=False):
+    before = ""
+    for word in shlex.split(options):
         if word.startswith(("data/", "runs/")):
             moved.append(str(out / word))
         elif before == "--data":
             moved.append(str(raw / word))
         else:
             moved.append(word)
+        before = word
     return moved
 
 
 def value_of(words: list[str], option: str) -> str:
-    """What follows `option`."""
     return words[words.index(option) + 1]
-
-
-def cache_option(script: str) -> str:
-    return "--out" if script == "preprocess" else "--data"
-
-
-def command(task: str, script: str, words: list[str]) -> list[str]:
-    return [sys.executable, str(ROOT / task / f"{script}.py"), *words]
-
-
-def repeat(words: list[str], fold: int, seed: int, amp: str | None) -> list[str]:
-    """The options of a training for another fold and seed, in a folder of its own."""
-    run = value_of(words, "--out")
-    out = name_run(run, fold, seed)
-    words = [out if word == run else word for word in words]
-    words += ["--fold", str(fold), "--seed", str(seed)]
-    if amp and "--amp" not in words:
-        words += ["--amp", amp]
-    return [*words, "--resume"] if (Path(out) / "last.pt").exists() else words
 
 
 def name_run(out: str, fold: int, seed: int) -> str:
     return f"{out}_fold{fold}_seed{seed}"
 
 
+def repeat(words: list[str], fold: int, seed: int, amp: str | None) -> list[str]:
+    """The options of a training for another fold and seed, in a folder of its own."""
+    run = value_of(words, "--out")
+    words = [name_run(run, fold, seed) if word == run else word for word in words]
+    words += ["--fold", str(fold), "--seed", str(seed)]
+    return [*words, "--amp", amp] if amp and "--amp" not in words else words
+
+
 def list_evaluations(
     trainings: list[list[str]], evaluations: list[list[str]]
-) -> list[tuple[list[str], list[str]]]:
+) -> list[tuple[tuple[str, ...], list[str]]]:
     """The runs to average and further options: each training alone, then what the manual averages.
 
     An evaluation of the manual that names one run replaces the plain one of that run.
@@ -159,83 +134,60 @@ def list_evaluations(
         runs = tuple(str(Path(word).parent) for word in words if word.endswith(".pt"))
         if all((run,) in plans for run in runs):
             plans[runs] = [word for word in words if word != "--checkpoint" and word[-3:] != ".pt"]
-    return [(list(runs), words) for runs, words in plans.items()]
+    return list(plans.items())
 
 
 # --- running them ---
 
 
-def run_all(commands: list[list[str]], jobs: int, out: Path) -> None:
-    """Run the commands, `jobs` at a time, and note their minutes in trainings.csv.
-
-    What is listed there has run. Ends the script when all are through and one has failed.
-    """
-    table = out / "trainings.csv"
-    if not table.exists():
-        append_row(table, COLUMNS)
-    with open(table, newline="", encoding="utf-8") as file:
-        done = {row["command"] for row in csv.DictReader(file)}
-    waiting = [words for words in commands if show(words) not in done]
-    print(f"{len(commands)} commands, {len(commands) - len(waiting)} of them have run", flush=True)
-    with ThreadPoolExecutor(jobs) as pool:
-        failures = list(pool.map(run_one, waiting, [table] * len(waiting)))
-    if any(failures):
-        sys.exit(f"{sum(failures)} commands failed, see above")
+def run_once(args: argparse.Namespace, script: str, words: list[str]) -> None:
+    """Run a command, unless commands.txt says that it has run; its output beside its folder."""
+    line = shlex.join([script, *words])
+    path = args.out / "commands.txt"
+    if path.exists() and line in path.read_text(encoding="utf-8").splitlines():
+        print(f"has run: {line}", flush=True)
+        return
+    out = value_of(words, "--out")
+    resume = ["--resume"] if (Path(out) / "last.pt").exists() else []
+    start = time.perf_counter()
+    run(args.task, script, [*words, *resume])
+    print(f"{(time.perf_counter() - start) / 60:.1f} min: {line}", flush=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(f"{line}\n")
 
 
-def run_one(words: list[str], table: Path) -> bool:
-    """Run a command, its output in a file beside its folder. Returns whether it failed."""
+def run(task: str, script: str, words: list[str]) -> None:
     out = Path(value_of(words, "--out"))
     out.parent.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
+    command = [sys.executable, str(ROOT / task / f"{script}.py"), *words]
     with open(f"{out}.txt", "a", encoding="utf-8") as file:
-        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-    minutes = (time.perf_counter() - start) / 60
-    cpu_minutes = (usage.ru_utime + usage.ru_stime) / 60
-    if status:
-        print(f"FAILED, see {out}.txt: {show(words)}", flush=True)
-        return True
-    print(f"{minutes:.1f} min, of the processor {cpu_minutes:.1f}: {show(words)}", flush=True)
-    append_row(table, (show(words), out.name, f"{minutes:.2f}", f"{cpu_minutes:.2f}"))
-    return False
+        subprocess.run(command, stdout=file, stderr=file, check=True)
 
 
-def show(words: list[str]) -> str:
-    """A command as trainings.csv knows it: resumed or not, it is the same."""
-    return shlex.join(word for word in words[1:] if word != "--resume")
-
-
-def append_row(table: Path, row: tuple) -> None:
-    with open(table, "a", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerow(row)
-
-
-# --- what came out ---
-
-
-def evaluate(args: argparse.Namespace, runs: list[str], words: list[str], seed: int) -> list[str]:
+def evaluate(args: argparse.Namespace, runs: tuple, words: list[str], seed: int) -> list[str]:
     """The rows of a Markdown table: each fold, then all cases pooled."""
-    checkpoints = [
-        str(Path(name_run(run, fold, seed)) / "last.pt") for run in runs for fold in args.folds
-    ]
-    names = " + ".join(Path(run).name for run in runs)
-    out = args.out / "evals" / f"{names.replace(' + ', '_')}_seed{seed}"
-    out.parent.mkdir(exist_ok=True)
-    words = ["--checkpoint", *checkpoints, *words, "--out", str(out)]
-    with open(f"{out}.txt", "w", encoding="utf-8") as file:
-        subprocess.run(command(args.task, "eval", words), stdout=file, stderr=file, check=True)
+    folders = [name_run(path, fold, seed) for path in runs for fold in args.folds]
+    names = [Path(path).name for path in runs]
+    out = args.out / "evals" / f"{'_'.join(names)}_seed{seed}"
+    if out.exists():  # of other folds, maybe
+        shutil.rmtree(out)
+    checkpoints = [f"{folder}/last.pt" for folder in folders]
+    run(args.task, "eval", ["--checkpoint", *checkpoints, *words, "--out", str(out)])
     report = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
 
     columns = [name for name in SHOWN[args.task] if name in report["summary"]]
-    lines = [f"| {names}, seed {seed} | cases | " + " | ".join(columns) + " |"]
+    lines = [row_of(f"{' + '.join(names)}, seed {seed}", "cases", columns)]
     lines.append("| --- " * (2 + len(columns)) + "|")
-    for row in report.get("folds", []):
-        cells = [f"{row[name]:.4f}" for name in columns]
-        lines.append(f"| fold {row['fold']} | {row['n']} | " + " | ".join(cells) + " |")
+    for row in report["by"]["values"] if report["by"] else []:
+        cells = [f"{row['summary'][name]['value']:.4f}" for name in columns]
+        lines.append(row_of(f"fold {row['value']}", row["n"], cells))
     cells = [with_interval(report["summary"][name]) for name in columns]
-    lines.append(f"| all | {len(report['cases'])} | " + " | ".join(cells) + " |")
-    return [*lines, ""]
+    return [*lines, row_of("all", len(report["cases"]), cells), ""]
+
+
+def row_of(*cells: object) -> str:
+    *first, rest = cells
+    return f"| {' | '.join(map(str, [*first, *rest]))} |"
 
 
 def with_interval(metric: dict) -> str:

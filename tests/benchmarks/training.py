@@ -12,41 +12,35 @@ without its workers.
 
 import argparse
 import contextlib
-import csv
 import ctypes
 import importlib
 import io
-import json
-import platform
 import sys
 import tempfile
 import time
-import warnings
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.caches import change_rows, draw_images, draw_volumes
 
 SIZE = 224  # pixels per side of an image
 VOLUME = (128, 128, 80)  # voxels; the default patch in 3D is 57 x 57 x 80
-TRAININGS = {
-    "ResNet-18": ("classification", []),
-    "heart": ("detection", []),
-    "U-Net 2D": ("segmentation", ["--dims", "2"]),
-    "U-Net 3D": ("segmentation", ["--dims", "3"]),
+TRAININGS = {  # task, options, and the batch size of train.py
+    "ResNet-18": ("classification", "", 32),
+    "heart": ("detection", "", 32),
+    "U-Net 2D": ("segmentation", "--dims 2", 16),
+    "U-Net 3D": ("segmentation", "--dims 3", 2),
 }
-BATCH_SIZES = {"ResNet-18": 32, "heart": 32, "U-Net 2D": 16, "U-Net 3D": 2}  # of train.py
+PATCHES = {"U-Net 2D": VOLUME[2], "U-Net 3D": 5}  # that an epoch takes from a volume
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
@@ -57,100 +51,34 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, default=2, help="loading processes (default: %(default)s)")
     add("--steps", type=int, default=8, help="of an epoch (default: %(default)s)")
     add("--batch-size", type=int, help="default: that of each train.py")
-    add("--waits", action="store_true", help="list what makes the host wait for the GPU")
     add("--epochs", type=int, default=3, help="with the one to warm up (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.epochs < 2:
         parser.error(f"--epochs {args.epochs}, expected at least 2: the first does not count")
-    return args
+    hardware = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
+    print(f"torch {torch.__version__}, {hardware}, {torch.get_num_threads()} threads, {vars(args)}")
 
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    print(describe_machine(args), flush=True)
     for name in args.only:
-        task, options = TRAININGS[name]
+        task, options, batch_size = TRAININGS[name]
+        batch_size = args.batch_size or batch_size
         train = importlib.import_module(f"{task}.train")
         with tempfile.TemporaryDirectory() as folder:
-            batch_size = args.batch_size or BATCH_SIZES[name]
-            draw_cache(Path(folder) / "cache", task, options, args.steps * batch_size)
-            command = ["--data", f"{folder}/cache", "--out", f"{folder}/run", "--overwrite"]
-            command += ["--device", args.device, "--amp", args.amp, *options]
-            command += ["--batch-size", str(batch_size)]
-            command += ["--compile"] if args.compile else []
-            command += ["--epochs", str(args.epochs), "--workers", str(args.workers)]
-            report(name, train, command, batch_size)
-            if args.waits:
-                count_waits(name, train, command)
+            draw_cache(Path(folder) / "cache", name, task, args.steps * batch_size)
+            command = f"--data {folder}/cache --device {args.device} --amp {args.amp} {options}"
+            command += f" --epochs {args.epochs} --workers {args.workers}"
+            command += f" --batch-size {batch_size}" + " --compile" * args.compile
+            report(name, train, command.split(), batch_size)
 
 
-def describe_machine(args: argparse.Namespace) -> str:
-    """Versions and hardware, in one line."""
-    is_cuda = args.device.startswith("cuda")
-    hardware = torch.cuda.get_device_name() if is_cuda else platform.processor()
-    threads = f"{torch.get_num_threads()} threads"
-    compiled = "--compile" if args.compile else "not compiled"
-    batch = f"--batch-size {args.batch_size}, " if args.batch_size else ""
-    how = (
-        f"{batch}--amp {args.amp}, {compiled}, {args.workers} workers, {args.steps} steps an epoch"
-    )
-    return f"torch {torch.__version__}, {hardware}, {threads}, {how}"
-
-
-# --- random caches ---
-
-
-def draw_cache(cache: Path, task: str, options: list[str], count: int) -> None:
-    """Write a cache that gives `count` images or patches an epoch, and a quarter to validate."""
-    if task != "segmentation":
-        draw_images(cache, task, count)
-        return
-    patches = VOLUME[2] if options == ["--dims", "2"] else 5  # that an epoch takes from a volume
-    draw_volumes(cache, max(1, count // patches))
-
-
-def draw_images(cache: Path, task: str, count: int) -> None:
-    rng = np.random.default_rng(0)
+def draw_cache(cache: Path, name: str, task: str, count: int) -> None:
+    """A cache that gives `count` images or patches an epoch, and a quarter to validate."""
+    count = max(1, count // PATCHES.get(name, 1))
     total = count + max(1, count // 4)
-    cache.mkdir()
-    np.save(cache / "images.npy", rng.integers(0, 256, (total, SIZE, SIZE), np.uint8))
-    rows = []
-    for k in range(total):
-        row = {"id": k, "patient": k, "fold": 1 if k < count else 0, "label": k % 2, "site": ""}
-        row |= {"xmin": 20, "ymin": 24, "xmax": 60, "ymax": 50, "spacing": ""}
-        rows.append(row | {"height": SIZE, "width": SIZE})
-    meta = {"size": SIZE, "mean": 0.5, "std": 0.3, "n": total, "fit": "squash"}
-    if task == "classification":
-        meta |= {"classes": ["no", "yes"]}
-    write_tables(cache, rows, meta)
-
-
-def draw_volumes(cache: Path, count: int) -> None:
-    rng = np.random.default_rng(0)
-    total = count + max(1, count // 4)
-    mask = np.zeros(VOLUME, np.uint8)
-    mask[8:80, 8:80, 4:60] = 1
-    points = np.argwhere(mask)[::100]
-    points = np.column_stack([np.ones(len(points), int), points]).astype(np.int16)
-    image = rng.standard_normal((1, *VOLUME), np.float32).astype(np.float16)
-    (cache / "volumes").mkdir(parents=True)
-    rows = []
-    for k in range(total):
-        for kind, array in (("image", image), ("mask", mask), ("points", points)):
-            np.save(cache / "volumes" / f"v{k}.{kind}.npy", array)
-        fold = 1 if k < count else 0
-        rows.append({"id": f"v{k}", "group": k, "fold": fold, "image": "", "mask": ""})
-    meta = {"classes": ["background", "cube"], "values": [0, 1], "channels": ["MRI"]}
-    meta |= {"resample": False, "spacing": [1, 1, 1], "slice_axis": 2, "shape": list(VOLUME)}
-    write_tables(cache, rows, meta | {"normalisation": [None]})
-
-
-def write_tables(cache: Path, rows: list[dict], meta: dict) -> None:
-    with open(cache / "index.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    (cache / "meta.json").write_text(json.dumps(meta))
+    if task == "segmentation":
+        draw_volumes(cache, total, VOLUME)
+    else:
+        draw_images(cache, task, total, SIZE)
+    change_rows(cache, lambda k, row: row.update(fold="1" if k < count else "0"))
 
 
 # --- one training ---
@@ -159,119 +87,98 @@ def write_tables(cache: Path, rows: list[dict], meta: dict) -> None:
 def report(name: str, train: ModuleType, command: list[str], batch_size: int) -> None:
     """Run a training, and its steps on one batch alone; print what each part takes."""
     clear_peak()
-    with Watch(train) as watch:
-        run_quietly(train, command)
+    watch = Watch(train, command)
     peak = peak_memory()
-    with Watch(train) as resident, resident_batch(train):
-        run_quietly(train, command)
+    with resident_batch(train):
+        resident = Watch(train, command)
     images = watch.steps * batch_size
-
-    epoch = min(watch.training)
-    bare = min(resident.training)
-    cpu_ratio = min(watch.training_cpu) / min(resident.training_cpu)
-    validation = min(watch.validation)
-    loading = time_loading(watch.loader)
-
-    def line(what: str, seconds: float, more: str) -> None:
-        print(f"{name:10} {what:22} {seconds:8.3f} s  {more}", flush=True)
-
-    line("epoch, its training", epoch, f"{images / epoch:.1f} images/s")
-    line("the same, CPU", min(watch.training_cpu), f"{cpu_ratio:.3f} of the resident batch's")
-    line("one resident batch", bare, f"the epoch takes {epoch / bare:.3f} times as long")
-    line("loading alone", loading, f"{images / loading:.0f} images/s")
+    start = time.perf_counter()
+    for _ in watch.loader:
+        pass
+    loading = time.perf_counter() - start
+    (epoch, cpu), (validation, validation_cpu) = watch.fastest()
+    (bare, bare_cpu), _ = resident.fastest()
     share = validation / (epoch + validation)
-    line("validation", validation, f"{share:.1%} of the whole, {min(watch.validation_cpu):.3f} CPU")
+    for what, seconds, more in (
+        ("epoch, its training", epoch, f"{images / epoch:.1f} images/s"),
+        ("the same, CPU", cpu, f"{cpu / bare_cpu:.3f} of the resident batch's"),
+        ("one resident batch", bare, f"the epoch takes {epoch / bare:.3f} times as long"),
+        ("loading alone", loading, f"{images / loading:.0f} images/s"),
+        ("validation", validation, f"{share:.1%} of the whole, {validation_cpu:.3f} CPU"),
+    ):
+        print(f"{name:10} {what:22} {seconds:8.3f} s  {more}", flush=True)
     print(f"{name:10} {'peak memory':22} {peak:8.0f} MB", flush=True)
 
 
-def run_quietly(train: ModuleType, command: list[str]) -> None:
-    torch._dynamo.reset()  # what a run before has compiled is for its own model
-    with contextlib.redirect_stdout(io.StringIO()):
-        train.main(command)
-
-
 class Watch:
-    """Times training and validation of every epoch but the first, within `with`.
+    """Runs a training and times it at the calls that begin an epoch, end its steps and save it."""
 
-    It stands at the calls with which the loop begins, ends its steps and saves.
-    """
-
-    def __init__(self, train: ModuleType) -> None:
-        self.train = train
+    def __init__(self, train: ModuleType, command: list[str]) -> None:
         self.loader = None  # of the training set
         self.steps = 0  # of an epoch
-        self.training = []  # seconds of each epoch
-        self.training_cpu = []
-        self.validation = []
-        self.validation_cpu = []
-        self.stack = contextlib.ExitStack()
-        self.waits = None  # set to count what waits for the GPU
+        self.clocks = []  # wall and CPU seconds at each of these calls
+        self.end = train.mean_loss
+        self.make_loader = train.make_loader
+        save = train.Run.save
 
-    def __enter__(self) -> "Watch":
-        begin = self.train.checkpoint.set_training
-        end = self.train.mean_over_processes
-        save = self.train.Run.save
-        make_loader = self.train.make_loader
-        state = {"epoch": 0}
+        def on_save(*rest: object) -> None:
+            self.clock()
+            save(*rest)
 
-        def clock() -> tuple[float, float]:
-            return time.perf_counter(), time.process_time()
+        torch._dynamo.reset()  # what a run before has compiled is for its own model
+        with (
+            patch.object(train, "mean_loss", self.on_end),
+            patch.object(train.Run, "save", on_save),
+            patch.object(train, "make_loader", self.on_loader),
+            tempfile.TemporaryDirectory() as out,
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            train.main([*command, "--out", f"{out}/run"])
 
-        def on_begin(model: torch.nn.Module) -> None:
-            begin(model)
-            state["start"] = clock()
-            if self.waits is not None and state["epoch"] > 0:
-                torch.cuda.set_sync_debug_mode("warn")
+    def clock(self) -> None:
+        self.clocks.append((time.perf_counter(), time.process_time()))
 
-        def on_end(loss_sum: Tensor, *rest: object) -> float:
-            if self.waits is not None:
-                torch.cuda.set_sync_debug_mode("default")
-            loss = end(loss_sum, *rest)  # it reads the loss, so all steps are done
-            state["middle"] = clock()
-            self.steps = rest[0]
-            return loss
+    def on_end(self, loss_sum: Tensor, steps: int, epoch: int, world_size: int = 0) -> float:
+        if not world_size:  # for the line of progress
+            return self.end(loss_sum, steps, epoch)
+        loss = self.end(loss_sum, steps, epoch, world_size)  # it reads the loss: all steps are done
+        self.clock()
+        self.steps = steps
+        return loss
 
-        def on_save(run: object, *rest: object) -> None:
-            if state["epoch"] > 0:
-                now = clock()
-                self.training.append(state["middle"][0] - state["start"][0])
-                self.training_cpu.append(state["middle"][1] - state["start"][1])
-                self.validation.append(now[0] - state["middle"][0])
-                self.validation_cpu.append(now[1] - state["middle"][1])
-            state["epoch"] += 1
-            save(run, *rest)
-
-        def on_loader(*rest: object) -> DataLoader:
-            loader = make_loader(*rest)
-            self.loader = self.loader or loader  # the first one made
+    def on_loader(self, *rest: object) -> object:
+        loader = self.make_loader(*rest)
+        if self.loader is not None:  # the one of the validation
             return loader
+        self.loader = loader
+        return WatchedLoader(loader, self.clock)
 
-        self.stack.enter_context(patch.object(self.train.checkpoint, "set_training", on_begin))
-        self.stack.enter_context(patch.object(self.train, "mean_over_processes", on_end))
-        self.stack.enter_context(patch.object(self.train.Run, "save", on_save))
-        self.stack.enter_context(patch.object(self.train, "make_loader", on_loader))
-        return self
+    def fastest(self) -> list[tuple[float, float]]:
+        """Wall and CPU seconds of the fastest training and validation, without the first epoch."""
+        parts = []
+        for first in (3, 4):  # three calls an epoch
+            pairs = zip(self.clocks[first::3], self.clocks[first + 1 :: 3], strict=True)
+            seconds = [(end[0] - start[0], end[1] - start[1]) for start, end in pairs]
+            parts.append(tuple(min(column) for column in zip(*seconds, strict=True)))
+        return parts
 
-    def __exit__(self, *error: object) -> None:
-        self.stack.close()
 
+class WatchedLoader:
+    """A loader that says when an epoch begins, and may give a single batch again and again."""
 
-class ResidentLoader:
-    """In place of the training's loader: its first batch, again and again."""
-
-    def __init__(self, loader: DataLoader, device: torch.device) -> None:
+    def __init__(self, loader: object, on_begin: Callable = int, batch: tuple = ()) -> None:
+        self.loader = loader
         self.sampler = loader.sampler
         self.dataset = loader.dataset
-        images, targets = loader.dataset[next(iter(loader.sampler))]
-        self.batch = (images, targets.to(device))
-        self.steps = len(loader)
+        self.on_begin = on_begin
+        self.batch = batch
 
     def __len__(self) -> int:
-        return self.steps
+        return len(self.loader)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for _ in range(self.steps):
-            yield self.batch
+    def __iter__(self) -> Iterator:
+        self.on_begin()
+        return iter([self.batch] * len(self.loader) if self.batch else self.loader)
 
 
 @contextlib.contextmanager
@@ -282,12 +189,13 @@ def resident_batch(train: ModuleType) -> Iterator[None]:
     loaders = []
     inputs = []
 
-    def make(*rest: object) -> DataLoader | ResidentLoader:
+    def make(*rest: object) -> object:
         loader = make_loader(*rest)
-        if loaders:  # of the validation
-            return loader
-        loaders.append(ResidentLoader(loader, rest[-1]))
-        return loaders[0]
+        if not loaders:  # the first one is that of the training
+            images, targets = loader.dataset[next(iter(loader.sampler))]
+            loader = WatchedLoader(loader, batch=(images, targets.to(rest[-1])))
+        loaders.append(loader)
+        return loader
 
     def prepare(images: Tensor, *rest: object) -> Tensor | tuple[Tensor, Tensor]:
         if images is not loaders[0].batch[0]:
@@ -298,14 +206,6 @@ def resident_batch(train: ModuleType) -> Iterator[None]:
 
     with patch.object(train, "make_loader", make), patch.object(train, "to_input", prepare):
         yield
-
-
-def time_loading(loader: DataLoader) -> float:
-    """Seconds in which the loader hands out an epoch to someone who does nothing with it."""
-    start = time.perf_counter()
-    for _ in loader:
-        pass
-    return time.perf_counter() - start
 
 
 def clear_peak() -> None:
@@ -324,19 +224,6 @@ def peak_memory() -> float:
         if line.startswith("VmHWM"):
             return int(line.split()[1]) / 1024
     return float("nan")
-
-
-def count_waits(name: str, train: ModuleType, command: list[str]) -> None:
-    """Print the lines of code that make the GPU wait, and how often in an epoch."""
-    with warnings.catch_warnings(record=True) as caught, Watch(train) as watch:
-        watch.waits = True
-        warnings.simplefilter("always")
-        run_quietly(train, [*command, "--stop-after", "2"])
-    places = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchron" in str(w))
-    for place, count in places.most_common():
-        print(f"{name:10} waits at {place}: {count} times in {watch.steps} steps", flush=True)
-    if not places:
-        print(f"{name:10} waits nowhere in {watch.steps} steps", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,567 @@
+"""The three dataset.py: batches, their order, augmentation, and the synthetic sets."""
+
+import math
+import pickle
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import classification.dataset as xrays
+import detection.dataset as boxes_of
+import segmentation.dataset as volumes
+from classification.dataset import (
+    EpochBatches,
+    augment,
+    blur,
+    draw_phantom,
+    make_loader,
+    to_input,
+    write_demo,
+)
+from detection.dataset import cut_out, inverse, mirror, move_boxes, reach
+from segmentation.model import cut
+from tests.caches import TASKS, draw_volumes, module
+
+CPU = torch.device("cpu")
+# The rows of augment's draws, in their order
+DRAWS = ("angle", "scale", "aspect", "shear", "dx", "dy")
+DRAWS += ("gamma", "contrast", "brightness", "sigma", "noise")
+
+
+# --- batches ---
+
+
+def make_dataset(cache: Path) -> xrays.XrayDataset:
+    meta, index = xrays.open_cache(cache)
+    return xrays.XrayDataset(cache, xrays.read_labels(index, meta))
+
+
+def test_batches_equal_the_array_and_the_index(caches):
+    cache = caches["classification"]
+    array = np.load(cache / "images.npy")
+    rows = [7, 3, 3, 20]
+    images, labels = make_dataset(cache)[rows]
+    assert images.shape == (4, 1, 32, 32) and images.dtype == torch.uint8
+    assert np.array_equal(images[:, 0].numpy(), array[rows])
+    assert labels.tolist() == [1, 1, 1, 0] and labels.dtype == torch.int64
+    images.zero_()  # a batch is a copy: the file stays as it is
+    assert np.array_equal(np.load(cache / "images.npy"), array)
+
+
+@TASKS
+def test_a_dataset_pickles_without_its_images(caches, task):
+    dataset = module(task, "dataset")
+    index = dataset.open_cache(caches[task])[1]
+    rows = [5, 6]
+    if task == "segmentation":
+        data = dataset.PatchDataset(caches[task], [row["id"] for row in index], [8, 8], 2)
+        rows = [(1, 0, 0, 3)]
+    elif task == "detection":
+        data = dataset.XrayDataset(caches[task], dataset.read_boxes(index)[0])
+    else:
+        data = make_dataset(caches[task])
+    expected = data[rows][0]
+    assert len(pickle.dumps(data)) < 10_000
+    assert torch.equal(pickle.loads(pickle.dumps(data))[rows][0], expected)
+
+
+def epoch_batches(epoch: int, *args: int) -> list[list[int]]:
+    batches = EpochBatches([k * k for k in range(23)], *args)
+    batches.epoch = epoch
+    assert len(batches) == len(list(batches))
+    return list(batches)
+
+
+def test_the_order_is_that_of_seed_and_epoch_and_drops_the_remainder_only():
+    assert epoch_batches(1, 4, 0) == epoch_batches(1, 4, 0)
+    others = [epoch_batches(epoch, 4, seed) for epoch in (0, 1, 2) for seed in (0, 1, 2)]
+    assert len({str(order) for order in others}) == 9
+    kept = set()
+    for order in others:
+        rows = list(chain(*order))
+        assert len(rows) == len(set(rows)) == 20 and set(rows) < {k * k for k in range(23)}
+        kept.add(frozenset(rows))
+    assert len(kept) > 1  # not always the same three are dropped
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_the_batch_of_one_process(world_size):
+    single = epoch_batches(1, 2 * world_size, 7)
+    ranks = [epoch_batches(1, 2, 7, rank, world_size) for rank in range(world_size)]
+    assert {len(rank) for rank in ranks} == {len(single)} == {23 // (2 * world_size)}
+    for batch, *parts in zip(single, *ranks, strict=True):
+        assert all(len(part) == 2 for part in parts)
+        assert sorted(chain(*parts)) == sorted(batch)
+
+
+def two_epochs(cache: Path, workers: int, context: str | None = None) -> list[tuple]:
+    batches = EpochBatches(list(range(24)), 5, seed=0)
+    loader = make_loader(make_dataset(cache), batches, workers, CPU)
+    loader.multiprocessing_context = context
+    assert loader.persistent_workers == (workers > 0)
+    fetched = []
+    for batches.epoch in range(2):
+        fetched += loader
+    return fetched
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "context"), [(2, None), (1, "spawn")])
+def test_workers_give_the_same_batches(caches, workers, context):
+    expected = two_epochs(caches["classification"], 0)
+    got = two_epochs(caches["classification"], workers, context)
+    assert len(expected) == len(got) == 2 * (24 // 5)
+    for one, other in zip(expected, got, strict=True):
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+    assert not torch.equal(got[0][0], got[24 // 5][0])  # workers that stay see the new epoch
+
+
+# --- augmentation of X-rays ---
+
+
+class Given:
+    """In place of the random generator: the named draws are as given, all others are zero."""
+
+    def __init__(self, batch: int = 1, seed: int = 0, moves: bool = True, **draws: float) -> None:
+        self.noise_seed = seed
+        self.moves = moves
+        self.look = np.array([[draws.pop(name, 0.0)] * batch for name in ("share", "amount")])
+        self.bend = draws.pop("bend", 0.0)  # of the darkest eighth of the gray scale
+        self.draws = np.array([[draws.pop(name, 0.0)] * batch for name in DRAWS])
+        assert not draws
+
+    def uniform(self, low: float, high: float, shape: tuple | int) -> np.ndarray:
+        if isinstance(shape, int):
+            return np.full(shape, high)
+        given = self.draws if shape == self.draws.shape else self.look
+        assert (low, high) == (-1, 1) and shape == given.shape
+        return given.copy()
+
+    def normal(self, mean: float, std: float, shape: tuple) -> np.ndarray:
+        return np.array([[self.bend] + [0.0] * (shape[1] - 1)] * shape[0])
+
+    def random(self, batch: int) -> np.ndarray:
+        return np.full(batch, 0.499 if self.moves else 0.5)
+
+    def integers(self, high: int) -> int:
+        return self.noise_seed
+
+
+def rng(*seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def spots(x: float, y: float, batch: int = 1, size: int = 64) -> torch.Tensor:
+    """A round spot at (x, y) pixels from the middle, on black."""
+    at = torch.arange(size) - (size - 1) / 2
+    spot = torch.exp(-0.5 * ((at - x).square() + (at[:, None] - y).square()) / 2**2)
+    return spot.expand(batch, 1, size, size)
+
+
+def centers(images: torch.Tensor, cut: float = 0.5) -> torch.Tensor:
+    """The (x, y) of the spots from the middle, (B, 2); what is below `cut` of the maximum is left out."""
+    at = torch.arange(images.shape[-1]) - (images.shape[-1] - 1) / 2
+    mass = images[:, 0] - images.amin((1, 2, 3))[:, None, None]
+    mass = (mass - cut * mass.amax((1, 2), keepdim=True)).clamp(min=0)
+    total = mass.sum((1, 2))
+    return torch.stack([(mass.sum(1) * at).sum(1) / total, (mass.sum(2) * at).sum(1) / total], 1)
+
+
+def test_augmentation_depends_on_its_rng_alone():
+    images = torch.rand(4, 1, 32, 32)
+    boxes = torch.tensor([[0.3, 0.3, 0.7, 0.7]] * 4)
+    ways = (
+        lambda seed, strength: (augment(images, rng(seed), strength),),
+        lambda seed, strength: boxes_of.augment(images, boxes, rng(seed), strength),
+    )
+    for way in ways:
+        first = way(1, 1.0)
+        state = torch.get_rng_state()
+        assert all(map(torch.equal, way(1, 1.0), first))
+        assert torch.equal(torch.get_rng_state(), state)
+        assert not torch.equal(way(2, 1.0)[-1], first[-1])
+        assert all(map(torch.equal, way(1, 0.0), (images, boxes)))  # strength 0: the identity
+    faint = augment(images, rng(0), 1e-4)  # no jump on the way there
+    assert (faint - images).abs().max() < 0.01
+
+
+def test_augmentation_keeps_shape_and_type_and_stays_finite():
+    for images in (torch.rand(6, 1, 29, 29), torch.zeros(6, 1, 29, 29), torch.ones(6, 1, 29, 29)):
+        before = images.clone()
+        out = augment(images, rng(0), flip=True)
+        assert out.shape == images.shape and out.dtype == torch.float32 and out.isfinite().all()
+        assert torch.equal(images, before)
+
+
+def test_flip_mirrors_half_the_images():
+    images = torch.rand(64, 1, 16, 16)
+    out = augment(images, rng(0), 0.0, flip=True)
+    same = (out - images).abs().amax((1, 2, 3)) < 1e-4
+    mirrored = (out - images.flip(3)).abs().amax((1, 2, 3)) < 1e-4
+    assert torch.equal(same, ~mirrored) and 20 < same.sum() < 44
+
+
+def test_images_of_a_batch_are_moved_differently_and_as_far_as_meant():
+    moved = centers(augment(spots(0, 0, batch=512), rng(0)))
+    # Half keep their place; noise and contrast shift the measured center a little.
+    still = moved.norm(dim=1) < 0.3
+    assert 200 < still.sum() < 312
+    moved = moved[~still]
+    assert torch.pdist(moved).median() > 3
+    # dx and dy are uniform up to 0.1 of 64 px: a mean length of 0.765 * 6.4 px, in any direction.
+    assert moved.norm(dim=1).mean().item() == pytest.approx(4.9, abs=0.4)
+    assert moved.mean(0).abs().max() < 0.6
+    images = torch.rand(1, 1, 16, 16)  # what keeps its place keeps its pixels
+    still = augment(images, Given(moves=False, dx=1, angle=1, scale=1))
+    assert torch.allclose(still, images, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("draws", "expected"),
+    [
+        ({}, (16, -8)),
+        ({"dx": 1}, (16 - 6.4, -8)),
+        ({"dy": 0.5}, (16, -8 - 3.2)),
+        ({"scale": 1}, (16 * math.exp(-0.2), -8 * math.exp(-0.2))),
+        ({"aspect": 1}, (16 * math.exp(-0.1), -8 * math.exp(0.1))),
+        ({"shear": 1}, (16 + 0.1 * 8, -8)),  # the output at (x, y) comes from (x + 0.1 y, y)
+        # 15 degrees counterclockwise on the screen: x cos + y sin, y cos - x sin
+        ({"angle": 1}, (16 * 0.9659 - 8 * 0.2588, -8 * 0.9659 - 16 * 0.2588)),  # 13.38, -11.87
+        ({"angle": 1, "shear": 1}, (13.38 + 0.1 * 11.87, -11.87)),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_each_movement_by_itself(draws, expected):
+    moved = centers(augment(spots(16, -8), Given(**draws)), cut=0)[0]
+    assert moved.tolist() == pytest.approx(expected, abs=0.02)
+    half = augment(spots(16, -8), Given(**draws), strength=0.5)
+    weaker = Given(**{name: value / 2 for name, value in draws.items()})
+    assert torch.allclose(half, augment(spots(16, -8), weaker), atol=1e-6)
+
+
+def changed_by(images: torch.Tensor, **draws: float) -> torch.Tensor:
+    return augment(images, Given(batch=len(images), **draws))
+
+
+def close(a: torch.Tensor, b: torch.Tensor, atol: float = 1e-4) -> bool:
+    return torch.allclose(a, b, atol=atol)
+
+
+def test_each_change_of_gray_by_itself():
+    images = 0.2 + 0.6 * torch.rand(2, 1, 32, 32)
+    mean = images.mean((2, 3), keepdim=True)
+    changed = partial(changed_by, images)
+    assert close(changed(), images)
+    assert close(changed(gamma=1), images ** math.exp(0.5))
+    assert close(changed(contrast=-1), mean + (images - mean) * math.exp(-0.4))
+    assert close(changed(brightness=1), images + 0.2)
+    assert close(changed(sigma=1), blur(images, torch.full((2,), 0.012 * 32)))
+    assert close(changed(sigma=-1), images)  # half stay sharp,
+    assert close(changed(noise=-1), images)  # half clean
+    assert (changed(noise=1) - images).std().item() == pytest.approx(0.05, abs=0.005)
+    assert not close(changed(noise=1), changed(noise=1, seed=1))
+
+
+def test_each_change_of_the_look_by_itself():
+    images = torch.rand(2, 1, 64, 64) ** torch.tensor([0.8, 1.3])[:, None, None, None]
+    inner = 0.3 + 0.4 * images
+    # Each gets the histogram of the other, to a gray value, and keeps the order of its own
+    swapped = changed_by(images, share=1)
+    shares = torch.linspace(0.02, 0.98, 9)
+    expected = images.flip(0).flatten(1).quantile(shares, 1)
+    assert close(swapped.flatten(1).quantile(shares, 1), expected, 0.006)
+    order = images.flatten(1).argsort(1)
+    assert (swapped.flatten(1).gather(1, order).diff(dim=1) > -1e-4).all()
+    assert close(changed_by(images, share=0.5), (images + swapped) / 2)
+    assert close(changed_by(images, share=-1), images)  # half keep theirs
+    # The darkest eighth of the gray scale takes e**0.6 times the range of each of the others
+    dark = math.exp(0.6) / (math.exp(0.6) + 7)
+    bent = changed_by(
+        torch.tensor([1 / 16, 1 / 8, 1]).view(1, 1, 1, 3).expand(2, -1, -1, -1), bend=1
+    )
+    assert bent[0, 0, 0].tolist() == pytest.approx([dark / 2, dark, 1], abs=0.005)
+    fine = inner - blur(inner, torch.full((2,), 0.018 * 64))
+    assert close(changed_by(inner, amount=1), (inner + 2 * fine).clamp(1e-4, 1))
+    assert close(changed_by(inner, amount=-1), inner - fine)
+    assert close(changed_by(inner, amount=-5), inner - fine)  # not turned over
+
+
+def test_blur_is_a_gaussian():
+    sigma = torch.tensor([0.05, 0.8, 1.3])
+    impulse = torch.zeros(3, 1, 15, 17)
+    impulse[:, :, 7, 8] = 1
+    out = blur(impulse, sigma)
+    assert torch.allclose(out[0], impulse[0], atol=1e-6)
+    for k in (1, 2):  # one sigma for each image
+        weights = [math.exp(-(d**2) / (2 * sigma[k].item() ** 2)) for d in range(-4, 5)]
+        line = torch.tensor(weights) / sum(weights)
+        assert torch.allclose(out[k, 0, 3:12, 4:13], line[:, None] * line, atol=1e-6)
+    flat = torch.full((3, 1, 8, 8), 0.7)
+    assert torch.allclose(blur(flat, sigma), flat)  # no dark rim
+
+
+def test_all_channels_are_augmented_alike():
+    draws = {"angle": 0.5, "dx": 0.5, "gamma": 1, "contrast": 1, "brightness": -0.5, "sigma": 1}
+    gray = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    expected = augment(gray, Given(batch=2, **draws)).expand(-1, 3, -1, -1)
+    changed = augment(gray.expand(-1, 3, -1, -1), Given(batch=2, **draws))
+    assert torch.allclose(changed, expected, atol=1e-5)
+    tinted = (0.3 + 0.2 * gray) * torch.tensor([1.5, 1, 0.5])[:, None, None]
+    more = augment(tinted, Given(batch=2, moves=False, contrast=1)).mean((0, 2, 3))
+    tint = tinted.mean((0, 2, 3))  # contrast is about the mean of all channels
+    difference = math.exp(0.4) * (tint[0] - tint[2]).item()
+    assert (more[0] - more[2]).item() == pytest.approx(difference, rel=1e-4)
+
+
+def test_to_input_normalises():
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 1, 4, 4)
+    out = to_input(images, CPU, (0.45, 0.25))
+    assert out.dtype == torch.float32 and out.shape == (3, 1, 4, 4)
+    expected = [-0.45 / 0.25, (0.2 - 0.45) / 0.25, 0.55 / 0.25]  # 51 / 255 = 0.2
+    assert out[:, 0, 0, 0].tolist() == pytest.approx(expected)
+    augmented = (augment(images / 255, rng(1), 0.5, True) - 0.45) / 0.25
+    assert torch.equal(to_input(images, CPU, (0.45, 0.25), rng(1), 0.5, True), augmented)
+
+
+def test_images_are_normalised_one_by_one():
+    """A gain and an offset are gone."""
+    images = torch.randint(20, 60, (2, 1, 16, 16), dtype=torch.uint8)
+    images[1] = 2 * images[0] + 40
+    out = to_input(images, CPU, None)
+    assert out.mean((1, 2, 3)).tolist() == pytest.approx([0, 0], abs=1e-5)
+    assert out.std((1, 2, 3)).tolist() == pytest.approx([1, 1], abs=0.03)
+    assert torch.allclose(out[0], out[1], atol=0.05)
+    flat = to_input(torch.full((1, 1, 8, 8), 7, dtype=torch.uint8), CPU, None)
+    assert flat.abs().max() < 1e-3
+
+
+# --- augmentation of images with boxes ---
+
+
+def heart(points: int = 720) -> np.ndarray:
+    """The outline whose support function `reach` is, (points, 2), in a box from -1 to 1."""
+    angle = torch.arange(points, dtype=torch.float64) * 2 * math.pi / points
+    across = torch.stack([angle.cos(), angle.sin()], 1)
+    along = torch.stack([-angle.sin(), angle.cos()], 1)
+    slope = (reach(across + 1e-4 * along) - reach(across - 1e-4 * along)) / 2e-4
+    return (reach(across)[:, None] * across + slope[:, None] * along).numpy()
+
+
+def test_box_and_pixels_stay_together(monkeypatch):
+    monkeypatch.setattr(boxes_of, "cut_out", lambda images, *_: images)  # it would hide an edge
+    size = 512  # finer than the networks' 128, so that what is found is not the raster
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        center = rng.uniform(200, 312, 2)
+        radius = rng.uniform(60, 120, 2)
+        picture = Image.new("L", (4 * size, 4 * size))
+        outline = 4 * (center + radius * heart()) - 0.5
+        ImageDraw.Draw(picture).polygon(outline.ravel().tolist(), fill=255)
+        image = np.asarray(picture.reduce(4)) / np.float32(255)
+        images = torch.from_numpy(image).expand(4, 1, -1, -1)
+        box = np.concatenate([center - radius, center + radius]) / size
+        boxes = torch.from_numpy(box).float().expand(4, -1)
+        moved, boxes = boxes_of.augment(images, boxes, rng)
+        for image, box in zip(moved[:, 0], boxes * size, strict=True):
+            low, high = image.quantile(0.02), image.quantile(0.995)
+            ys, xs = torch.nonzero(image > (low + high) / 2, as_tuple=True)
+            found = torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+            assert (found - box).abs().max() < size / 256, (seed, found, box)  # half a pixel of 128
+
+
+def test_a_box_turns_like_the_heart_in_it():
+    cos = math.cos(math.radians(30))
+    sin = math.sin(math.radians(30))
+    turn = torch.tensor([[[cos, sin, 0], [-sin, cos, 0]]])  # the picture turns clockwise
+    box = torch.tensor([[0.2, 0.4, 0.8, 0.6]])
+    # x to the right, y down
+    points = np.array([0.3, 0.1]) * heart() @ np.array([[cos, sin], [-sin, cos]])
+    found = move_boxes(box, turn)[0].numpy()
+    assert np.abs(found - 0.5 - [*points.min(0), *points.max(0)]).max() < 1e-3
+    # Theta moves the picture the other way, by half.
+    shift = torch.tensor([[[1.0, 0, 0.4], [0, 1, -0.2]]])
+    assert torch.allclose(move_boxes(box, shift), torch.tensor([[0.0, 0.5, 0.6, 0.7]]), atol=1e-6)
+
+
+def test_the_outline_of_a_heart_touches_its_box_and_points_to_the_apex():
+    axes = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]])
+    assert torch.equal(reach(axes), torch.ones(4))
+    assert torch.allclose(reach(3 * axes), 3 * torch.ones(4))
+    diagonals = torch.tensor([[1.0, 1], [-1, 1], [-1, -1], [1, -1]]) / math.sqrt(2)
+    assert reach(diagonals).tolist() == pytest.approx([1.219, 1.041, 1.001, 0.739], abs=1e-3)
+
+
+def test_a_mirrored_image_takes_its_box_along():
+    images = torch.zeros(2, 1, 8, 8)
+    images[:, :, 2:8, 1:4] = 1
+    boxes = torch.tensor([[0.125, 0.25, 0.5, 1.0]]).repeat(2, 1)
+    mirrored, moved = mirror(images, boxes, torch.tensor([False, True]))
+    assert torch.equal(mirrored[0], images[0]) and torch.equal(moved[0], boxes[0])
+    assert moved[1].tolist() == [0.5, 0.25, 0.875, 1.0]
+    assert mirrored[1, 0, 2:8, 4:7].all() and mirrored.sum() == images.sum()
+
+
+def test_one_image_in_twenty_is_mirrored(monkeypatch):
+    shares = []
+    count = lambda images, boxes, some: shares.append(some.float().mean().item())  # noqa: E731
+    monkeypatch.setattr(boxes_of, "mirror", count)
+    images = torch.rand(4000, 1, 8, 8)
+    boxes = torch.tensor([[0.3, 0.3, 0.7, 0.7]] * 4000)
+    for strength in (1.0, 0.5):
+        boxes_of.augment(images, boxes, rng(0), strength)
+    assert shares == pytest.approx([0.05, 0.025], abs=0.01)
+
+
+def test_cutout_paints_a_rectangle_in_the_mean_gray():
+    images = torch.rand(2, 1, 40, 40)
+    draws = torch.tensor([[0.5, 1.0], [0.25, 1.0], [0.0, 1.0], [1.0, 1.0]])  # x, y, width, height
+    cut = cut_out(images, draws, 1.0)
+    changed = (cut != images)[:, 0]
+    assert changed[0].nonzero().tolist() == [[y, x] for y in range(2, 18) for x in range(18, 22)]
+    assert changed[1].nonzero().tolist() == [[y, x] for y in range(32, 40) for x in range(32, 40)]
+    assert torch.allclose(cut[0, 0, 10, 20], images[0].mean())
+    half = cut_out(images, draws, 0.5) != images
+    assert half[0].sum() == 8 * 2 and half[1].sum() == 4 * 4
+
+
+def test_the_inverse_of_an_affine_is_that_of_lapack():
+    generator = torch.Generator().manual_seed(0)
+    # As augment draws them; to the bit with some processors, to the last digits with others
+    matrices = torch.eye(2) + 0.4 * torch.rand(1000, 2, 2, generator=generator) - 0.2
+    torch.testing.assert_close(inverse(matrices), torch.linalg.inv(matrices), rtol=1e-6, atol=1e-7)
+    turned = matrices.flip(1)  # the larger entry of the first column is below
+    assert torch.allclose(inverse(turned), torch.linalg.inv(turned), atol=1e-5)
+    assert inverse(torch.tensor([[[0.0, 1.0], [2.0, 0.0]]])).tolist() == [[[0, 0.5], [1, 0]]]
+
+
+# --- patches of volumes ---
+
+
+@pytest.fixture(scope="module")
+def volume_cache(tmp_path_factory) -> Path:
+    return draw_volumes(tmp_path_factory.mktemp("volumes") / "cache", 4, (13, 10, 8))
+
+
+def make_patches(cache: Path, patch: list[int], slice_axis: int) -> volumes.PatchDataset:
+    return volumes.PatchDataset(cache, ["v0", "v1", "v2", "v3"], patch, slice_axis)
+
+
+def test_cut_pads_with_zeros():
+    volume = np.arange(1, 9).reshape(1, 2, 2, 2)
+    assert cut(volume, [0, 0, 0], [2, 2, 2]).tolist() == volume.tolist()
+    assert cut(volume, [-1, 1, 0], [2, 2, 1])[0, :, :, 0].tolist() == [[0, 0], [3, 0]]
+    assert not cut(volume, [5, -9, 0], [2, 2, 2]).any()
+
+
+@pytest.mark.parametrize(
+    ("patch", "slice_axis"),
+    [([8, 8], 2), ([8, 6], 0), ([8, 6], 1), ([8, 6, 5], 2), ([16, 16, 16], 2)],
+)
+def test_patches(volume_cache, patch, slice_axis):
+    dataset = make_patches(volume_cache, patch, slice_axis)
+    images, masks = dataset[[(1, 2, 1, 3), (0, -2, 0, 0)]]
+    assert images.shape == (2, 1, *patch) and masks.shape == (2, *patch)
+    assert images.dtype == torch.float16 and masks.dtype == torch.uint8
+    _, mask = volumes.open_case(volume_cache, "v1")
+    size = list(patch)
+    if len(patch) == 2:
+        size.insert(slice_axis, 1)
+    assert np.array_equal(masks[0].numpy().reshape(size), cut(mask, [2, 1, 3], size))
+
+
+@pytest.mark.parametrize("patch", [[8, 8], [8, 6, 5], [16, 16, 16]])
+def test_epochs(volume_cache, patch):
+    def batches(epoch: int, **options: int) -> list:
+        patches = make_patches(volume_cache, patch, 2)
+        sampler = volumes.EpochBatches(patches, [0, 1, 2, 3], 2, 5, **options)
+        sampler.epoch = epoch
+        assert len(list(sampler)) == len(sampler)
+        return list(sampler)
+
+    first = batches(0)
+    assert first == batches(0) and first != batches(1)
+    ranks = [batches(0, rank=k, world_size=2) for k in (0, 1)]
+    for k, (one, other) in enumerate(zip(*ranks, strict=True)):
+        assert sorted(one + other) == sorted(first[2 * k] + first[2 * k + 1])
+    size = patch if len(patch) == 3 else [*patch, 1]
+    for _, *corner in chain(*first):
+        for start, n, s in zip(corner, (13, 10, 8), size, strict=True):
+            assert 0 <= start <= n - s if n >= s else start == (n - s) // 2
+    if patch == [8, 8]:  # as many slices as fit into the four volumes, two at a time
+        assert len(first) == 4 * round(13 * 10 * 8 / 64) // 2
+
+
+@pytest.mark.parametrize("shape", [(24, 20), (14, 16, 12)])
+def test_augmentation_moves_image_and_mask_together(shape):
+    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij"))
+    inside = torch.from_numpy(np.abs(grid - 0.1).max(0) < 0.5).expand(8, *shape)
+    mask = 3 * inside.byte()
+    images = inside[:, None].float() * 4 - 2
+    spacing = [1.0, 2.0, 1.5][: len(shape)]
+    moved, masks = volumes.augment(images, mask, np.random.default_rng(1), spacing, 1.0)
+    assert masks.dtype == torch.uint8 and moved.shape == images.shape
+    assert masks.unique().tolist() == [0, 3]  # no class between two others
+    changed = (masks != mask).flatten(1).any(1)
+    assert 2 < changed.sum() <= 8
+    for image, one in zip(moved[:, 0], masks, strict=True):
+        assert image[one == 3].mean() > image[one == 0].mean() + 1  # wherever it went
+    again = volumes.augment(images, mask, np.random.default_rng(1), spacing, 1.0)
+    assert torch.equal(again[0], moved) and torch.equal(again[1], masks)
+    still = volumes.augment(images, mask, np.random.default_rng(1), spacing, 0.0)
+    assert torch.equal(still[0], images) and torch.equal(still[1], mask)
+
+
+def test_rotation_is_in_millimetres():
+    """In the coordinates of grid_sample, -1 to 1, of 90 x 60 mm; the last axis first."""
+    draws = np.zeros((6, 1))
+    draws[5] = 1
+    theta = volumes.random_affine(draws, np.array([90.0, 60.0]))[0, :, :2]
+    cos = math.cos(math.radians(20))
+    sin = math.sin(math.radians(20))
+    assert theta.flatten().tolist() == pytest.approx([cos, 1.5 * sin, -sin / 1.5, cos])
+
+
+# --- the synthetic sets ---
+
+
+def test_boxes_lie_on_the_opacities_and_the_heart():
+    rise = []
+    for seed in range(12):
+        with_box, [(x, y, width, height)] = draw_phantom(rng(seed), 1)
+        without, none = draw_phantom(rng(seed), 0)
+        assert none == [] and with_box.min() >= 0 and with_box.max() <= 1
+        difference = with_box - without
+        inside = np.zeros_like(difference, bool)
+        inside[y : y + height, x : x + width] = True
+        rise.append(difference[inside].mean() - difference[~inside].mean())
+    assert np.mean(rise) > 0.05
+    picture, (xmin, ymin, xmax, ymax) = boxes_of.draw_phantom(rng(3))
+    assert picture.shape == (256, 256) and 30 < xmax - xmin < 130 and 30 < ymax - ymin < 130
+    inside = picture[ymin:ymax, xmin:xmax]
+    assert inside.mean() > picture[ymin:ymax, 40:60].mean()  # lung on the left
+
+
+def test_the_synthetic_sets_are_functions_of_their_seeds(tmp_path):
+    """And a longer one begins with a shorter one."""
+    write_demo(tmp_path / "long", patients=5)
+    write_demo(tmp_path / "same", patients=3)
+    write_demo(tmp_path / "other", patients=3, seed=1)
+    for path in sorted((tmp_path / "same/stage_2_train_images").iterdir()):
+        same = path.read_bytes()
+        assert same == (tmp_path / "long/stage_2_train_images" / path.name).read_bytes()
+        assert same != (tmp_path / "other/stage_2_train_images" / path.name).read_bytes()
+    for name in ("a", "b"):
+        volumes.write_demo(tmp_path / name, cases=2, size=24)
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.gz"))
+    assert len(files) == 4
+    for path in files:
+        first, second = (volumes.nib.load(tmp_path / name / path) for name in ("a", "b"))
+        assert np.array_equal(first.dataobj, second.dataobj)
+        assert np.array_equal(first.affine, second.affine)
+    mask = np.asarray(volumes.nib.load(tmp_path / "a" / files[-1]).dataobj)
+    assert set(np.unique(mask)) == {0, 1, 2}

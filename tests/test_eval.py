@@ -1,0 +1,579 @@
+"""What eval.py makes of checkpoints: which network predicts what, and what the metrics are."""
+
+import math
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.checkpoint import file_sha256, hash_row, load_checkpoint, save_checkpoint
+from segmentation.eval import keep_largest
+from tests.caches import (
+    NAMES,
+    SCORES,
+    TASKS,
+    XRAYS,
+    change_meta,
+    change_rows,
+    copy,
+    draw_cache,
+    draw_images,
+    draw_volumes,
+    evaluate,
+    module,
+    predict,
+    preprocess,
+    read_rows,
+    refusal,
+    report,
+    small_network,
+    train,
+    write_raw,
+)
+from tests.conftest import read_table
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick")]
+FOLDS = ("0", "1", "2", "3", "4")
+ANSWERS = (0.1, 0.9, 0.8, 0.3, 0.6)  # of the network of each fold, whatever the image
+THRESHOLDS = (0.2, 0.4, 0.9, 0.7, 0.8)  # Youden's, by the validation predictions of each
+# The labels of the four images of each fold
+LABELS = {"0": "0001", "1": "1101", "2": "0111", "3": "0011", "4": "1000", "test": "0101"}
+
+
+def constant_weights(task: str, state: dict, score: float) -> dict:
+    """Weights that give every image the same probability, box (0, 0, score, 1) or class."""
+    name = {"classification": "fc", "detection": "out", "segmentation": "head"}[task]
+    logit = math.log(score / (1 - score))
+    bias = [0, 0, score, 1] if task == "detection" else [0, logit]
+    weight = torch.zeros_like(state[f"{name}.weight"])
+    return state | {f"{name}.weight": weight, f"{name}.bias": torch.tensor(bias).float()}
+
+
+def validation(threshold: float) -> dict:
+    """Predictions of a validation fold whose best threshold is this one."""
+    scores = torch.tensor([threshold - 0.05, threshold + 0.05], dtype=torch.float64)
+    probabilities = torch.stack([1 - scores, scores], 1)
+    return {"ids": ["a", "b"], "labels": torch.tensor([0, 1]), "probabilities": probabilities}
+
+
+def save_fold(cache: Path, task: str, base: dict, number: int, path: Path) -> Path:
+    """A checkpoint of the training that left this fold out, with its constant answer."""
+    trained_on = set()
+    for row in read_rows(cache):
+        if row["fold"] not in (str(number), "test"):
+            trained_on |= hash_row(row)
+    settings = {"fold": number, "index": file_sha256(cache / "index.csv")}
+    contents = {
+        "settings": base["settings"] | settings,
+        "model": constant_weights(task, base["model"], ANSWERS[number]),
+        "trained_on": sorted(trained_on),
+        "validation": validation(THRESHOLDS[number]),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(path, base | contents)
+    return path
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory) -> dict[str, tuple[Path, list[Path]]]:
+    """For each task a cache of five folds and a test set, and the checkpoints of five trainings."""
+    made = {}
+    seen = dict.fromkeys(LABELS, 0)  # images of each fold so far
+
+    def refold(k: int, row: dict) -> None:
+        group = k if "mask" in row else k // 2
+        row["fold"] = (*FOLDS, "test")[group % 6]
+        row["sex"] = "MF"[group % 2]
+        if "label" in row:
+            row["label"] = ("no", "yes")[int(LABELS[row["fold"]][seen[row["fold"]]])]
+            seen[row["fold"]] += 1
+
+    for task in NAMES:
+        folder = tmp_path_factory.mktemp(task)
+        cache = draw_cache(folder / "cache", task)
+        change_rows(cache, refold)
+        with small_network():
+            train(task, cache, folder / "run")
+        base = load_checkpoint(folder / "run" / "best.pt")
+        paths = []
+        for number in range(5):
+            path = folder / f"fold{number}" / "best.pt"
+            paths.append(save_fold(cache, task, base, number, path))
+        made[task] = (cache, paths)
+    return made
+
+
+def measure(studies: dict, task: str, out: Path, *options: object, paths: list = ()) -> dict:
+    """metrics.json of all five checkpoints, or of these."""
+    cache, all_paths = studies[task]
+    evaluate(task, cache, "--checkpoint", *(paths or all_paths), "--out", out, *options)
+    return report(out)
+
+
+def value(result: dict, name: str) -> float:
+    return result["summary"][name]["value"]
+
+
+# --- folds ---
+
+
+def test_every_image_is_predicted_by_the_network_that_left_it_out(studies, tmp_path):
+    """Predicted positive at 0.5: folds 1, 2 and 4, which hold 3 + 3 + 1 positives of 10."""
+    result = measure(studies, "classification", tmp_path / "out")
+    rows = read_table(tmp_path / "out" / "predictions.csv")
+    folds_of = {row["id"]: row["fold"] for row in read_rows(studies["classification"][0])}
+    expected = sorted(name for name, fold in folds_of.items() if fold != "test")
+    assert sorted(row["id"] for row in rows) == expected
+    for row in rows:
+        assert float(row["probability_yes"]) == pytest.approx(ANSWERS[int(folds_of[row["id"]])])
+    right = 3 + 3 + 3 + 2 + 1  # negatives of folds 0 and 3, positives of the others
+    assert value(result, "accuracy") == pytest.approx(right / 20)
+    assert value(result, "sensitivity") == pytest.approx((3 + 3 + 1) / 10)
+    wins = 0.0
+    for a, score in zip(FOLDS, ANSWERS, strict=True):
+        for b, other in zip(FOLDS, ANSWERS, strict=True):
+            pairs = LABELS[a].count("1") * LABELS[b].count("0")
+            wins += pairs * (1 if score > other else 0.5 * (score == other))
+    assert value(result, "auroc") == pytest.approx(wins / 100)
+    # Folds are --by fold.
+    assert result["by"]["column"] == "fold"
+    table = result["by"]["values"]
+    assert [(row["value"], row["n"]) for row in table] == [(fold, 4) for fold in FOLDS]
+    accuracies = [row["summary"]["accuracy"]["value"] for row in table]
+    assert accuracies == [3 / 4, 3 / 4, 3 / 4, 2 / 4, 1 / 4]
+
+
+def test_boxes_and_masks_are_pooled_likewise(studies, tmp_path):
+    result = measure(studies, "detection", tmp_path / "boxes")
+    for row in read_table(tmp_path / "boxes" / "predictions.csv"):
+        # The box spans the whole height and the given part of the width of 32 pixels.
+        width = 32 * ANSWERS[int(row["fold"])]
+        assert float(row["xmax"]) == pytest.approx(width, abs=0.01)
+        assert [float(row[f"true_{name}"]) for name in ("xmin", "xmax")] == [6, 14]
+        overlap = 8 * min(8, max(0, width - 6))
+        assert float(row["iou"]) == pytest.approx(overlap / (64 + 32 * width - overlap), abs=1e-4)
+    mean = sum(row["iou"] for row in result["cases"]) / 20
+    assert value(result, "mean_iou") == pytest.approx(mean, abs=1e-4)
+
+    result = measure(studies, "segmentation", tmp_path / "masks")
+    # All voxels or none are the cube, of 4 x 4 voxels in each of 3 to 5 slices.
+    expected = []
+    for row in read_table(tmp_path / "masks" / "cases.csv"):
+        cube = 16 * (3 + int(row["id"][1:]) % 3)
+        is_found = ANSWERS[int(row["fold"])] > 0.5
+        expected.append(2 * cube / (cube + 8**3) if is_found else 0)
+        assert float(row["dice"]) == pytest.approx(expected[-1])
+    assert value(result, "dice") == pytest.approx(np.mean(expected))
+    assert [row["n"] for row in result["by"]["values"]] == [2, 2, 1, 1, 1]
+
+
+@TASKS
+def test_a_fold_in_the_pool_is_the_fold_alone(studies, tmp_path, task, capsys):
+    paths = studies[task][1]
+    alone = measure(studies, task, tmp_path / "alone", paths=paths[1:2])
+    assert alone["by"] is None
+    pooled = measure(studies, task, tmp_path / "pooled", paths=paths[1:3])
+    rows = "4 rows" if task == "segmentation" else "12 rows"
+    note = f"note: no checkpoint of fold 0, 3, 4: {rows} are left out"
+    assert note in capsys.readouterr().out
+    fold, other = pooled["by"]["values"]
+    assert (fold["value"], other["value"], fold["n"]) == ("1", "2", alone["run"]["n"])
+    assert fold["summary"].items() >= alone["summary"].items()  # tuned on the other one
+    assert [case for case in pooled["cases"] if case["fold"] == "1"] == alone["cases"]
+
+
+def test_checkpoints_of_one_fold_are_averaged_for_it(studies, tmp_path):
+    paths = studies["classification"][1]
+    other = load_checkpoint(paths[1])
+    other["model"] = constant_weights("classification", other["model"], 0.5)
+    save_checkpoint(tmp_path / "other.pt", other)
+    paths = [*paths, tmp_path / "other.pt"]
+    measure(studies, "classification", tmp_path / "val", paths=paths)
+    for row in read_table(tmp_path / "val" / "predictions.csv"):
+        expected = {"1": 0.7}.get(row["fold"], ANSWERS[int(row["fold"])])
+        assert float(row["probability_yes"]) == pytest.approx(expected)
+    measure(studies, "classification", tmp_path / "test", "--split test", paths=paths)
+    for row in read_table(tmp_path / "test" / "predictions.csv"):  # the mean of all six
+        assert (row["fold"], row["split"]) == ("test", "test")
+        assert float(row["probability_yes"]) == pytest.approx((sum(ANSWERS) + 0.5) / 6)
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_boxes_and_masks_of_several_networks_are_averaged(studies, task, monkeypatch):
+    evaluation = module(task, "eval")
+    runs = evaluation.load_runs(studies[task][1][:2], torch.device("cpu"))
+    answers = [torch.rand(2, 3, 3, 3).half() for _ in range(2)]
+    found = iter([answer.clone() for answer in answers])
+    if task == "segmentation":
+        monkeypatch.setattr(evaluation, "predict_volume", lambda *_: next(found))
+    else:
+        monkeypatch.setattr(evaluation, "evaluate", lambda *_: (next(found), None))
+    mean = evaluation.predict(runs, np.zeros(0), torch.device("cpu"), None)
+    assert torch.allclose(mean.float(), torch.stack(answers).float().mean(0), atol=2e-3)
+
+
+@TASKS
+def test_folds_of_another_cache_are_refused(studies, tmp_path, task):
+    cache, paths = studies[task]
+    other = copy(cache, tmp_path / "cache")
+    change_rows(other, lambda k, row: row.update(patient=f"{row['patient']}b"))
+    options = f"--out {tmp_path}/out --checkpoint {paths[0]}"
+    found = refusal(evaluate, task, other, options, *paths[1:])
+    assert "not the cache of the training" in found and not (tmp_path / "out").exists()
+    if task == "classification":
+        change_meta(other, fit="pad")
+        found = refusal(evaluate, task, other, options)
+        assert "fit pad, but" in found and "has squash" in found
+
+
+# --- thresholds ---
+
+
+def test_the_tuned_threshold_of_a_fold_is_that_of_the_others(studies, tmp_path):
+    paths = studies["classification"][1]
+    result = measure(studies, "classification", tmp_path / "a")
+    # Of the others: 0.7, 0.65, 0.525, 0.575 and 0.55; so folds 1, 2 and 4 are positive as at 0.5.
+    expected = [(3.0 - own) / 4 for own in THRESHOLDS]
+    assert list(result["run"]["thresholds_tuned"].values()) == pytest.approx(expected)
+    assert value(result, "accuracy_tuned") == pytest.approx(12 / 20)
+    # With 0.1 for fold 2 and 0.9 for the others, it alone is tuned to 0.9, and those to 0.7:
+    changed = []
+    for k, path in enumerate(paths):
+        changed.append(tmp_path / f"{k}.pt")
+        own = {"validation": validation(0.1 if k == 2 else 0.9)}
+        save_checkpoint(changed[k], load_checkpoint(path) | own)
+    result = measure(studies, "classification", tmp_path / "b", paths=changed)
+    # so fold 1 alone is positive, and not fold 2 (an answer of 0.8).
+    accuracies = [row["summary"]["accuracy_tuned"]["value"] for row in result["by"]["values"]]
+    assert accuracies == [3 / 4, 3 / 4, 1 / 4, 2 / 4, 3 / 4]
+
+
+def test_no_metric_is_tuned_on_the_fold_that_it_is_of(studies, tmp_path):
+    cache, paths = studies["classification"]
+    result = measure(studies, "classification", tmp_path / "val", paths=paths[3:4])
+    assert not any(name.endswith("_tuned") for name in result["summary"])
+    assert result["run"]["thresholds_tuned"] == {}
+    test = tmp_path / "test"
+    result = measure(studies, "classification", test, "--split test", paths=paths[3:4])
+    assert result["run"]["thresholds_tuned"] == {"test": pytest.approx(THRESHOLDS[3])}
+    assert value(result, "sensitivity_tuned") == 0  # 0.3 is below 0.7
+    options = f"--checkpoint {paths[3]} --operating-point sensitivity=0.5"
+    found = refusal(evaluate, "classification", cache, options)
+    assert "--operating-point: no other fold to choose it on" in found
+
+
+def test_an_operating_point_is_chosen_by_the_validation_predictions(studies, tmp_path, capsys):
+    scores = torch.tensor([0.2, 0.4, 0.6, 0.8], dtype=torch.float64)
+    own = validation(0.5) | {"labels": torch.tensor([1, 0, 1, 1])}
+    own["probabilities"] = torch.stack([1 - scores, scores], 1)
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, load_checkpoint(studies["classification"][1][3]) | {"validation": own})
+    for point, threshold in (("sensitivity=0.6", 0.5), ("sensitivity=1", 0.2)):
+        options = f"--split test --operating-point {point}"
+        result = measure(studies, "classification", tmp_path / point, options, paths=[path])
+        assert result["run"]["thresholds_tuned"]["test"] == pytest.approx(threshold)
+    for point in ("accuracy=0.9", "sensitivity=0", "sensitivity", "specificity=2"):
+        with pytest.raises(SystemExit, match="2"):
+            measure(studies, "classification", tmp_path / "no", f"--operating-point {point}")
+        assert "--operating-point" in capsys.readouterr().err
+
+
+# --- subgroups, intervals ---
+
+
+@TASKS
+def test_by_gives_every_metric_of_every_value(studies, tmp_path, task, capsys):
+    result = measure(studies, task, tmp_path / "out", "--by sex")
+    assert result["by"]["column"] == "sex"
+    sexes = {row["id"]: row["sex"] for row in read_rows(studies[task][0])}
+    metric = {"classification": "accuracy", "detection": "mean_iou", "segmentation": "dice"}[task]
+    for row, sex in zip(result["by"]["values"], "FM", strict=True):
+        cases = [case for case in result["cases"] if sexes[case["id"]] == sex]
+        assert (row["value"], row["n"]) == (sex, len(cases))
+        if task == "classification":
+            scores = [case["label"] == case["prediction"] for case in cases]
+        else:
+            scores = [case["iou" if task == "detection" else "dice"] for case in cases]
+        assert row["summary"].keys() == result["summary"].keys()
+        assert row["summary"][metric]["value"] == pytest.approx(np.mean(scores), abs=1e-4)
+    printed = capsys.readouterr().out
+    assert f"{metric} by sex\n  F " in printed
+    assert ("note: 7 patients, so no intervals" in printed) == (task == "segmentation")
+    with pytest.raises(SystemExit):
+        module(task, "eval").main(["--checkpoint", "a", "--images", "a", "--by", "sex"])
+
+
+def test_one_class_only_has_an_accuracy_and_no_precision(studies, tmp_path):
+    result = measure(studies, "classification", tmp_path / "out", "--by label")
+    no, yes = (row["summary"] for row in result["by"]["values"])
+    for name in ("auroc", "precision", "f1", "f1_tuned", "average_precision"):
+        assert no[name]["value"] is yes[name]["value"] is None
+    assert no["accuracy"]["value"] == pytest.approx(5 / 10)
+    assert yes["accuracy"]["value"] == pytest.approx(7 / 10)
+
+
+@TASKS
+def test_patients_and_not_images_are_drawn_for_the_intervals(tmp_path, task):
+    """Twelve images or volumes of one patient have no interval."""
+    cache = tmp_path / "cache"
+    if task == "segmentation":
+        draw_volumes(cache, 24)
+    else:
+        draw_images(cache, task)
+
+    def one_patient(k: int, row: dict) -> None:
+        row["fold"] = "1" if k % 4 < 2 else "0"
+        row["patient"] = "one" if row["fold"] == "0" else row["patient"]
+
+    change_rows(cache, one_patient)
+    train(task, cache, tmp_path / "run")
+    evaluate(task, cache, f"--checkpoint {tmp_path}/run/best.pt")
+    summary = report(tmp_path / "run" / "eval_val")["summary"]
+    assert {metric["low"] for metric in summary.values()} == {None}
+
+
+@TASKS
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_eval_gives_the_score_that_train_printed(caches, tmp_path, task, amp):
+    train(task, caches[task], tmp_path / "run", f"--amp {amp} --epochs 2 --lr 1e-2")
+    last = load_checkpoint(tmp_path / "run" / "last.pt")
+    evaluate(task, caches[task], f"--checkpoint {tmp_path}/run/last.pt")
+    summary = report(tmp_path / "run" / "eval_val")["summary"]
+    names = {"dice": "dice_cache"} if task == "segmentation" else {k: k for k in last["metrics"]}
+    assert SCORES[task] in names
+    for name, evaluated in names.items():
+        expected = pytest.approx(last["metrics"][name], abs=1e-9, nan_ok=True)
+        assert summary[evaluated]["value"] == expected, name
+
+
+# --- boxes ---
+
+
+def test_boxes_and_their_errors_by_hand(tmp_path, monkeypatch, capsys):
+    cache = draw_images(tmp_path / "cache", "detection")
+
+    def refold(k: int, row: dict) -> None:
+        row.update(site="ab"[k % 4 < 2], fold="0" if k < 8 else "1", spacing="0.5 0.25")
+
+    change_rows(cache, refold)
+    train("detection", cache, tmp_path / "run")
+    evaluation = module("detection", "eval")
+    real = evaluation.evaluate
+
+    def evaluate_shifted(*args: object) -> tuple:
+        _, boxes = real(*args)
+        shift = torch.arange(8.0)[:, None] * torch.tensor([1.0, 0, 1, 0]) / 32
+        return boxes + shift, boxes  # box k lies k pixels aside, of 8
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate_shifted)
+    evaluate("detection", cache, f"--checkpoint {tmp_path}/run/best.pt --by site")
+    result = report(tmp_path / "run" / "eval_val")
+    iou = [(8 - k) / (8 + k) for k in range(8)]
+    a, b = (row["summary"] for row in result["by"]["values"])
+    for summary, rows in ((b, (0, 1, 4, 5)), (a, (2, 3, 6, 7)), (result["summary"], range(8))):
+        shift = sum(rows) / len(rows)
+        expected = sum(iou[k] for k in rows) / len(rows)
+        assert summary["mean_iou"]["value"] == pytest.approx(expected, abs=1e-6)
+        assert summary["mae_px"]["value"] == pytest.approx(shift / 2, abs=1e-5)
+        assert summary["mae_mm"]["value"] == pytest.approx(0.25 * shift / 2, abs=1e-5)  # across
+    printed = capsys.readouterr().out
+    doubtful = [k for k in range(8) if iou[k] < 0.5]
+    assert f"{len(doubtful)} with an IoU below 0.5" in printed
+    worst = [line.split()[1] for line in printed.splitlines() if line.startswith("  0.")]
+    assert worst == [f"i{k}" for k in reversed(doubtful)]
+
+
+# --- masks ---
+
+
+def evaluate_volumes(caches, runs, out: Path, probabilities: torch.Tensor, options: str = ""):
+    """Evaluate with the same prediction for each volume; the masks that are written, by name."""
+    with pytest.MonkeyPatch.context() as patch:
+        evaluation = module("segmentation", "eval")
+        patch.setattr(evaluation, "predict_volume", lambda *_: probabilities.clone())
+        best = runs["segmentation"] / "best.pt"
+        evaluate(
+            "segmentation", caches["segmentation"], f"--checkpoint {best} --out {out}", options
+        )
+    masks = {}
+    for name in ("v0", "v4"):
+        file = nib.load(out / "predictions" / f"{name}.nii.gz")
+        masks[name] = np.asanyarray(file.dataobj)
+    return masks
+
+
+def test_masks_are_written_with_the_values_of_the_files(caches, runs, tmp_path):
+    half = torch.zeros(2, 8, 8, 8, dtype=torch.float16)
+    half[0, :, :, :4] = 1
+    half[1, :, :, 4:] = 1
+    masks = evaluate_volumes(caches, runs, tmp_path / "out", half)
+    cases = {case["id"]: case for case in report(tmp_path / "out")["cases"]}
+    for name, mask in masks.items():
+        assert (mask[:, :, :4] == 0).all() and (mask[:, :, 4:] == 2).all()  # the cube is 2
+        path = caches["segmentation"] / "volumes" / f"{name}.truth.nii.gz"
+        truth = np.asanyarray(nib.load(path).dataobj)
+        dice = 2 * ((mask == 2) & (truth == 2)).sum() / ((mask == 2).sum() + (truth == 2).sum())
+        assert cases[name]["dice_cube"] == cases[name]["dice"] == pytest.approx(dice)
+
+
+def test_the_largest_part_of_each_class_is_kept():
+    labels = np.zeros((6, 5, 4), np.uint8)
+    labels[0:2, 0, 0] = 1  # 2 voxels
+    labels[3:6, 2, 0:2] = 1  # 6 voxels
+    labels[5, 3, 2] = 1  # touches the large part by an edge only
+    labels[0, 4, 3] = labels[2, 4, 3] = 2  # two parts of one size: the first is kept
+    kept, dropped = keep_largest(labels[::-1])  # the axes of a file may run backwards
+    expected = np.zeros_like(labels)
+    expected[3:6, 2, 0:2] = 1
+    expected[2, 4, 3] = 2  # the first one of the reversed axis
+    assert np.array_equal(kept[::-1], expected) and dropped == 2 + 1 + 1
+    spiral = np.zeros((9, 9, 1), np.uint8)
+    spiral[0, :] = spiral[:, 8] = spiral[8, 2:] = spiral[2:, 2] = spiral[2, 2:6] = 1
+    spiral[5, 5] = 1  # alone
+    kept, dropped = keep_largest(spiral)
+    assert dropped == 1 and kept.sum() == spiral.sum() - 1
+    assert not keep_largest(np.zeros((2, 2, 2), np.uint8))[0].any()
+
+
+def test_largest_tells_what_it_drops(caches, runs, tmp_path, capsys):
+    two = torch.zeros(2, 8, 8, 8, dtype=torch.float16)
+    two[0] = 0.4
+    two[1, 1:5, 1:5, 1:5] = 1  # 64 voxels
+    two[1, 7, 7, 5:8] = 1  # and 3
+    masks = evaluate_volumes(caches, runs, tmp_path / "out", two, "--largest")
+    assert (masks["v0"] == 2).sum() == 64
+    assert {case["dropped_ml"] for case in report(tmp_path / "out")["cases"]} == {0.003}
+    printed = capsys.readouterr().out
+    assert "--largest dropped parts of 2 of 2 cases, at most 0.003 ml, of v0" in printed
+
+
+# --- pictures ---
+
+
+@TASKS
+def test_the_pictures_of_an_evaluation_are_not_empty(studies, tmp_path, task):
+    measure(studies, task, tmp_path / "out")
+    names = {
+        "classification": ["confusion_matrix.png", "roc.png", "mistakes.png"],
+        "detection": ["gallery.png"],
+        "segmentation": ["worst.png", "worst.gif"],
+    }[task]
+    for name in names:
+        picture = np.asarray(Image.open(tmp_path / "out" / name).convert("RGB")).astype(int)
+        assert picture.min() < 30 and picture.max() > 200, name
+
+
+def test_the_map_of_a_mistake_is_that_of_the_network_that_made_it(studies, tmp_path, monkeypatch):
+    evaluation = module("classification", "eval")
+    draw = evaluation.draw_map
+    drawn = []
+
+    def record(run: object, image: torch.Tensor, target: int, *more: object) -> torch.Tensor:
+        drawn.append(run.model.fc.bias[1].sigmoid().item())
+        assert target == 1  # the positive class, whatever was predicted
+        return draw(run, image, target, *more)
+
+    monkeypatch.setattr(evaluation, "draw_map", record)
+    measure(studies, "classification", tmp_path / "out")
+    # The most confident ones first: a mistake each in folds 0 and 1, then folds 2, 3 and 4.
+    assert drawn == pytest.approx([0.1, 0.9, 0.8, 0.3, 0.3, 0.6, 0.6, 0.6])
+
+
+def flat_network(arch: str, meta: dict, *_: object) -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(32 * 32, len(meta["classes"])))
+
+
+def test_a_network_of_another_kind_has_no_map_and_a_note(caches, tmp_path, monkeypatch, capsys):
+    for script in ("model", "train"):
+        monkeypatch.setattr(module("classification", script), "build_model", flat_network)
+    train("classification", caches["classification"], tmp_path / "run")
+    options = f"--checkpoint {tmp_path}/run/best.pt"
+    evaluate("classification", caches["classification"], options)
+    assert "not a torchvision ResNet, so there are no activation maps" in capsys.readouterr().out
+    assert (tmp_path / "run" / "eval_val" / "metrics.json").is_file()
+
+
+# --- new images ---
+
+
+@TASKS
+def test_new_images_have_a_row_each_and_only_the_first_ones_an_overlay(
+    runs, tmp_path, task, monkeypatch, capsys
+):
+    """The constant of 100 pictures is lowered to 3; a bad file, and one that is given twice."""
+    folder = tmp_path / "new"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    paths = []
+    for k in range(8):
+        if task == "segmentation":
+            paths.append(folder / f"i{k}.nii.gz")
+            nib.save(nib.Nifti1Image(rng.random((8, 8, 8), np.float32), np.eye(4)), paths[k])
+        else:
+            paths.append(folder / f"i{k}.png")
+            Image.fromarray(rng.integers(0, 256, (20, 60), np.uint8)).save(paths[k])
+    paths[2].write_bytes(b"nothing")
+    evaluation = module(task, "eval")
+    name = {"classification": "draw_map", "detection": "draw_boxes"}.get(task, "draw_panels")
+    draw = getattr(evaluation, name)
+    drawn = []
+    monkeypatch.setattr(evaluation, name, lambda *args: drawn.append(1) or draw(*args))
+    monkeypatch.setattr(evaluation, "write_gif", lambda *_: None, raising=False)
+    monkeypatch.setattr(evaluation, "OVERLAYS", 3)
+    out = tmp_path / "out"
+    again = [] if task == "segmentation" else [paths[0]]
+    found = refusal(predict, task, runs[task] / "best.pt", out, folder, *again)
+    assert found == "1 files could not be read (named above)"
+    captured = capsys.readouterr()
+    assert paths[2].name in captured.err
+    assert "note: overlays of the first 3 images only" in captured.out
+    assert captured.out.splitlines()[-1].endswith(f"in {out}")
+    table = "volumes.csv" if task == "segmentation" else "predictions.csv"
+    rows = read_table(out / table)
+    assert [Path(row["image"]).name for row in rows] == [p.name for p in paths if p != paths[2]]
+    assert len(drawn) == 3
+    if task != "segmentation":
+        assert [row["overlay"] for row in rows] == [
+            *("0000_i0.png", "0001_i1.png", "0002_i3.png"),
+            *("", "", "", ""),
+        ]
+        assert all((out / row["overlay"]).is_file() for row in rows[:3])
+    predict(task, runs[task] / "best.pt", tmp_path / "alone", paths[7])
+    (alone,) = read_table(tmp_path / "alone" / table)
+    for key in alone.keys() - {"image", "overlay", "prediction", "mask"}:
+        assert float(rows[6][key]) == pytest.approx(float(alone[key]), abs=1e-3), key
+
+
+@XRAYS
+def test_new_images_are_called_by_their_paths(runs, tmp_path, task):
+    paths = [tmp_path / "new" / name for name in ("a/x.png", "b/x.png")]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        Image.fromarray(np.eye(32, dtype=np.uint8)).save(path)
+    best = runs[task] / "best.pt"
+    predict(task, best, tmp_path / "out", tmp_path / "new")
+    rows = read_table(tmp_path / "out" / "predictions.csv")
+    assert [row["image"] for row in rows] == ["a/x.png", "b/x.png"]
+    assert "x.png" in refusal(predict, task, best, tmp_path / "two", *paths)
+    assert not (tmp_path / "two").exists()
+
+
+@XRAYS
+def test_new_images_get_what_the_same_images_of_a_cache_get(tmp_path, task):
+    raw = write_raw(tmp_path / "raw", task)
+    preprocess(task, raw, tmp_path / "cache", "--size 32")
+    train(task, tmp_path / "cache", tmp_path / "run")
+    best = tmp_path / "run" / "best.pt"
+    evaluate(task, tmp_path / "cache", f"--checkpoint {best} --out {tmp_path}/known")
+    predict(task, best, tmp_path / "new", raw)
+    new = {Path(row["image"]).name: row for row in read_table(tmp_path / "new" / "predictions.csv")}
+    columns = ["probability_no", "probability_yes"]
+    if task == "detection":
+        columns = ["xmin", "ymin", "xmax", "ymax"]
+    for row in read_table(tmp_path / "known" / "predictions.csv"):
+        for column in columns:
+            found = float(new[Path(row["id"]).name][column])
+            assert found == pytest.approx(float(row[column]), abs=0.011)

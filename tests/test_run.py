@@ -1,0 +1,682 @@
+"""A training in all three tasks: what decides its numbers, how it resumes, what it refuses."""
+
+import functools
+import math
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from common import checkpoint
+from common.checkpoint import draw_log, load_checkpoint, save_checkpoint
+from tests.caches import (
+    NAMES,
+    ROOT,
+    SCORES,
+    SMALL,
+    TASKS,
+    change_meta,
+    change_rows,
+    contents,
+    copy,
+    draw_cache,
+    draw_volumes,
+    evaluate,
+    module,
+    read_rows,
+    refusal,
+    report,
+    split_words,
+    train,
+    train_until,
+)
+from tests.conftest import (
+    assert_same_training,
+    read_table,
+    run_scripts,
+    same,
+    start_script,
+    wait_for,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick")]
+
+
+def last_of(run: Path) -> dict:
+    return load_checkpoint(run / "last.pt")
+
+
+def record_models(monkeypatch, task: str) -> list[dict]:
+    """The first weights of every network that train.py builds from here on."""
+    script = module(task, "train")
+    build = script.build_model
+    weights = []
+
+    def build_and_record(*args: object) -> torch.nn.Module:
+        model = build(*args)
+        weights.append({name: value.clone() for name, value in model.named_parameters()})
+        return model
+
+    monkeypatch.setattr(script, "build_model", build_and_record)
+    return weights
+
+
+# --- what decides the numbers ---
+
+
+@TASKS
+def test_each_option_alone_changes_the_weights(caches, tmp_path, task):
+    options = ["", "--seed 1", "--lr 2e-3", "--weight-decay 9", "--augment 0.5", "--fold 1"]
+    options += {
+        "classification": ["--flip", "--loss smooth_ce"],
+        "detection": ["--loss smooth_l1", "--loss smooth_l1_giou", "--channels 17"],
+        "segmentation": ["--loss dice", "--dims 3 --batch-size 2", "--patch 4 6"],
+    }[task]
+    seen = {}
+    for number, some in enumerate(options):
+        train(task, caches[task], tmp_path / f"run{number}", some)
+        model = last_of(tmp_path / f"run{number}")["model"]
+        total = sum(w.double().abs().sum().item() for w in model.values() if w.ndim > 1)
+        assert total not in seen, (some, seen.get(total))
+        seen[total] = some
+
+
+@TASKS
+def test_every_random_number_depends_on_the_seed(caches, tmp_path, task, monkeypatch):
+    """First weights, order of the images, and the draws of every step and epoch."""
+    real = np.random.default_rng
+    seeds = []
+
+    def record(seed: object) -> np.random.Generator:
+        seeds.append(seed)
+        return real(seed)
+
+    weights = record_models(monkeypatch, task)
+    monkeypatch.setattr(np.random, "default_rng", record)
+    for number, seed in enumerate((5, 5, 6)):
+        train(task, caches[task], tmp_path / f"run{number}", f"--seed {seed} --epochs 2")
+    assert same(weights[0], weights[1]) and not same(weights[0], weights[2])
+    draws = [seed for seed in seeds if isinstance(seed, tuple) and len(seed) == 4]
+    steps = len(draws) // 6
+    expected = [(seed, e, s + 1, 0) for seed in (5, 5, 6) for e in (0, 1) for s in range(steps)]
+    assert draws == expected and steps >= 2
+    orders = [seed for seed in seeds if isinstance(seed, tuple) and len(seed) == 2]
+    assert orders == [(seed, e) for seed in (5, 5, 6) for e in (0, 1)]
+
+
+@TASKS
+def test_gradients_are_clipped_to_1_between_backward_and_step(caches, tmp_path, task, monkeypatch):
+    clipped = []
+
+    def clip_to_nothing(parameters: Iterator, largest: float) -> None:
+        clipped.append(largest)
+        for parameter in parameters:
+            parameter.grad.zero_()
+
+    weights = record_models(monkeypatch, task)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_to_nothing)
+    train(task, caches[task], tmp_path / "run", "--weight-decay 0 --epochs 2")
+    after = last_of(tmp_path / "run")
+    steps = int(after["optimizer"]["state"][0]["step"])
+    assert clipped == [1.0] * steps and steps >= 4
+    assert all(torch.equal(after["model"][name], weight) for name, weight in weights[0].items())
+
+
+@TASKS
+def test_training_and_validation_have_their_rows_modes_and_precision(
+    caches, tmp_path, task, monkeypatch
+):
+    """The validation fold and the test set are not trained on; norms and biases do not decay."""
+    script = module(task, "train")
+    build = script.build_model
+    batches = script.dataset.EpochBatches
+    losses = dict(script.LOSSES)
+    rows = []
+    modes = []
+    types = set()
+
+    def build_and_watch(*args: object) -> torch.nn.Module:
+        model = build(*args)
+        watch = lambda model, _: modes.append((model.training, torch.is_grad_enabled()))  # noqa: E731
+        model.register_forward_pre_hook(watch)
+        return model
+
+    def record_rows(*args: object) -> object:
+        rows.extend(next(arg for arg in args if isinstance(arg, list)))
+        return batches(*args)
+
+    def record_type(outputs: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        types.add(outputs.dtype)
+        return next(iter(losses.values()))(outputs, *rest)
+
+    monkeypatch.setattr(script, "build_model", build_and_watch)
+    monkeypatch.setattr(script.dataset, "EpochBatches", record_rows)
+    monkeypatch.setattr(script, "LOSSES", dict.fromkeys(losses, record_type))
+    train(task, caches[task], tmp_path / "run", "--amp bf16 --epochs 2")
+    index = read_rows(caches[task])
+    assert rows == [k for k, row in enumerate(index) if row["fold"] in ("1", "2")]
+    optimizer = last_of(tmp_path / "run")["optimizer"]
+    assert modes.count((True, True)) == int(optimizer["state"][0]["step"])
+    assert set(modes) == {(True, True), (False, False)}
+    assert types == {torch.float32}
+    assert [group["weight_decay"] > 0 for group in optimizer["param_groups"]] == [True, False]
+
+
+@TASKS
+def test_the_learning_rate_warms_up_and_falls_as_a_cosine(caches, tmp_path, task):
+    script = module(task, "train")
+    optimizer = torch.optim.AdamW(torch.nn.Linear(1, 1).parameters())
+    args = script.parse_args(["--lr", "1", "--epochs", "4", "--out", str(tmp_path)])
+    rates = []
+    for epoch in range(4):
+        for step in range(1, 51):
+            rates.append(script.set_learning_rate(optimizer, args, epoch, step, 50))
+            assert optimizer.param_groups[0]["lr"] == rates[-1]
+    assert rates[:11] == pytest.approx([*(k / 10 for k in range(1, 11)), 1.0])  # 5 % of the steps
+    assert rates[10 + 95] == pytest.approx(0.5)
+    assert rates[10 + 38] == pytest.approx(0.5 + 0.5 * math.cos(0.2 * math.pi))
+    assert rates[-1] == pytest.approx(0.5 - 0.5 * math.cos(math.pi / 190))
+    train(task, caches[task], tmp_path / "run", "--epochs 3 --lr 0.25")
+    log = last_of(tmp_path / "run")["log"]
+    assert log[0]["lr"] > log[1]["lr"] > log[2]["lr"] > 0
+
+
+# --- resume ---
+
+
+@TASKS
+def test_stop_and_resume_equal_the_straight_run_with_any_workers(caches, tmp_path, task):
+    train(task, caches[task], tmp_path / "straight", "--epochs 3")
+    resumed = tmp_path / "resumed"
+    train_until(2, task, caches[task], resumed, "--epochs 3 --workers 1")
+    (resumed / "log.csv").write_text("rows of an epoch that was lost\n" * 5)
+    train(task, caches[task], resumed, "--epochs 3 --resume")
+    assert_same_training(tmp_path / "straight", resumed)
+    assert [row["epoch"] for row in read_table(resumed / "log.csv")] == ["1", "2", "3"]
+
+
+def test_a_killed_or_interrupted_run_resumes_to_the_bit(caches, tmp_path):
+    script = ROOT / "segmentation" / "train.py"
+    words = split_words("--data", caches["segmentation"], "--epochs 40 --workers 0 --device cpu")
+    words += split_words(SMALL["segmentation"])
+    done = run_scripts(script, *words, "--out", "straight", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    words += ["--out", "stopped"]
+    for name, number, status in (("kill", signal.SIGKILL, -9), ("interrupt", signal.SIGINT, 130)):
+        more = ["--resume"] if name == "interrupt" else []
+        process = start_script(script, *words, *more, cwd=tmp_path, name=name)
+        wait_for("epoch ", tmp_path / f"{name}.out")
+        os.kill(process.pid, number)
+        process.join(60)
+        assert process.exitcode == status
+    assert (tmp_path / "interrupt.err").read_text() == "interrupted\n"
+    done = run_scripts(script, *words, "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_same_training(tmp_path / "straight", tmp_path / "stopped")
+    assert set(contents(tmp_path / "stopped")) == {"last.pt", "best.pt", "log.csv", "log.png"}
+
+
+@TASKS
+def test_two_processes_resume_and_are_evaluated_as_one(caches, tmp_path, task):
+    size = "4" if task == "segmentation" else "3"
+    words = ["--data", str(caches[task]), "--workers", "0", "--device", "cpu"]
+    options = split_words("--epochs 2 --out run", SMALL[task], "--batch-size", size)
+    options += [] if task == "segmentation" else ["--channels", "16"]
+    done = run_scripts(ROOT / task / "train.py", *words, *options, cwd=tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 2 ") == 1  # only rank 0 prints
+    last = last_of(tmp_path / "run")
+    assert last["settings"]["world_size"] == 2
+    score = SCORES[task]
+    assert last["log"][-1][f"val_{score}"] == last["metrics"][score]
+    # The validation that the ranks share has every image once, and the buffers of rank 0.
+    words = words[:2] + words[4:] if task == "segmentation" else words
+    options = ["--checkpoint", "run/last.pt", "--out", "out"]
+    done = run_scripts(ROOT / task / "eval.py", *words, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    summary = report(tmp_path / "out")["summary"]
+    names = {"dice": "dice_cache"} if task == "segmentation" else {k: k for k in last["metrics"]}
+    for name, evaluated in names.items():
+        expected = pytest.approx(last["metrics"][name], abs=1e-6, nan_ok=True)
+        assert summary[evaluated]["value"] == expected, name
+    found = refusal(train, task, caches[task], tmp_path / "run", "--resume")
+    assert "world_size 2 (now 1)" in found
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
+@TASKS
+def test_a_compiled_run_and_a_bare_one_resume_each_other(caches, tmp_path, task, monkeypatch):
+    compiled = []
+    compiler = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
+
+    def compile_model(model: torch.nn.Module, **options: bool) -> torch.nn.Module:
+        compiled.append(model)
+        return compiler(model)
+
+    monkeypatch.setattr(torch, "compile", compile_model)
+    train(task, caches[task], tmp_path / "bare", "--epochs 2")
+    bare = last_of(tmp_path / "bare")["model"]
+    for number, (first, second) in enumerate((("--compile", ""), ("", "--compile"))):
+        out = tmp_path / f"run{number}"
+        train_until(1, task, caches[task], out, "--epochs 2", first)
+        train(task, caches[task], out, "--epochs 2 --resume", second)
+        model = last_of(out)["model"]
+        assert model.keys() == bare.keys()  # not those of the wrapper, which begin with _orig_mod
+        for name, weight in bare.items():
+            torch.testing.assert_close(model[name], weight, rtol=0.05, atol=5e-3)
+    assert len(compiled) == 2
+
+
+def set_row(cache: Path, **values: str) -> None:
+    """Change the second row of index.csv."""
+    change_rows(cache, lambda k, row: row.update(values) if k == 1 else None)
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "message"),
+    [
+        ("classification", {"fit": "pad"}, "fit squash (now pad)"),
+        ("detection", {"mean": 0.1}, "mean 0.2 (now 0.1)"),
+        ("segmentation", {"spacing": [1, 1, 2]}, "spacing [1, 1, 1] (now [1, 1, 2])"),
+    ],
+)
+def test_resume_refuses_other_settings_and_another_cache(
+    caches, runs, tmp_path, task, change, message
+):
+    cache = copy(caches[task], tmp_path / "cache")
+    run = copy(runs[task], tmp_path / "run")
+    for options, words in (
+        ("--lr 0.01", "lr 0.001 (now 0.01)"),
+        ("--channels 32", "(now 32)"),  # meta.json has channels as well
+        ("--epochs 9", "epochs 1 (now 9)"),
+    ):
+        found = refusal(train, task, cache, run, "--resume", options)
+        assert words in found and f"--init {run}" in found
+    change_meta(cache, **change)
+    assert message in refusal(train, task, cache, run, "--resume")
+    other = copy(caches[task], tmp_path / "other")
+    set_row(other, patient="other")
+    assert "index" in refusal(train, task, other, run, "--resume")
+    assert "no checkpoint here" in refusal(train, task, cache, tmp_path / "none", "--resume")
+    (run / "last.pt").write_bytes((run / "best.pt").read_bytes())
+    assert "as in a copy of best.pt" in refusal(train, task, cache, run, "--resume")
+
+
+# --- best.pt and validation ---
+
+
+@pytest.mark.parametrize(
+    ("dice", "stop", "best", "is_kept", "best_at_the_end"),
+    [
+        # Something wrong, then nothing, which is right; of equals the later one
+        ([0.0, math.nan, 0.0, math.nan, 0.0], 1, 1, True, 4),
+        ([0.9, 0.8, 0.1], 2, 1, True, 1),
+        ([0.9, 0.8, 0.1], 2, 1, False, 3),  # removed: written again
+    ],
+)
+def test_best_is_that_of_the_highest_score_and_always_there(
+    tmp_path, monkeypatch, dice, stop, best, is_kept, best_at_the_end
+):
+    cache = draw_volumes(tmp_path / "cache", empty=True)
+    scores = iter(dice)
+    one = torch.ones(1, 1, dtype=torch.float64)
+    monkeypatch.setattr(module("segmentation", "train"), "evaluate", lambda *_: next(scores) * one)
+    options = f"--epochs {len(dice)}"
+    train_until(stop, "segmentation", cache, tmp_path / "run", options)
+    path = tmp_path / "run" / "best.pt"
+    assert load_checkpoint(path)["epoch"] == best
+    if not is_kept:
+        path.unlink()
+    train("segmentation", cache, tmp_path / "run", options, "--resume")
+    assert load_checkpoint(path)["epoch"] == best_at_the_end
+
+
+def test_a_validation_every_other_epoch_changes_no_weight(caches, tmp_path):
+    cache = caches["segmentation"]
+    train("segmentation", cache, tmp_path / "each", "--epochs 5")
+    options = "--epochs 5 --validate-every 2"
+    train_until(3, "segmentation", cache, tmp_path / "other", options)
+    assert last_of(tmp_path / "other")["metrics"] == {}
+    train("segmentation", cache, tmp_path / "other", options, "--resume")
+    each = last_of(tmp_path / "each")
+    other = last_of(tmp_path / "other")
+    assert same(each["model"], other["model"]) and each["metrics"] == other["metrics"]
+    scores = [row["val_dice"] for row in each["log"]]
+    expected = [None, scores[1], None, scores[3], scores[4]]
+    assert [row.get("val_dice") for row in other["log"]] == expected
+    best = load_checkpoint(tmp_path / "other" / "best.pt")["metrics"]["dice"]
+    assert best == max(scores[1], scores[3], scores[4])
+
+
+@TASKS
+def test_a_training_on_all_folds_leaves_out_the_test_set_alone(caches, tmp_path, task, capsys):
+    cache = caches[task]
+    run = tmp_path / "run"
+    train(task, cache, run, "--fold -1 --epochs 2")
+    command = f"next: python {task}/eval.py --data {cache} --checkpoint {run}/last.pt --split test"
+    assert command in capsys.readouterr().out
+    assert not (run / "best.pt").exists()
+    expected = set()
+    for row in read_rows(cache):
+        if row["fold"] != "test":
+            expected |= checkpoint.hash_row(row)
+    assert last_of(run)["trained_on"] == sorted(expected)
+    assert not any(name.startswith("val_") for name in read_table(run / "log.csv")[1])
+    found = refusal(evaluate, task, cache, f"--checkpoint {run}/last.pt")
+    assert "left no fold out (--fold -1); use --split test" in found
+    evaluate(task, cache, f"--checkpoint {run}/last.pt --split test")
+    assert not any(name.endswith("_tuned") for name in report(run / "eval_test")["summary"])
+
+
+def test_log_png_marks_each_value_where_it_belongs():
+    log = []
+    for epoch, loss, auroc in ((1, 1.0, 0.5), (2, 0.5, 0.9), (3, 0.0, math.nan)):
+        log.append({"epoch": epoch, "train_loss": loss, "val_auroc": auroc})
+    picture = np.asarray(draw_log(log, "val_auroc", 2)).astype(int)
+    blue = (picture[:, :500] == (0x1F, 0x4E, 0x9C)).all(-1)
+    for y, x in ((50, 70), (200, 270), (350, 470)):  # from the upper left to the lower right
+        assert blue[y - 5 : y + 5, x - 4 : x + 4].any()
+    red = (picture[:, 500:] == (0xC0, 0x39, 0x2B)).all(-1)
+    assert red[345:355, 66:74].any() and red[45:55, 266:274].any()
+    assert not red[60:360, 290:].any()  # NaN is no point
+    best = (picture[:, :500] == 0x99).all(-1)
+    assert best[100:300, 270].mean() > 0.9 and not best[100:300, 200].any()
+
+
+# --- what is no number ---
+
+
+def give_nan(monkeypatch, task: str, script: str) -> None:
+    """The networks of this script give NaN instead of what they find."""
+    if task == "segmentation":
+        nothing = torch.full((2, 8, 8, 8), math.nan, dtype=torch.float16)
+        monkeypatch.setattr(module(task, script), "predict_volume", lambda *_: nothing.clone())
+        return
+    real = module(task, script).evaluate
+
+    def evaluate_nan(*args: object) -> tuple:
+        outputs, truth = real(*args)
+        outputs[0] = math.nan  # one image is enough
+        return outputs, truth
+
+    monkeypatch.setattr(module(task, script), "evaluate", evaluate_nan)
+
+
+@TASKS
+def test_a_network_that_gives_nan_has_no_score(caches, runs, tmp_path, task, monkeypatch):
+    give_nan(monkeypatch, task, "train")
+    found = refusal(train, task, caches[task], tmp_path / "run")
+    assert "the network gives NaN or infinite values; lower --lr" in found
+    assert contents(tmp_path / "run") == {}
+    give_nan(monkeypatch, task, "eval")
+    options = f"--checkpoint {runs[task]}/best.pt --out {tmp_path}/out"
+    assert "the network gives NaN" in refusal(evaluate, task, caches[task], options)
+    assert not (tmp_path / "out").exists()
+
+
+@TASKS
+def test_a_loss_or_weights_that_are_not_finite_stop(caches, runs, tmp_path, task, monkeypatch):
+    broken = load_checkpoint(runs[task] / "best.pt")
+    name = next(name for name, weight in broken["model"].items() if weight.ndim > 1)
+    broken["model"][name].flatten()[0] = math.nan
+    path = tmp_path / "nan.pt"
+    save_checkpoint(path, broken)
+    expected = f"nan.pt: {name} holds NaN or infinite weights"
+    assert expected in refusal(train, task, caches[task], tmp_path / "run", f"--init {path}")
+    assert expected in refusal(evaluate, task, caches[task], f"--checkpoint {path}")
+    losses = {name: lambda *args: args[0].sum() * math.inf for name in ("ce", "mse", "dice_ce")}
+    monkeypatch.setattr(module(task, "train"), "LOSSES", losses)
+    assert "epoch 1: the loss is" in refusal(train, task, caches[task], tmp_path / "run")
+
+
+# --- what was trained on ---
+
+
+@TASKS
+def test_eval_refuses_images_and_patients_of_the_training(caches, runs, tmp_path, task):
+    options = f"--checkpoint {runs[task]}/best.pt --split test --out {tmp_path}/out"
+    count = "4 of these 8" if task == "segmentation" else "12 of these 24"
+    for number, change in enumerate(
+        (
+            lambda k: {},  # as --like the training data
+            lambda k: {"patient": f"x{k}"},  # the same images, in a cache of another size
+            lambda k: {"digest": f"x{k}"},  # other images of the same patients
+        )
+    ):
+        cache = copy(caches[task], tmp_path / f"cache{number}")
+        change_rows(cache, lambda k, row, change=change: row.update(change(k), fold="test"))
+        assert f"trained on {count} images" in refusal(evaluate, task, cache, options)
+    evaluate(task, caches[task], options)  # its own test set is not
+
+
+@TASKS
+def test_patients_on_both_sides_of_an_official_split_are_counted(caches, tmp_path, task, capsys):
+    cache = copy(caches[task], tmp_path / "cache")
+    shared = {}  # the first row of fold 1 and of the test set
+
+    def share_a_patient(k: int, row: dict) -> None:
+        row["split"] = "test" if row["fold"] == "test" else "train"
+        if row["fold"] in ("1", "test") and shared.setdefault(row["fold"], k) == k:
+            row["patient"] = "both"
+
+    change_rows(cache, share_a_patient)
+    train(task, cache, tmp_path / "run")
+    evaluate(task, cache, f"--checkpoint {tmp_path}/run/best.pt --split test")
+    said = capsys.readouterr().out
+    assert "1 of " in said and "by the official split" in said
+    # A column fold is no official split, and another cache has one of its own.
+    change_rows(cache, lambda k, row: row.update(split=""))
+    train(task, cache, tmp_path / "again")
+    options = f"--checkpoint {tmp_path}/again/best.pt --split test"
+    assert "trained on 1 of these" in refusal(evaluate, task, cache, options)
+
+
+@TASKS
+def test_eval_knows_what_init_was_trained_on(caches, runs, tmp_path, task, capsys):
+    train(task, caches[task], tmp_path / "run", f"--init {runs[task]}/best.pt --fold 1")
+    count = "2 of 2" if task == "segmentation" else "6 of 6"
+    assert f"--init was trained on {count} rows of the validation" in capsys.readouterr().out
+    train(task, caches[task], tmp_path / "again", f"--init {tmp_path}/run/best.pt --fold 1")
+    for run in ("run", "again"):
+        options = f"--checkpoint {tmp_path}/{run}/best.pt"
+        assert "images or patients" in refusal(evaluate, task, caches[task], options)
+
+
+# --- --init ---
+
+
+def three_classes(k: int, row: dict) -> None:
+    row["label"] = ("no", "yes", "perhaps")[k // 2 % 3]
+    row["fold"] = str(k % 2)
+
+
+@pytest.mark.parametrize(
+    ("task", "prefix", "new"), [("classification", "", "fc"), ("detection", "backbone.", "out")]
+)
+def test_init_takes_what_fits(caches, runs, tmp_path, capsys, task, prefix, new):
+    """All but the last layer with another number of classes, the backbone in another task."""
+    cache = copy(caches[task], tmp_path / "cache")
+    if task == "classification":
+        change_meta(cache, classes=["no", "yes", "perhaps"])
+        change_rows(cache, three_classes)
+    init = runs["classification"] / "best.pt"
+    train(task, cache, tmp_path / "run", f"--init {init} --lr 1e-12 --weight-decay 0")
+    said = f"--init {init}: 7 of 9 arrays taken; at random: {new}.bias, {new}.weight"
+    assert said in capsys.readouterr().out
+    old = load_checkpoint(init)["model"]["conv1.weight"]
+    assert torch.allclose(last_of(tmp_path / "run")["model"][f"{prefix}conv1.weight"], old)
+    options = f"--init {runs['segmentation']}/best.pt"
+    found = refusal(train, task, cache, tmp_path / "other", options)
+    assert "none of its weights has the name and the shape" in found
+
+
+# --- caches that are not what they should be ---
+
+
+def as_signed(array: bytes) -> bytes:
+    """The file of an array with another type in its header."""
+    return array.replace(b"'|u1'", b"'|i1'").replace(b"'<f2'", b"'<i2'")
+
+
+# What becomes of the bytes of a file
+DAMAGED = [("meta.json", lambda _, text=text: text) for text in (b"{}", b"[]", 100_000 * b"[")]
+DAMAGED += [("meta.json", lambda meta: meta.replace(b'"format": 1', b'"format": 0'))]
+DAMAGED += [("index.csv", lambda index: b""), ("index.csv", lambda index: index.rsplit(b",", 3)[0])]
+DAMAGED += [("index.csv", lambda index: index.rstrip().rpartition(b"\n")[0])]
+DAMAGED += [("*.npy", lambda array: array[:-50]), ("*.npy", as_signed)]
+WRONG = {  # values of the second row
+    "classification": [{"label": "1"}, {"label": ""}, {"fold": "5"}],
+    "detection": [{"xmin": "nan"}, {"xmax": "40"}, {"spacing": "1"}, {"fold": "5"}],
+    "segmentation": [{"id": "v99"}, {"fold": "5"}],
+}
+
+
+@TASKS
+def test_a_bad_cache_is_one_line(caches, runs, tmp_path, task):
+    for number, change in enumerate(DAMAGED + WRONG[task]):
+        cache = copy(caches[task], tmp_path / f"cache{number}")
+        if isinstance(change, dict):
+            set_row(cache, **change)
+        else:
+            path = min(cache.rglob(change[0]))
+            before = path.read_bytes()
+            path.write_bytes(change[1](before))
+            assert path.read_bytes() != before
+        found = refusal(train, task, cache, tmp_path / "run")
+        assert str(cache) in found and not (tmp_path / "run").exists(), number
+    for other in set(NAMES) - {task}:
+        expected = f"made for {other}, expected {task}"
+        assert expected in refusal(train, task, caches[other], tmp_path / "run")
+        options = f"--checkpoint {runs[other]}/best.pt"
+        assert expected in refusal(evaluate, task, caches[task], options)
+
+
+@TASKS
+def test_a_fold_or_batch_that_leaves_nothing_says_what_to_do(caches, tmp_path, task):
+    cache = copy(caches[task], tmp_path / "cache")
+    change_rows(cache, lambda k, row: row.update(fold="1"))
+    found = refusal(train, task, cache, tmp_path / "run")
+    assert "fold 0 leaves no validation" in found and not (tmp_path / "run").exists()
+    if task == "classification":
+        assert "12 patients in all (--patient-regex" in found and "--fold -1" in found
+    found = refusal(train, task, caches[task], tmp_path / "run", "--batch-size 1000")
+    assert "less than one batch of --batch-size 1000 in each of 1 processes" in found
+
+
+# --- options and devices ---
+
+IMPOSSIBLE = [f"--seed {2**64}", "--augment 1000", "--lr nan", "--weight-decay inf"]
+IMPOSSIBLE += ["--batch-size 0", "--workers 99999999999", "--channels 99999999999", "--channels 1"]
+
+
+@TASKS
+def test_options_beyond_their_bounds_exit_with_status_2(task, capsys):
+    for option in IMPOSSIBLE:
+        with pytest.raises(SystemExit, match="2"):
+            module(task, "train").main(["--data", "x", *option.split()])
+        assert option.split()[0] in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_one_line(monkeypatch):
+    choose_device = module("classification", "train").choose_device
+    for name in ("cuda:7", "hpu", "nonsense"):
+        assert f"--device {name}: " in refusal(choose_device, name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("auto").type == "cpu"
+
+
+# --- speed: nothing in a step waits for the device ---
+
+
+class RefuseWaits(TorchDispatchMode):
+    """Raises where a GPU would make the host wait and device meta does not."""
+
+    def __torch_dispatch__(self, operator, types: tuple, args: tuple = (), kwargs=None) -> object:
+        kwargs = kwargs or {}
+        assert operator is not torch.ops.aten._linalg_check_errors.default  # linalg.inv, solve
+        if operator is torch.ops.aten._to_copy.default and kwargs.get("device") is not None:
+            is_moved = args[0].device != kwargs["device"]
+            assert not is_moved or kwargs.get("non_blocking"), "a copy without non_blocking"
+        return operator(*args, **kwargs)
+
+
+class StepsDone(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("classification", "--flip --class-weights balanced --loss smooth_ce"),
+        ("detection", "--loss smooth_l1_giou"),
+        ("segmentation", ""),
+        ("segmentation", "--dims 3 --loss dice"),
+    ],
+)
+def test_a_step_reads_nothing_from_the_device(caches, tmp_path, monkeypatch, task, options):
+    """A GPU would stand still. Device meta has no values: there every read raises."""
+    script = module(task, "train")
+    generator = torch.Generator
+    optimizer = script.AdamW
+    to_input = script.to_input
+    mode = RefuseWaits()
+    steps = []
+
+    def begin(*args: object) -> object:
+        if not steps:
+            mode.__enter__()
+        steps.append(1)
+        return to_input(*args)
+
+    def stop(loss_sum: torch.Tensor, steps_per_epoch: int, *_: object) -> None:
+        mode.__exit__(None, None, None)
+        assert loss_sum.device.type == "meta" and len(steps) == steps_per_epoch
+        raise StepsDone
+
+    def make_adamw(groups: list[dict], fused: bool, **rates: float) -> torch.optim.Optimizer:
+        assert fused  # the other kernels read the number of the step
+        return optimizer(groups, **rates)
+
+    monkeypatch.setattr(script, "to_input", begin)
+    monkeypatch.setattr(script, "mean_loss", stop)
+    monkeypatch.setattr(script, "AdamW", make_adamw)
+    monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator("cpu"))
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    with pytest.raises(StepsDone):
+        train(task, caches[task], tmp_path / "run", "--device meta --batch-size 2", options)
+    assert 2 <= len(steps) < 20  # the loop reads the loss every 20 steps
+
+
+# --- learning ---
+
+
+@TASKS
+def test_a_few_images_are_learned_by_heart(tmp_path, task):
+    """Validated on the images of the training themselves: the second half copies the first."""
+    cache = draw_cache(tmp_path / "cache", task)
+    half = len(read_rows(cache)) // 2
+    change_rows(cache, lambda k, row: row.update(fold="0" if k < half else "1"))
+    if task == "segmentation":
+        for k in range(half):
+            for kind in ("image", "mask", "points"):
+                source = cache / "volumes" / f"v{k}.{kind}.npy"
+                shutil.copy(source, cache / "volumes" / f"v{k + half}.{kind}.npy")
+    else:  # labels and boxes are equal already
+        images = np.load(cache / "images.npy")
+        images[half:] = images[:half]
+        np.save(cache / "images.npy", images)
+    options, least = {
+        "classification": ("--epochs 60 --lr 1e-2", 0.99),
+        "detection": ("--epochs 80 --lr 1e-2", 0.7),
+        "segmentation": ("--dims 3 --batch-size 1 --epochs 40 --channels 8", 0.9),
+    }[task]
+    train(task, cache, tmp_path / "run", options, "--augment 0 --weight-decay 0")
+    assert last_of(tmp_path / "run")["metrics"][SCORES[task]] > least
