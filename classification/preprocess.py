@@ -42,6 +42,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
@@ -418,6 +419,12 @@ def find_classes(raw: Path, listing: Listing, wanted: list[str]) -> tuple[list[s
     refuse_table(raw, listing)
     problem = check_class_folders(cases, below, listing, wanted)
     if problem:
+        top = os.path.commonpath([os.path.dirname(path) for path in listing.images] or [""])
+        if top:  # the folder that holds all images
+            with suppress(DataError), redirect_stdout(io.StringIO()):
+                find_classes(raw / top, list_folder(raw / top), wanted)
+                command = f"--data {shlex.quote(str(raw / top))}"
+                problem = f"one folder too high? If the folders in {top} are classes: {command}"
         expected = "expected a folder for each of two or more classes, or labels.csv (image,label)"
         raise DataError(f"{raw}: {problem}; {expected}; found {describe_files(listing)}")
     report_left_out(listing, {case.source for case in cases})
@@ -445,7 +452,7 @@ def check_class_folders(
     """
     classes = {case.label for case in cases}
     if not classes or (len(classes) == 1 and not classes <= set(wanted)):
-        return "no folders of classes (one folder too high?)"
+        return "no folders of classes"
     for name in sorted(classes - set(wanted)):
         if NO_CLASS.fullmatch(name):
             return f"{name}/ is no class"

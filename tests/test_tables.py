@@ -399,7 +399,9 @@ def test_official_splits(tmp_path, train, val, test, capsys):
 
 @pytest.mark.parametrize("names, words", [
     ("No_Finding/1 ill/2 nofinding/3", "two of .*No_Finding.* look like one class"),
-    ("chest/train/A/1 chest/train/B/2", "one folder too high.*; found 2 .png, such as chest/train/A/1.png"),
+    ("chest/train/A/1 chest/train/B/2", "folders in chest/train are classes: --data .*chest/train; .*; found 2 .png, such"),
+    ("a/b/train/A/1 a/b/train/B/2 a/b/test/A/3 a/b/test/B/4", "folders in a/b are classes: --data .*/a/b;"),
+    ("NORMAL/p1/1 NORMAL/p2/2", ": no folders of classes; "),
     ("images/1 images/2", "expected a folder for each of two or more classes"),
     ("site_a/ill/1 site_a/ok/2 site_b/ill/3 site_b/ok/4", r"several of \['site_a', 'site_b'\] hold ill and ok; expected"),
     ("images_001/1 images_002/2", "images_001/ is no class"),
@@ -448,7 +450,7 @@ def test_rsna(tmp_path, capsys):
         and meta["counts"] == run(raw, out="x")[2]["counts"]
     )
     refused("classes in the data", raw, "--classes healthy ill", out="y")
-    refused("one folder too high", tmp_path, out="z/y")
+    refused("no folders of classes|folder too high", tmp_path, out="z/y")
 
 
 @pytest.mark.parametrize("text, words", [
