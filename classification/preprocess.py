@@ -196,6 +196,7 @@ def preprocess(args: argparse.Namespace) -> None:
         folds = assign_folds(patients, list_strata(good), splits, args.test_fraction)
         if not like and set(folds) == {"test"}:
             raise DataError(f"{args.data}: only test images; use --like TRAIN_CACHE for them")
+        note_small_validation(folds)
         overlaps = report_overlaps(good, patients)
 
         # write: index.csv, and meta.json last
@@ -1480,6 +1481,17 @@ def assign_folds(
             counts[fold] += sizes[group]
     pairs = zip(groups, splits, strict=True)
     return [given[split] if split in given else fold_of[group] for group, split in pairs]
+
+
+def note_small_validation(folds: list[str]) -> None:
+    """Say that the official validation set, fold 0, is too small to choose by, if it is.
+
+    The paediatric X-rays of Kermany et al. come with one of 16 images, beside 5,216 to train on.
+    """
+    counts = Counter(folds)
+    if 0 < 4 * counts["0"] < counts["1"]:
+        few = f"fold 0 has, as given, only {counts['0']} of {len(folds)}: too few to choose by"
+        print(f"note: {few}; train.py --fold 1 validates on {counts['1']}")
 
 
 def list_strata(cases: list[Case]) -> list[str]:

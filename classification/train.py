@@ -216,7 +216,7 @@ def prepare_cache(args: argparse.Namespace, world_size: int) -> Path:
     words = ["--data", str(raw), "--out", str(cache)]
     if args.data is None:
         print("no --data: a synthetic set.")
-        print("Its opacities are random blobs: the scores mean nothing medically.")
+        print("Its structures are random blobs: the scores mean nothing medically.")
         if cache.exists():
             return cache
         words += ["--size", "96"]
@@ -326,7 +326,7 @@ def evaluate(
     if dist.is_initialized():
         for buffer in model.buffers():  # otherwise the score is not that of the model that is saved
             dist.broadcast(buffer, 0)
-    model.eval()  # BatchNorm by its running averages
+    model.eval()
     logits = []
     labels = []
     for images, truth in loader:

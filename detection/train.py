@@ -321,7 +321,7 @@ def evaluate(
     if dist.is_initialized():
         for buffer in model.buffers():  # otherwise the score is not that of the model that is saved
             dist.broadcast(buffer, 0)
-    model.eval()  # BatchNorm by its running averages
+    model.eval()
     pred = []
     boxes = []
     for images, truth in loader:

@@ -315,9 +315,14 @@ def find_folders(raw: Path) -> list[tuple[Path, Path, str]]:
 
 
 def list_files(top: Path) -> Iterator[Path]:
-    """All files below a folder in the order of their names, but hidden ones and DICOMDIR."""
+    """All files below a folder in the order of their names, but hidden ones and DICOMDIR.
+
+    Linked folders are followed, but for links to a folder above.
+    """
     for folder, names, files in os.walk(top, followlinks=True):
-        names[:] = sorted(name for name in names if not name.startswith("."))
+        above = {path.resolve() for path in (Path(folder), *Path(folder).parents)}
+        names[:] = [name for name in sorted(names) if Path(folder, name).resolve() not in above]
+        names[:] = [name for name in names if not name.startswith(".")]
         # macOS writes ._NAME beside NAME; DICOMDIR is the table of contents of a disc.
         for name in sorted(files):
             if not name.upper().startswith((".", "DICOMDIR")):
@@ -1202,7 +1207,6 @@ def split_cases(cases: list[Case], args: Namespace) -> None:
         case.fold = fold
     if not args.like and set(folds) == {"test"}:
         raise DataError(f"{args.data}: only test cases: use --like TRAIN_CACHE")
-    note_small_validation(folds)
 
 
 def group_patients(patients: list[str], digests: list[str]) -> list[str]:
@@ -1265,17 +1269,6 @@ def assign_folds(
             counts[fold] += sizes[group]
     pairs = zip(groups, splits, strict=True)
     return [given[split] if split in given else fold_of[group] for group, split in pairs]
-
-
-def note_small_validation(folds: list[str]) -> None:
-    """Say that the official validation set, fold 0, is too small to choose by, if it is.
-
-    The paediatric X-rays of Kermany et al. come with one of 16 images, beside 5,216 to train on.
-    """
-    counts = Counter(folds)
-    if 0 < 4 * counts["0"] < counts["1"]:
-        few = f"fold 0 has, as given, only {counts['0']} of {len(folds)}: too few to choose by"
-        print(f"note: {few}; train.py --fold 1 validates on {counts['1']}")
 
 
 def note_patients(cases: list[Case], args: Namespace) -> None:

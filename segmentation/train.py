@@ -145,7 +145,6 @@ def main(argv: list[str] | None = None) -> None:
         # Validation on the whole fold, shared out among the processes
         train_loss = mean_loss(loss_sum, steps_per_epoch, epoch, world_size)
         row = {"epoch": epoch + 1, "lr": lr, "train_loss": train_loss}
-        row |= {"train_seconds": time.perf_counter() - start}
         saved |= {"metrics": {}}  # those of this epoch alone
         if validates(args, epoch):
             scores = evaluate(model, cache, [names[k] for k in val_rows], device, settings, meta)
@@ -212,7 +211,7 @@ def prepare_cache(args: argparse.Namespace, world_size: int) -> Path:
     words = ["--data", str(raw), "--out", str(cache)]
     if args.data is None:
         print("no --data: a synthetic set.")
-        print("Its organs are random blobs: the scores mean nothing medically.")
+        print("Its structures are random blobs: the scores mean nothing medically.")
         if cache.exists():
             return cache
     if world_size > 1:
@@ -317,21 +316,14 @@ def evaluate(
     scores = {}
     for name in names[rank::world_size]:  # whole volumes, each by one process
         image, mask = open_case(cache, name)
-        probabilities = predict_volume(
-            model,
-            image,
-            settings["patch"],
-            meta["slice_axis"],
-            device,
-            AMP[settings["amp"]],
-            settings["batch_size"],
-        )  # (classes, X, Y, Z)
+        plan = (settings["patch"], meta["slice_axis"], device, AMP[settings["amp"]])
+        probabilities = predict_volume(model, image, *plan, settings["batch_size"])
         check_finite(probabilities, name)
-        predicted = probabilities.argmax(0)  # (X, Y, Z), class numbers
+        predicted = probabilities.argmax(0)  # (classes, X, Y, Z) to class numbers (X, Y, Z)
         truth = torch.from_numpy(np.array(mask)).to(predicted.device)  # (X, Y, Z)
         scores[name] = dice_scores(truth, predicted, len(meta["classes"]))
     if dist.is_initialized():
-        parts = [None] * world_size
+        parts = [None] * dist.get_world_size()
         dist.all_gather_object(parts, scores)
         for part in parts:
             scores.update(part)
@@ -339,10 +331,7 @@ def evaluate(
 
 
 def score_of(metrics: dict[str, float]) -> float | None:
-    """What best.pt is chosen by; None without validation.
-
-    NaN: no mask has any structure and rightly none was found.
-    """
+    """Score of best.pt, None without validation; NaN, nothing there and nothing found, is 1."""
     dice = metrics.get("dice")
     return 1.0 if dice is not None and math.isnan(dice) else dice
 

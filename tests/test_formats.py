@@ -125,17 +125,6 @@ def mmwhs() -> None:
         save(path, np.array([0, 205, 420], np.int16)[MASK])
 
 
-def itk() -> None:
-    import SimpleITK
-
-    for k in range(3):
-        for suffix, voxels in (("", IMAGE + np.int16(k)), ("_segmentation", MASK)):
-            Path("scans").mkdir(exist_ok=True)
-            kind = "nrrd" if k else "mhd"
-            path = f"scans/Case0{k}{suffix}.{kind}"
-            SimpleITK.WriteImage(SimpleITK.GetImageFromArray(voxels.T), path)
-
-
 SETS = {  # recipe -> files, ids, values of the masks
     "ACDC": (acdc, [f"patient00{k}_frame01" for k in range(3)], [0, 1, 2]),
     "M&Ms": (mms, [f"A{k}S9V9_t0{t}" for k in range(3) for t in (1, 3)], [0, 1, 2]),
@@ -155,7 +144,6 @@ SETS = {  # recipe -> files, ids, values of the masks
     "ISIC 2018": (isic, ["ISIC_0000000", "ISIC_0000001", "ISIC_0000002"], [0, 255]),
     "COCO": (coco, ["p0", "p1", "p2"], [0, 1]),
     "Class numbers above 255": (mmwhs, ["ct_0", "ct_1", "ct_2"], [0, 1, 2]),
-    "NRRD and MetaImage": (itk, ["Case00", "Case01", "Case02"], [0, 1, 2]),
 }
 
 
@@ -167,8 +155,6 @@ def run_recipe(name: str) -> None:
 @pytest.mark.parametrize("name", SETS)
 def test_the_lines_make_a_set_that_preprocess_reads(tmp_path, monkeypatch, name):
     write, ids, values = SETS[name]
-    if write is itk:
-        pytest.importorskip("SimpleITK")
     monkeypatch.chdir(tmp_path)
     write()
     run_recipe(name)
@@ -194,7 +180,9 @@ def test_the_remaining_lines_do_what_they_say(tmp_path, monkeypatch):
     assert np.array_equal(nib.load("raw/imagesTr/a.nii.gz").get_fdata(), IMAGE)
     run_recipe("dataset.json")
     assert json.loads(Path("raw/dataset.json").read_text())["modality"] == {"0": "CT"}
-    assert set(RECIPES) == {*SETS, "Pairs", "dataset.json", "splits_final.json"}
+    compile(textwrap.dedent(FIRST + RECIPES["NRRD and MetaImage"]), "README.md", "exec")
+    others = {"Pairs", "dataset.json", "splits_final.json", "NRRD and MetaImage"}
+    assert set(RECIPES) == {*SETS, *others}
 
 
 def test_the_folds_of_nnunet_become_a_table(tmp_path, monkeypatch, capsys):

@@ -821,6 +821,17 @@ def names_of(paths: list[Path], **meta: object) -> list[str]:
     return [image.name for image in find_new(paths, META | meta)]
 
 
+def test_linked_folders_are_followed_but_for_links_upwards(tmp_path):
+    nib.save(nib.Nifti1Image(np.arange(24.0).reshape(2, 3, 4), GRID), tmp_path / "scan.nii")
+    for name in ("a", "b", "store"):
+        (tmp_path / "top" / name).mkdir(parents=True)
+    (tmp_path / "scan.nii").rename(tmp_path / "top" / "store" / "scan.nii")
+    for link, target in (("a/store", "store"), ("a/b", "b"), ("b/a", "a"), ("a/top", ".")):
+        (tmp_path / "top" / link).symlink_to(tmp_path / "top" / target)
+    images = find_new([tmp_path / "top"], META)
+    assert [image.name for image in images] == ["a_store_scan", "b_a_store_scan", "store_scan"]
+
+
 def test_an_export_is_read_series_by_series(tmp_path, capsys):
     """PATIENT/STUDY/SERIES, two series in a folder, one in two, a scout, a cut file, DICOMDIR."""
 
