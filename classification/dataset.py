@@ -271,47 +271,39 @@ def augment(
     strength: float = 1.0,
     flip: bool = False,
 ) -> Tensor:
-    """Random affine, gray curves, sharpness and noise for float (B, C, S, S) in 0..1.
+    """Random affine, gamma, blur and noise for float (B, C, S, S) in 0..1.
 
     Parameters are drawn per image on the CPU from `rng`, so that neither workers nor the device
     change them; only the noise is drawn on the device, from a generator that `rng` seeds. `flip`
-    mirrors half the images. The result may leave 0..1.
+    mirrors half the images.
+
+    No image keeps its place and proportions: where these differ between the classes, as in public
+    sets of X-rays, a network learns them first, and fails elsewhere (Zech et al., PLOS Medicine
+    2018). Contrast and brightness are not changed: `to_input` normalises every image by itself.
     """
     if strength == 0 and not flip:
         return images
     batch = len(images)
-    device = images.device
-    draws = strength * rng.uniform(-1, 1, (11, batch))
-    # Half the images keep their place: interpolation blurs, and evaluation is on images that are
-    # as sharp as they come.
-    draws[:6] *= rng.random(batch) < 0.5
-    draws = torch.from_numpy(draws.astype(np.float32))
-    draws = draws.to(device, non_blocking=True)  # (11, B)
-
-    affine = make_affine(draws[:6], degrees=15)  # (B, 2, 3)
+    draws = strength * rng.uniform(-1, 1, (9, batch))
+    affine = make_affine(draws[:6], degrees=15, aspect=0.2)  # (B, 2, 3)
     if flip:
-        sign = torch.from_numpy(rng.choice([-1, 1], batch).astype(np.float32))  # (B,)
-        affine[:, :, 0] *= sign.to(device, non_blocking=True)[:, None]  # what x is multiplied by
-    grid = F.affine_grid(affine, list(images.shape), align_corners=False)  # (B, S, S, 2)
-    images = F.grid_sample(images, grid, align_corners=False)  # (B, C, S, S), black outside
-    if strength == 0:
-        return images
-    images = change_look(images, rng, strength)
-    return change_gray(images, draws[6:], rng)
+        affine[:, :, 0] *= rng.choice([-1, 1], (batch, 1))  # what x is multiplied by
+    images = move_images(images, affine)
+    return images if strength == 0 else change_gray(images, draws[6:], rng)
 
 
-def make_affine(draws: Tensor, degrees: float) -> Tensor:
+def make_affine(draws: np.ndarray, degrees: float, aspect: float) -> np.ndarray:
     """Affine maps (B, 2, 3) from draws (6, B) in -1..1, for F.affine_grid.
 
     They say where each output pixel comes from, in the coordinates of grid_sample: x and y from -1
-    to 1, edge to edge. The ends of the range turn by `degrees`, change size and aspect by 22 %,
-    shear by 0.1 and shift by a tenth of the image.
+    to 1, edge to edge. The ends of the range turn by `degrees`, change the size by 22 % and the
+    proportions by a factor of exp(2 `aspect`), shear by 0.1 and shift by a tenth of the image.
     """
-    angle, log_scale, log_aspect, shear, dx, dy = draws
-    cos = torch.cos(angle * math.radians(degrees))
-    sin = torch.sin(angle * math.radians(degrees))
-    scale_x = torch.exp(0.2 * log_scale + 0.1 * log_aspect)
-    scale_y = torch.exp(0.2 * log_scale - 0.1 * log_aspect)
+    angle, log_scale, log_aspect, shear, dx, dy = draws  # (B,) each
+    cos = np.cos(angle * math.radians(degrees))
+    sin = np.sin(angle * math.radians(degrees))
+    scale_x = np.exp(0.2 * log_scale + aspect * log_aspect)
+    scale_y = np.exp(0.2 * log_scale - aspect * log_aspect)
     # Rotation times shear times scale, the shift beside it.
     x_from_x = cos * scale_x
     x_from_y = (0.1 * shear * cos - sin) * scale_y
@@ -319,86 +311,46 @@ def make_affine(draws: Tensor, degrees: float) -> Tensor:
     y_from_y = (cos + 0.1 * shear * sin) * scale_y
     row_x = [x_from_x, x_from_y, 0.2 * dx]  # a tenth of the image: its width is 2
     row_y = [y_from_x, y_from_y, 0.2 * dy]
-    return torch.stack(row_x + row_y, 1).view(-1, 2, 3)
+    return np.stack(row_x + row_y, 1).reshape(-1, 2, 3)
 
 
-def change_look(images: Tensor, rng: np.random.Generator, strength: float) -> Tensor:
-    """Gray values and sharpness as of another machine; float (B, C, S, S) in 0..1.
+def move_images(images: Tensor, affine: np.ndarray) -> Tensor:
+    """Resample images (B, C, S, S) by affine maps (B, 2, 3); the edge is repeated outside."""
+    theta = torch.from_numpy(affine.astype(np.float32)).to(images.device, non_blocking=True)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)  # (B, S, S, 2)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
-    Where the sick were imaged in another way than the healthy, a network learns that first, and
-    fails elsewhere (Zech et al., PLOS Medicine 2018). Half the images go part of the way to the
-    histogram of another one of the batch, all get a random rising curve, and most are sharpened or
-    softened.
+
+def change_gray(images: Tensor, draws: np.ndarray, rng: np.random.Generator) -> Tensor:
+    """Gamma, blur and noise by draws (3, B) in about -1..1; float (B, C, S, S) in 0..1.
+
+    All channels of an image change alike, but for the noise. What can be computed on the CPU is:
+    a GPU would wait for many small kernels.
     """
-    batch = len(images)
-    share, amount = strength * rng.uniform(-1, 1, (2, batch))
-    amount *= rng.random(batch) < 0.7
-    bends = 0.6 * strength * rng.normal(0, 1, (batch, 8))
-    sigma = rng.uniform(0.3, max(1.0, 0.018 * images.shape[-1]), batch)  # pixels
-    draws = np.column_stack([share.clip(0, 1), amount.clip(-1), sigma, bends])
-    draws = torch.from_numpy(draws.astype(np.float32))
-    draws = draws.to(images.device, non_blocking=True)  # (B, 11)
-    share, amount, sigma = draws[:, :3].T[..., None, None, None]  # (B, 1, 1, 1) each
-
-    levels = torch.linspace(0, 1, 256, device=images.device)
-    curve = torch.lerp(levels, borrow_histogram(images), share[:, :, 0, 0])  # (B, 256)
-    rises = F.softmax(draws[:, 3:], 1)  # heights of eight steps, which add up to 1
-    curve = apply_curve(curve, F.pad(rises.cumsum(1), (1, 0)))
-    images = apply_curve(images, curve)
-    fine = images - blur(images, sigma.flatten())
-    # Up to three times the fine structure, or none
-    return images + torch.where(amount > 0, 2 * amount, amount) * fine
-
-
-def borrow_histogram(images: Tensor) -> Tensor:
-    """The gray curves (B, 256) that give images (B, C, S, S) the histogram of the one before."""
-    values = (images.clamp(0, 1) * 255).round().long().flatten(1)
-    counts = torch.zeros(len(images), 256, device=images.device)
-    counts.scatter_add_(1, values, torch.ones_like(values, dtype=torch.float32))
-    up_to = counts.cumsum(1)  # exact: whole numbers
-    middle = up_to - counts / 2  # mean rank of the pixels of each gray value
-    return torch.searchsorted(up_to.roll(1, 0), middle).clamp(max=255) / 255
-
-
-def apply_curve(values: Tensor, curves: Tensor) -> Tensor:
-    """Values (B, ...) in 0..1 by curves (B, K), their ordinates at K equal steps from 0 to 1."""
-    place = values.clamp(0, 1).flatten(1) * (curves.shape[1] - 1)
-    below = place.long().clamp(max=curves.shape[1] - 2)
-    low = curves.gather(1, below)
-    high = curves.gather(1, below + 1)
-    return torch.lerp(low, high, place - below).view_as(values)
-
-
-def change_gray(images: Tensor, draws: Tensor, rng: np.random.Generator) -> Tensor:
-    """Gamma, contrast, brightness, blur and noise by draws (5, B); float (B, C, S, S) in 0..1.
-
-    All channels of an image change alike, but for the noise.
-    """
-    gamma, contrast, brightness, sigma, noise = draws[:, :, None, None, None]  # (B, 1, 1, 1) each
-    # Clamped, because the power of a value below 0 would be NaN.
-    images = images.clamp(1e-4, 1) ** torch.exp(0.5 * gamma)
-    mean = images.mean((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
-    images = (images - mean) * torch.exp(0.4 * contrast) + mean
-    images = images + 0.2 * brightness
+    gamma, sigma, noise = draws  # (B,) each
     # Up to 1.2 % of the side; half of the images stay sharp, and half of them without noise.
-    pixels = (sigma * 0.012 * images.shape[-1]).clamp(min=0.05)
-    images = blur(images, pixels.flatten())
+    pixels = (0.012 * images.shape[-1] * sigma).clip(0.05)
+    kernels = np.exp(-0.5 * (np.arange(-4, 5) / pixels[:, None]) ** 2)  # (B, 9)
+    kernels /= kernels.sum(1, keepdims=True)
+    values = np.column_stack([np.exp(0.5 * gamma), 0.05 * noise.clip(0), kernels])
+    values = torch.from_numpy(values.astype(np.float32)).to(images.device, non_blocking=True)
+    exponent, grain = values[:, :2].T[..., None, None, None]  # (B, 1, 1, 1) each
+    # Clamped, because the power of a value below 0 would be NaN.
+    images = images.clamp(1e-4, 1) ** exponent
+    images = blur(images, values[:, 2:])
     # Seeded anew each step, so that no state of a generator has to be kept for --resume.
     seed = int(rng.integers(2**62))
     generator = torch.Generator(images.device).manual_seed(seed)
-    grain = torch.randn(images.shape, generator=generator, device=images.device)
-    return images + 0.05 * noise.clamp(min=0) * grain
+    normal = torch.randn(images.shape, generator=generator, device=images.device)
+    return torch.addcmul(images, grain, normal)
 
 
-def blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of (B, C, H, W), with a sigma (B,) in pixels each, cut off at 4 pixels."""
-    x = torch.arange(-4, 5, device=images.device)
-    kernel = torch.exp(-0.5 * (x / sigma[:, None]).square())  # (B, 9)
-    kernel = (kernel / kernel.sum(1, keepdim=True))[:, None]  # (B, 1, 9)
-    # The batch as channels, so that every image has a kernel of its own: (C, B, H + 8, W + 8)
+def blur(images: Tensor, kernels: Tensor) -> Tensor:
+    """Convolve each of (B, C, H, W) with its kernel of (B, 9), down and across."""
+    # The batch as channels, so that every image has its kernel: (C, B, H + 8, W + 8)
     images = F.pad(images.transpose(0, 1), (4, 4, 4, 4), mode="replicate")
-    images = F.conv2d(images, kernel[..., None], groups=len(sigma))  # down: (C, B, H, W + 8)
-    images = F.conv2d(images, kernel[:, None], groups=len(sigma))  # across: (C, B, H, W)
+    images = F.conv2d(images, kernels[:, None, :, None], groups=len(kernels))  # (C, B, H, W + 8)
+    images = F.conv2d(images, kernels[:, None, None], groups=len(kernels))  # (C, B, H, W)
     return images.transpose(0, 1)
 
 

@@ -227,12 +227,12 @@ def to_input(
     before they are normalised.
     """
     images = images.to(device, non_blocking=True).float() / 255
-    boxes = boxes.to(device, non_blocking=True)
     if rng is not None:
         images, boxes = augment(images, boxes, rng, strength)
     mean, std = mean_std
     images = (images - mean) / std
-    return images.contiguous(memory_format=torch.channels_last), boxes
+    images = images.contiguous(memory_format=torch.channels_last)
+    return images, boxes.to(device, non_blocking=True)
 
 
 def augment(
@@ -243,40 +243,35 @@ def augment(
 ) -> tuple[Tensor, Tensor]:
     """Random affine, gray, cutout and (one image in 20) mirroring for float (B, 1, S, S) in 0..1.
 
-    Boxes (B, 4) in fractions move with the images. Few are mirrored, because the heart has a side,
-    but some, because not in everyone. Parameters are drawn per image on the CPU from `rng`, so that
-    neither workers nor the device change them; only the noise is drawn on the device, from a
-    generator that `rng` seeds. The images may leave 0..1.
+    Boxes (B, 4) in fractions, on the CPU, move with the images. Few are mirrored, because the heart
+    has a side, but some, because not in everyone. Parameters are drawn per image on the CPU from
+    `rng`, so that neither workers nor the device change them; only the noise is drawn on the
+    device, from a generator that `rng` seeds. The images may leave 0..1.
     """
     if strength == 0:
         return images, boxes
-    draws = strength * rng.uniform(-1, 1, (11, len(images)))
-    draws = torch.from_numpy(draws.astype(np.float32))
-    draws = draws.to(images.device, non_blocking=True)  # (11, B)
-    affine = make_affine(draws[:6], degrees=10)  # (B, 2, 3)
-    grid = F.affine_grid(affine, list(images.shape), align_corners=False)  # (B, S, S, 2)
-    images = F.grid_sample(images, grid, align_corners=False)  # (B, 1, S, S), black outside
-    boxes = move_boxes(boxes, affine)
+    batch = len(images)
+    draws = strength * rng.uniform(-1, 1, (9, batch))
+    affine = make_affine(draws[:6], degrees=10, aspect=0.1)  # (B, 2, 3)
+    affine[rng.random(batch) < 0.05 * strength, :, 0] *= -1  # what x is multiplied by
+    images = move_images(images, affine)
     images = change_gray(images, draws[6:], rng)
-    draws = torch.from_numpy(rng.uniform(0, 1, (9, len(images))).astype(np.float32))
-    draws = draws.to(images.device, non_blocking=True)  # (9, B)
-    images = cut_out(images, draws[:4], strength)
-    images = cut_out(images, draws[4:8], strength)
-    return mirror(images, boxes, draws[8] < 0.05 * strength)
+    images = cut_out(images, rng.uniform(0, 1, (4, 2, batch)), strength)
+    return images, torch.from_numpy(move_boxes(boxes.numpy(), affine))
 
 
-def make_affine(draws: Tensor, degrees: float) -> Tensor:
+def make_affine(draws: np.ndarray, degrees: float, aspect: float) -> np.ndarray:
     """Affine maps (B, 2, 3) from draws (6, B) in -1..1, for F.affine_grid.
 
     They say where each output pixel comes from, in the coordinates of grid_sample: x and y from -1
-    to 1, edge to edge. The ends of the range turn by `degrees`, change size and aspect by 22 %,
-    shear by 0.1 and shift by a tenth of the image.
+    to 1, edge to edge. The ends of the range turn by `degrees`, change the size by 22 % and the
+    proportions by a factor of exp(2 `aspect`), shear by 0.1 and shift by a tenth of the image.
     """
-    angle, log_scale, log_aspect, shear, dx, dy = draws
-    cos = torch.cos(angle * math.radians(degrees))
-    sin = torch.sin(angle * math.radians(degrees))
-    scale_x = torch.exp(0.2 * log_scale + 0.1 * log_aspect)
-    scale_y = torch.exp(0.2 * log_scale - 0.1 * log_aspect)
+    angle, log_scale, log_aspect, shear, dx, dy = draws  # (B,) each
+    cos = np.cos(angle * math.radians(degrees))
+    sin = np.sin(angle * math.radians(degrees))
+    scale_x = np.exp(0.2 * log_scale + aspect * log_aspect)
+    scale_y = np.exp(0.2 * log_scale - aspect * log_aspect)
     # Rotation times shear times scale, the shift beside it.
     x_from_x = cos * scale_x
     x_from_y = (0.1 * shear * cos - sin) * scale_y
@@ -284,11 +279,68 @@ def make_affine(draws: Tensor, degrees: float) -> Tensor:
     y_from_y = (cos + 0.1 * shear * sin) * scale_y
     row_x = [x_from_x, x_from_y, 0.2 * dx]  # a tenth of the image: its width is 2
     row_y = [y_from_x, y_from_y, 0.2 * dy]
-    return torch.stack(row_x + row_y, 1).view(-1, 2, 3)
+    return np.stack(row_x + row_y, 1).reshape(-1, 2, 3)
 
 
-def move_boxes(boxes: Tensor, affine: Tensor) -> Tensor:
-    """Boxes (B, 4) in fractions, of images resampled by `affine` (B, 2, 3), affine_grid's theta.
+def move_images(images: Tensor, affine: np.ndarray) -> Tensor:
+    """Resample images (B, C, S, S) by affine maps (B, 2, 3); the edge is repeated outside."""
+    theta = torch.from_numpy(affine.astype(np.float32)).to(images.device, non_blocking=True)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)  # (B, S, S, 2)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def change_gray(images: Tensor, draws: np.ndarray, rng: np.random.Generator) -> Tensor:
+    """Gamma, blur and noise by draws (3, B) in about -1..1; float (B, C, S, S) in 0..1.
+
+    All channels of an image change alike, but for the noise. What can be computed on the CPU is:
+    a GPU would wait for many small kernels.
+    """
+    gamma, sigma, noise = draws  # (B,) each
+    # Up to 1.2 % of the side; half of the images stay sharp, and half of them without noise.
+    pixels = (0.012 * images.shape[-1] * sigma).clip(0.05)
+    kernels = np.exp(-0.5 * (np.arange(-4, 5) / pixels[:, None]) ** 2)  # (B, 9)
+    kernels /= kernels.sum(1, keepdims=True)
+    values = np.column_stack([np.exp(0.5 * gamma), 0.05 * noise.clip(0), kernels])
+    values = torch.from_numpy(values.astype(np.float32)).to(images.device, non_blocking=True)
+    exponent, grain = values[:, :2].T[..., None, None, None]  # (B, 1, 1, 1) each
+    # Clamped, because the power of a value below 0 would be NaN.
+    images = images.clamp(1e-4, 1) ** exponent
+    images = blur(images, values[:, 2:])
+    # Seeded anew each step, so that no state of a generator has to be kept for --resume.
+    seed = int(rng.integers(2**62))
+    generator = torch.Generator(images.device).manual_seed(seed)
+    normal = torch.randn(images.shape, generator=generator, device=images.device)
+    return torch.addcmul(images, grain, normal)
+
+
+def blur(images: Tensor, kernels: Tensor) -> Tensor:
+    """Convolve each of (B, C, H, W) with its kernel of (B, 9), down and across."""
+    # The batch as channels, so that every image has its kernel: (C, B, H + 8, W + 8)
+    images = F.pad(images.transpose(0, 1), (4, 4, 4, 4), mode="replicate")
+    images = F.conv2d(images, kernels[:, None, :, None], groups=len(kernels))  # (C, B, H, W + 8)
+    images = F.conv2d(images, kernels[:, None, None], groups=len(kernels))  # (C, B, H, W)
+    return images.transpose(0, 1)
+
+
+def cut_out(images: Tensor, draws: np.ndarray, strength: float) -> Tensor:
+    """Gray rectangles anywhere in each image (B, 1, S, S), by draws (4, count, B) in 0..1.
+
+    At strength 1 their sides are 0.1 to 0.4 of the image. The network has to look at all of the
+    heart, and takes longer to memorise images (DeVries & Taylor, 2017).
+    """
+    x, y, width, height = draws[..., None]  # (count, B, 1) each
+    middle = (np.arange(images.shape[-1]) + 0.5) / images.shape[-1]  # (S,)
+    is_across = np.abs(middle - x) < strength * (0.05 + 0.15 * width)  # (count, B, S)
+    is_down = np.abs(middle - y) < strength * (0.05 + 0.15 * height)
+    sides = torch.from_numpy(np.stack([is_down, is_across]))
+    is_down, is_across = sides.to(images.device, non_blocking=True)
+    inside = (is_down[..., None] & is_across[..., None, :]).any(0)  # (B, S, S)
+    mean = images.mean((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
+    return torch.where(inside[:, None], mean, images)
+
+
+def move_boxes(boxes: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Boxes float32 (B, 4) in fractions, of images resampled by `affine` (B, 2, 3).
 
     What moves is the mean outline of a heart inside the box, and the new box is drawn around it: a
     box around the moved corners would grow with every rotation. Cut off at the edge of the image.
@@ -296,93 +348,28 @@ def move_boxes(boxes: Tensor, affine: Tensor) -> Tensor:
     # From fractions to the coordinates of affine_grid: -1 to 1, edge to edge, so twice as long.
     center = boxes[:, 2:] + boxes[:, :2] - 1  # (B, 2): x, y
     radius = boxes[:, 2:] - boxes[:, :2]  # (B, 2), half a side
-    # Theta leads from the new image to the old one: old = matrix @ new + shift.
-    matrix = affine[:, :, :2]  # (B, 2, 2)
-    shift = affine[:, :, 2]  # (B, 2)
-    forward = inverse(matrix)  # (B, 2, 2)
-    center = (forward @ (center - shift)[:, :, None])[:, :, 0]  # (B, 2)
+    # The map leads from the new image to the old one: old = matrix @ new + shift.
+    forward = np.linalg.inv(affine[:, :, :2])  # (B, 2, 2)
+    center = (forward @ (center - affine[:, :, 2])[:, :, None])[:, :, 0]  # (B, 2)
     # What will lie farthest along x lies farthest in this direction now, and so for y; in units of
     # half a side, where the box is a square.
     direction = forward * radius[:, None]  # (B, 2, 2): x, y of the direction last
     low = center - reach(-direction)  # (B, 2)
     high = center + reach(direction)
-    corners = torch.cat([low, high], 1)  # (B, 4)
-    return ((corners + 1) / 2).clamp(0, 1)
+    corners = np.concatenate([low, high], 1)  # (B, 4)
+    return ((corners + 1) / 2).clip(0, 1).astype(np.float32)
 
 
-def reach(direction: Tensor) -> Tensor:
+def reach(direction: np.ndarray) -> np.ndarray:
     """How far the mean outline of a heart reaches in directions (..., 2), times their length.
 
     The outline fills a box from -1 to 1, y down, and this is its support function: 1 along the
     axes and 1.22 towards the apex, below at the image's right, 0.74 above it; an ellipse has 1 all
     around, a full box 1.41 at its corners. A series in the angle, of adults' hearts.
     """
-    length = direction.square().sum(-1).sqrt()  # (...)
-    cos, sin = (direction / length[..., None]).unbind(-1)
+    length = np.linalg.norm(direction, axis=-1)  # (...)
+    cos, sin = np.moveaxis(direction / length[..., None], -1, 0)
     return length * (1 + 2 * cos * sin * (0.11 + 0.184 * cos - 0.03 * sin))
-
-
-def inverse(matrix: Tensor) -> Tensor:
-    """Inverse of (B, 2, 2). torch.linalg.inv waits for the GPU, to look for singular ones."""
-    a, b, c, d = matrix.flatten(1).unbind(1)  # (B,) each: [[a, b], [c, d]]
-    adjugate = torch.stack([d, -b, -c, a], 1).view(-1, 2, 2)
-    return adjugate / (a * d - b * c)[:, None, None]
-
-
-def change_gray(images: Tensor, draws: Tensor, rng: np.random.Generator) -> Tensor:
-    """Gamma, contrast, brightness, blur and noise by draws (5, B); float (B, C, S, S) in 0..1.
-
-    All channels of an image change alike, but for the noise.
-    """
-    gamma, contrast, brightness, sigma, noise = draws[:, :, None, None, None]  # (B, 1, 1, 1) each
-    # Clamped, because the power of a value below 0 would be NaN.
-    images = images.clamp(1e-4, 1) ** torch.exp(0.5 * gamma)
-    mean = images.mean((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
-    images = (images - mean) * torch.exp(0.4 * contrast) + mean
-    images = images + 0.2 * brightness
-    # Up to 1.2 % of the side; half of the images stay sharp, and half of them without noise.
-    pixels = (sigma * 0.012 * images.shape[-1]).clamp(min=0.05)
-    images = blur(images, pixels.flatten())
-    # Seeded anew each step, so that no state of a generator has to be kept for --resume.
-    seed = int(rng.integers(2**62))
-    generator = torch.Generator(images.device).manual_seed(seed)
-    grain = torch.randn(images.shape, generator=generator, device=images.device)
-    return images + 0.05 * noise.clamp(min=0) * grain
-
-
-def blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian blur of (B, C, H, W), with a sigma (B,) in pixels each, cut off at 4 pixels."""
-    x = torch.arange(-4, 5, device=images.device)
-    kernel = torch.exp(-0.5 * (x / sigma[:, None]).square())  # (B, 9)
-    kernel = (kernel / kernel.sum(1, keepdim=True))[:, None]  # (B, 1, 9)
-    # The batch as channels, so that every image has a kernel of its own: (C, B, H + 8, W + 8)
-    images = F.pad(images.transpose(0, 1), (4, 4, 4, 4), mode="replicate")
-    images = F.conv2d(images, kernel[..., None], groups=len(sigma))  # down: (C, B, H, W + 8)
-    images = F.conv2d(images, kernel[:, None], groups=len(sigma))  # across: (C, B, H, W)
-    return images.transpose(0, 1)
-
-
-def cut_out(images: Tensor, draws: Tensor, strength: float) -> Tensor:
-    """A gray rectangle anywhere in each image (B, 1, S, S), by draws (4, B) in 0..1.
-
-    At strength 1 its sides are 0.1 to 0.4 of the image. The network has to look at all of the
-    heart, and takes longer to memorise images (DeVries & Taylor, 2017).
-    """
-    x, y, width, height = draws[:, :, None]  # (B, 1) each
-    middle = (torch.arange(images.shape[-1], device=images.device) + 0.5) / images.shape[-1]  # (S,)
-    is_across = (middle - x).abs() < strength * (0.05 + 0.15 * width)  # (B, S)
-    is_down = (middle - y).abs() < strength * (0.05 + 0.15 * height)  # (B, S)
-    inside = (is_down[:, :, None] & is_across[:, None])[:, None]  # (B, 1, S, S)
-    mean = images.mean((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
-    return torch.where(inside, mean, images)
-
-
-def mirror(images: Tensor, boxes: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Exchange left and right of the chosen (B,) of images (B, 1, S, S) and boxes (B, 4)."""
-    xmin, ymin, xmax, ymax = boxes.unbind(1)
-    mirrored = torch.stack([1 - xmax, ymin, 1 - xmin, ymax], 1)
-    boxes = torch.where(chosen[:, None], mirrored, boxes)
-    return torch.where(chosen[:, None, None, None], images.flip(3), images), boxes
 
 
 # --- the synthetic raw set ---
