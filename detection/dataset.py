@@ -251,7 +251,7 @@ def augment(
     if strength == 0:
         return images, boxes
     batch = len(images)
-    draws = strength * rng.uniform(-1, 1, (9, batch))
+    draws = strength * rng.uniform(-1, 1, (11, batch))
     affine = make_affine(draws[:6], degrees=10, aspect=0.1)  # (B, 2, 3)
     affine[rng.random(batch) < 0.05 * strength, :, 0] *= -1  # what x is multiplied by
     images = move_images(images, affine)
@@ -290,22 +290,25 @@ def move_images(images: Tensor, affine: np.ndarray) -> Tensor:
 
 
 def change_gray(images: Tensor, draws: np.ndarray, rng: np.random.Generator) -> Tensor:
-    """Gamma, blur and noise by draws (3, B) in about -1..1; float (B, C, S, S) in 0..1.
+    """Gamma, contrast, brightness, blur and noise by draws (5, B); float (B, C, S, S) in 0..1.
 
     All channels of an image change alike, but for the noise. What can be computed on the CPU is:
     a GPU would wait for many small kernels.
     """
-    gamma, sigma, noise = draws  # (B,) each
+    gamma, contrast, brightness, sigma, noise = draws  # (B,) each
     # Up to 1.2 % of the side; half of the images stay sharp, and half of them without noise.
     pixels = (0.012 * images.shape[-1] * sigma).clip(0.05)
     kernels = np.exp(-0.5 * (np.arange(-4, 5) / pixels[:, None]) ** 2)  # (B, 9)
     kernels /= kernels.sum(1, keepdims=True)
-    values = np.column_stack([np.exp(0.5 * gamma), 0.05 * noise.clip(0), kernels])
+    powers = (np.exp(0.5 * gamma), np.exp(0.4 * contrast))
+    values = np.column_stack([*powers, 0.2 * brightness, 0.05 * noise.clip(0), kernels])
     values = torch.from_numpy(values.astype(np.float32)).to(images.device, non_blocking=True)
-    exponent, grain = values[:, :2].T[..., None, None, None]  # (B, 1, 1, 1) each
+    exponent, factor, offset, grain = values[:, :4].T[..., None, None, None]  # (B, 1, 1, 1) each
     # Clamped, because the power of a value below 0 would be NaN.
     images = images.clamp(1e-4, 1) ** exponent
-    images = blur(images, values[:, 2:])
+    mean = images.mean((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
+    images = (images - mean) * factor + (mean + offset)
+    images = blur(images, values[:, 4:])
     # Seeded anew each step, so that no state of a generator has to be kept for --resume.
     seed = int(rng.integers(2**62))
     generator = torch.Generator(images.device).manual_seed(seed)

@@ -28,7 +28,8 @@ from tests.caches import TASKS, draw_volumes, module
 
 CPU = torch.device("cpu")
 # The rows of augment's draws, in their order
-DRAWS = ("angle", "scale", "aspect", "shear", "dx", "dy", "gamma", "sigma", "noise")
+DRAWS = ("angle", "scale", "aspect", "shear", "dx", "dy")
+DRAWS += ("gamma", "contrast", "brightness", "sigma", "noise")
 
 
 # --- batches ---
@@ -248,6 +249,9 @@ def test_each_change_of_gray_by_itself():
     changed = partial(changed_by, images)
     assert close(changed(), images)
     assert close(changed(gamma=1), images ** math.exp(0.5))
+    mean = images.mean((2, 3), keepdim=True)
+    assert close(changed(contrast=-1), mean + (images - mean) * math.exp(-0.4))
+    assert close(changed(brightness=1), images + 0.2)
     assert close(changed(sigma=-1), images)  # half stay sharp,
     assert close(changed(noise=-1), images)  # half clean
     assert (changed(noise=1) - images).std().item() == pytest.approx(0.05, abs=0.005)
@@ -268,10 +272,15 @@ def test_blur_is_a_gaussian_of_each_image():
 
 
 def test_all_channels_are_augmented_alike():
-    draws = {"angle": 0.5, "dx": 0.5, "gamma": 1, "sigma": 1}
+    draws = {"angle": 0.5, "dx": 0.5, "gamma": 1, "brightness": -0.5, "sigma": 1}
     gray = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     expected = changed_by(gray, **draws).expand(-1, 3, -1, -1)
     assert close(changed_by(gray.expand(-1, 3, -1, -1), **draws), expected, 1e-5)
+    tinted = (0.3 + 0.2 * gray) * torch.tensor([1.5, 1, 0.5])[:, None, None]
+    more = changed_by(tinted, contrast=1).mean((0, 2, 3))
+    tint = tinted.mean((0, 2, 3))  # contrast is about the mean of all channels
+    difference = math.exp(0.4) * (tint[0] - tint[2]).item()
+    assert (more[0] - more[2]).item() == pytest.approx(difference, rel=1e-4)
 
 
 def test_to_input_normalises():
