@@ -103,12 +103,12 @@ def main(argv: list[str] | None = None) -> None:
     steps_per_epoch = len(train_loader)
 
     # Model, loss, optimizer
-    torch.manual_seed(args.seed)  # the first weights
+    torch.manual_seed(args.seed)  # initial weights
     model = build_model(meta, args.channels, args.patch).to(device)
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     scaler = GradScaler(device.type, enabled=args.amp == "fp16")
 
-    # A new run, or the state of the one to resume
+    # A new run, or the state of the run to resume
     settings = collect_settings(args, cache, world_size)
     run = Run(args.out, "val_dice", model, optimizer, scaler)
     saved = {"task": "segmentation", "meta": meta, "settings": settings, "metrics": {}}
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
         start = time.perf_counter()
         loss_sum = torch.zeros((), device=device)  # kept on the device: .item() would synchronise
         train_loader.sampler.epoch = epoch  # decides the order
-        model.train()  # evaluate() has set the other mode
+        model.train()  # evaluate() leaves eval mode on
         for step, (images, masks) in enumerate(train_loader, 1):
             # These four decide all random numbers, so a resumed run draws the same ones.
             rng = np.random.default_rng((args.seed, epoch, step, rank))
@@ -131,18 +131,18 @@ def main(argv: list[str] | None = None) -> None:
             with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
                 logits = train_model(images)  # (B, classes, *patch)
             loss = LOSSES[args.loss](logits.float(), masks)  # float32, whatever --amp is
-            scaler.scale(loss).backward()  # fp16: a larger loss, or small gradients would be 0
+            scaler.scale(loss).backward()  # fp16: scaled up, or small gradients become 0
             scaler.unscale_(optimizer)  # to clip the true gradients, not the scaled ones
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # limits the damage of a bad batch
             scaler.step(optimizer)  # skipped if fp16 overflowed
-            scaler.update()  # the factor of the fp16 loss
-            optimizer.zero_grad()  # backward() adds to what is there
+            scaler.update()  # adapts the scale of the fp16 loss
+            optimizer.zero_grad()  # backward() would add to them
             loss_sum += loss.detach()
             if is_main and step % 20 == 0:  # every 20 steps: .item() synchronises
                 where = f"epoch {epoch + 1}/{args.epochs}  {step}/{steps_per_epoch}"
                 progress(f"{where}  loss {mean_loss(loss_sum, step, epoch):.4g}")
 
-        # Validation on the whole fold, shared out among the processes
+        # Validation on the whole fold, split among the processes
         train_loss = mean_loss(loss_sum, steps_per_epoch, epoch, world_size)
         row = {"epoch": epoch + 1, "lr": lr, "train_loss": train_loss}
         saved |= {"metrics": {}}  # not those of an earlier epoch
@@ -303,7 +303,7 @@ def evaluate(
     settings: dict,
     meta: dict,
 ) -> Tensor:
-    """Dice float64 (N, classes - 1) of the cases on the cache's grid, shared out among processes.
+    """Dice float64 (N, classes - 1) of the cases on the cache's grid, split among the processes.
 
     Takes the bare model: the wrapper expects the same number of batches on every process.
     """
