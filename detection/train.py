@@ -57,7 +57,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--channels", type=within(int, 16, 1024), help="of stage 1 (default: 32; pretrained: 64)")
     add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
     add("--init", type=Path, metavar="CHECKPOINT", help="start from the weights of another run")
-    add("--epochs", type=within(int, 1), help="passes over the data (default: 15; synthetic set: 30)")
+    add("--epochs", type=within(int, 1), help="passes over the data (default: 15; synthetic: 30)")
     add("--batch-size", type=within(int, 2), default=32, help="images per process (default: 32)")
     add("--lr", type=within(float, 1e-15, 1e9), default=1e-3, help="at its peak (default: 0.001)")
     add("--weight-decay", type=within(float, 0, 1e9), default=0.05, help="of AdamW (default: 0.05)")

@@ -56,7 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--channels", type=within(int, 2, 1024), default=16, help="of the first unit (default: 16)")
     add("--patch", type=within(int, 4), nargs="+", metavar="N", help="voxels (default: the median)")
     add("--init", type=Path, metavar="CHECKPOINT", help="start from the weights of another run")
-    add("--epochs", type=within(int, 1), help="passes over the data (default: 100; synthetic: 12, in 3D 60)")
+    add("--epochs", type=within(int, 1), help="passes (default: 100; synthetic set: 12, 3D: 60)")
     add("--batch-size", type=within(int, 1), help="per process (default: 16 slices or 2 volumes)")
     add("--lr", type=within(float, 1e-15, 1e9), default=1e-3, help="at its peak (default: 0.001)")
     add("--weight-decay", type=within(float, 0, 1e9), default=0.05, help="of AdamW (default: 0.05)")
