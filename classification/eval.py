@@ -9,9 +9,9 @@
 Labelled: metrics.json with 95 % bootstrap intervals (over patients), predictions.csv, roc.csv, and
 pictures: confusion_matrix.png, roc.png, mistakes.png. New images: predictions.csv, overlays of
 class activation maps. The probabilities of several checkpoints are averaged; those of several
-folds predict the fold that each left out, and the metrics are of all these images together.
-Several labels an image have metrics each, and no confusion_matrix.png. Batch size and mixed
-precision are those of the run, so that the score it printed comes out again.
+folds predict the fold that each left out, and the metrics are over all these images. With several
+labels per image each label has metrics, and there is no confusion_matrix.png. Batch size and mixed
+precision are those of the run, so the score is the one that train.py printed.
 
 In the shapes below N is the number of images, C that of classes, S the side of an image in pixels.
 """
@@ -68,9 +68,9 @@ from common.metrics import (
 TILE = 256  # pixels of one picture in a gallery
 OVERLAYS = 100  # pictures of new images: the first ones
 WORST = 12  # pictures in mistakes.png
-WORST_OF_LABEL = 3  # pictures a label, where an image has several
+WORST_OF_LABEL = 3  # pictures per label, if images have several
 HEAT = (255.0, 60.0, 0.0)  # RGB of a class activation map
-BLUE = (8, 60, 120)  # RGB of a cell of the confusion matrix that has all of its row
+BLUE = (8, 60, 120)  # RGB of a cell of the confusion matrix with 100 % of its row
 # Colours of the curves in roc.png
 COLOURS = ("#1f4e9c", "#c0392b", "#2e8b57", "#8e44ad", "#d68910", "#117a8b", "#7b241c", "#5d6d7e")
 
@@ -79,16 +79,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument_group("data").add_argument
-    add("--checkpoint", type=Path, nargs="+", required=True, help="one or more of train.py's")
-    add("--data", type=Path, metavar="CACHE", help="written by preprocess.py")
-    split = "val (default): the validation fold of the run, of several all that they left out"
+    add("--checkpoint", type=Path, nargs="+", required=True, help="best.pt or last.pt, one or more")
+    add("--data", type=Path, metavar="CACHE", help="a cache of preprocess.py")
+    split = "val (default): the folds that the runs left out; test: the test set"
     add("--split", choices=("val", "test"), default="val", help=split)
     images = "new images without labels: files and folders"
     add("--images", type=Path, nargs="+", metavar="PATH", help=images)
     point = (
-        "threshold of the metrics called _tuned: the one that reaches this on the validation "
-        "folds of the runs, such as sensitivity=0.95 (default: Youden's). Elsewhere it reaches "
-        "what it reaches: nothing promises the same value there"
+        "choose the threshold of the metrics called _tuned by this value on the validation folds "
+        "of the runs, such as sensitivity=0.95 (default: Youden's); on other images the value "
+        "may differ"
     )
     add("--operating-point", type=operating_point, metavar="NAME=VALUE", help=point)
     by = "metrics for each value of a column of index.csv (default for several folds: fold)"
@@ -110,7 +110,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def operating_point(text: str) -> tuple[str, float]:
-    """An argparse type: sensitivity or specificity, and the least value it shall have."""
+    """An argparse type: sensitivity or specificity, and its smallest allowed value."""
     name, _, value = text.partition("=")
     if name not in ("sensitivity", "specificity") or not 0 < float(value) <= 1:
         message = f"{text}, expected sensitivity=VALUE or specificity=VALUE, above 0 to 1"
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             result, bad = predict_images(args, runs, device, folder)
     print(f"{result} in {out}")
-    if bad:  # one bad file does not cost the results of the others
+    if bad:  # only now: the results of the other files are complete
         raise DataError(f"{bad} files could not be read (named above)")
 
 
@@ -143,11 +143,11 @@ class Run(NamedTuple):
     model: nn.Module
     meta: dict
     settings: dict
-    fold: str  # the one that the training left out, "-1" for none
+    fold: str  # the validation fold, "-1" for none
 
 
 def load_runs(paths: list[Path], device: torch.device) -> list[Run]:
-    """Checkpoints and their bare models. Raises DataError if they do not go together."""
+    """Checkpoints and their bare models. Raises DataError if they do not match each other."""
     runs = []
     for path in paths:
         checkpoint = load_checkpoint(path, "classification")
@@ -163,11 +163,12 @@ def load_runs(paths: list[Path], device: torch.device) -> list[Run]:
     return runs
 
 
-def check_same(meta: dict, expected: dict, path: Path, other: Path) -> None:
-    """Raise DataError if images were not prepared in the same way."""
+def check_same(meta: dict, expected: dict, path: Path, expected_path: Path) -> None:
+    """Raise DataError if two caches or checkpoints were not prepared in the same way."""
     for name in ("classes", "multi_label", "size", "fit", "channels"):
         if meta[name] != expected[name]:
-            raise DataError(f"{path}: {name} {meta[name]}, but {other} has {expected[name]}")
+            problem = f"{name} {meta[name]}, but {expected_path} has {expected[name]}"
+            raise DataError(f"{path}: {problem}")
 
 
 # --- a labelled split: first the table of predictions, then everything that is measured from it ---
@@ -177,7 +178,7 @@ def evaluate_split(
     args: argparse.Namespace, runs: list[Run], device: torch.device, folder: Path
 ) -> str:
     """Predict a split and write predictions.csv; from it metrics.json, roc.csv and pictures."""
-    # The rows to predict: row k of everything below is row_numbers[k] of the cache
+    # The rows to predict; row k of everything below is row_numbers[k] of the cache.
     meta, index = dataset.open_cache(args.data)
     classes = meta["classes"]
     check_same(meta, runs[0].meta, args.data, args.checkpoint[0])
@@ -188,18 +189,18 @@ def evaluate_split(
     if by and by not in index[0]:
         expected = f"expected one of {', '.join(index[0])}"
         raise DataError(f"--by {by}: no such column in index.csv, {expected}")
-    thresholds = choose_thresholds(args, runs, folds)  # one for each fold
+    thresholds = choose_thresholds(args, runs, folds)  # by fold
 
     # The table
     images = XrayDataset(args.data, read_labels(index, meta))
     labels = images.labels[row_numbers]  # (N,) or (N, C)
     probabilities = torch.empty(len(rows), len(classes))  # (N, C)
     for fold in folds:
-        of_fold = [k for k, row in enumerate(rows) if row["fold"] == fold]
-        # Sums in a batch of another size may round differently.
-        batches = in_batches([row_numbers[k] for k in of_fold], runs[0].settings["batch_size"])
+        in_fold = [k for k, row in enumerate(rows) if row["fold"] == fold]
+        # Another batch size may round differently.
+        batches = in_batches([row_numbers[k] for k in in_fold], runs[0].settings["batch_size"])
         loader = make_loader(images, batches, args.workers, device)
-        probabilities[of_fold] = predict(left_out(fold, runs), loader, device, args.amp)
+        probabilities[in_fold] = predict(left_out(fold, runs), loader, device, args.amp)
     predictions = decide(probabilities, meta["multi_label"])  # (N,) or (N, C)
     cases = list_cases(rows, args.split, meta, probabilities, predictions)
     write_csv(folder / "predictions.csv", cases)
@@ -209,9 +210,9 @@ def evaluate_split(
     if thresholds:
         tuned = torch.tensor([thresholds[row["fold"]] for row in rows], dtype=torch.float64)
 
-    def measure(chosen: Tensor) -> dict[str, float]:
-        cuts = None if tuned is None else tuned[chosen]
-        return classification_metrics(labels[chosen], probabilities[chosen], cuts, classes)
+    def measure(sample: Tensor) -> dict[str, float]:
+        cutoffs = None if tuned is None else tuned[sample]
+        return classification_metrics(labels[sample], probabilities[sample], cutoffs, classes)
 
     patients = [row["patient"] for row in rows]
     summary = bootstrap(measure, patients)
@@ -224,8 +225,8 @@ def evaluate_split(
         print(f"positive class: {meta['positive_class']}")
     run = describe_run(args, len(rows)) | {"classes": classes, "thresholds_tuned": thresholds}
     run["positive_class"] = meta["positive_class"]
-    shown = choose_shown(summary, meta, labels, predictions)
-    write_report(folder, summary, patients, cases, run, by, shown)
+    names = choose_printed(summary, meta, labels, predictions)
+    write_report(folder, summary, patients, cases, run, by, names)
     if not meta["multi_label"]:
         counts = confusion_matrix(labels, predictions, len(classes))
         draw_confusion_matrix(counts, meta).save(folder / "confusion_matrix.png")
@@ -239,7 +240,7 @@ def evaluate_split(
 def choose_folds(args: argparse.Namespace, runs: list[Run], index: list[dict]) -> list[str]:
     """The folds to predict: "test", or those that the runs left out.
 
-    Raises DataError if one has no rows, or if a run that predicts it was trained on some.
+    Raises DataError if a fold has no rows, or if a run that predicts it was trained on some.
     """
     folds = ["test"]
     sha256 = file_sha256(args.data / "index.csv")
@@ -266,15 +267,15 @@ def choose_folds(args: argparse.Namespace, runs: list[Run], index: list[dict]) -
 
 
 def left_out(fold: str, runs: list[Run]) -> list[Run]:
-    """The runs whose training left a fold out; all of them for "test"."""
+    """The runs that predict a fold: those whose training left it out; for "test" all."""
     return [run for run in runs if fold in ("test", run.fold)]
 
 
 def choose_thresholds(args: argparse.Namespace, runs: list[Run], folds: list[str]) -> dict:
-    """The threshold of the metrics called _tuned for the rows of each fold, {} for none.
+    """The threshold of the metrics called _tuned by fold, {} for none.
 
-    It is the mean over the runs of the one chosen by the predictions of their validation fold,
-    without those of the fold itself: there the metrics would be too good.
+    Each run chooses one by the predictions of its validation fold; they are averaged. A run that
+    validated on the fold itself is left out: its threshold would make the metrics too good.
     """
     problem = "no other fold to choose it on; give runs of other folds, or --split test"
     thresholds = {}
@@ -298,7 +299,7 @@ def choose_thresholds(args: argparse.Namespace, runs: list[Run], folds: list[str
 def predict(runs: list[Run], loader: Iterable, device: torch.device, amp: str | None) -> Tensor:
     """Probabilities float32 (N, C) of the images of a loader, averaged over the runs.
 
-    `amp` None takes the mixed precision of each run.
+    `amp` None: the mixed precision of each run.
     """
     probabilities = []  # (N, C) of each run
     for run in runs:
@@ -310,7 +311,7 @@ def predict(runs: list[Run], loader: Iterable, device: torch.device, amp: str | 
 
 
 def choose_mean_std(run: Run) -> tuple[float, float] | None:
-    """How the run normalised its images, for `to_input`."""
+    """The normalisation of a run's images, for `to_input`."""
     return network.PRETRAINED_MEAN_STD if run.settings["pretrained"] else None
 
 
@@ -326,9 +327,9 @@ def decide(probabilities: Tensor, multi_label: bool) -> Tensor:
 def list_cases(
     rows: list[dict[str, str]], split: str, meta: dict, probabilities: Tensor, predictions: Tensor
 ) -> list[dict]:
-    """The rows of predictions.csv, one an image.
+    """The rows of predictions.csv, one per image.
 
-    The truth of several labels is a column for each: 1, 0, or nothing where it is unknown.
+    Several labels have a column each: 1, 0, or empty for unknown.
     """
     classes = meta["classes"]
     cases = []
@@ -345,7 +346,7 @@ def list_cases(
 
 
 def name_prediction(prediction: Tensor, meta: dict) -> str:
-    """The class of a number (), or the labels that are 1 in (C,), joined by |."""
+    """The name of a class number (), or of the labels that are 1 in (C,), joined by |."""
     if not meta["multi_label"]:
         return meta["classes"][int(prediction)]
     pairs = zip(meta["classes"], prediction.tolist(), strict=True)
@@ -358,31 +359,31 @@ def name_probabilities(classes: list[str], probabilities: Tensor) -> dict[str, f
     return {f"probability_{name}": probability for name, probability in pairs}
 
 
-def choose_shown(summary: dict, meta: dict, labels: Tensor, predictions: Tensor) -> list[str]:
-    """The metrics to print: those of all classes together, and the AUROC of each class.
+def choose_printed(summary: dict, meta: dict, labels: Tensor, predictions: Tensor) -> list[str]:
+    """The metrics to print: those over all classes, and the AUROC of each class.
 
-    Names the classes whose metrics have no value.
+    Prints which classes have undefined metrics.
     """
     classes = meta["classes"]
-    lacking = []
-    never = []
+    one_sided = []  # without positives, or without negatives
+    never_predicted = []
     for k, name in enumerate(classes):
         truth = labels[:, k] if meta["multi_label"] else (labels == k).long()
         if len(truth[truth >= 0].unique()) < 2:
-            lacking.append(name)
+            one_sided.append(name)
         if not (predictions[:, k] if meta["multi_label"] else predictions == k).any():
-            never.append(name)
-    if lacking:
-        print(f"note: images of one kind only, left out of the means: {', '.join(lacking)}")
-    if never:
-        print(f"note: never predicted, so without precision: {', '.join(never)}")
-    of_classes = {f"{name}_{label}" for name in summary for label in classes}
-    shown = [name for name in summary if name not in of_classes]
-    return shown + [name for name in summary if name in of_classes and name.startswith("auroc_")]
+            never_predicted.append(name)
+    if one_sided:
+        print(f"note: images of one kind only, left out of the means: {', '.join(one_sided)}")
+    if never_predicted:
+        print(f"note: never predicted, so without precision: {', '.join(never_predicted)}")
+    by_class = {f"{name}_{label}" for name in summary for label in classes}
+    names = [name for name in summary if name not in by_class]
+    return names + [name for name in summary if name in by_class and name.startswith("auroc_")]
 
 
 def describe_run(args: argparse.Namespace, count: int) -> dict:
-    """How the metrics of a split arose: command, versions, hashes, number of images."""
+    """The evaluation for metrics.json: command, versions, hashes, number of images."""
     return {
         "command": " ".join(sys.argv),
         "versions": {module.__name__: module.__version__ for module in (torch, torchvision)},
@@ -401,8 +402,8 @@ def choose_worst(
 ) -> list[tuple[int, int, str]]:
     """The most confident mistakes: number of the image, class of its map, and a caption.
 
-    Of two classes the map is that of the positive one: people look for where it was seen. Of
-    several labels an image there are WORST_OF_LABEL for each.
+    With two classes the map is that of the positive one. With several labels there are
+    WORST_OF_LABEL mistakes for each.
     """
     classes = meta["classes"]
     worst = []
@@ -423,7 +424,7 @@ def choose_worst(
 
 
 def rank(chosen: Tensor, scores: Tensor) -> list[int]:
-    """The places in (N,) where `chosen` is true, the highest score first."""
+    """The indices at which `chosen` (N,) is true, the highest score first."""
     numbers = chosen.nonzero()[:, 0]
     return numbers[scores[numbers].argsort(descending=True)].tolist()
 
@@ -436,7 +437,7 @@ def write_mistakes(
     rows: list[dict[str, str]],
     runs: list[Run],
 ) -> None:
-    """The images of `choose_worst` with their maps, by a run that left them out, three a row."""
+    """The images of `choose_worst` in rows of three, with maps by a run that left them out."""
     tiles = []
     for k, target, caption in worst:
         (image,), _ = images[[row_numbers[k]]]  # (1 or 3, S, S)
@@ -449,11 +450,11 @@ def write_mistakes(
 def draw_map(
     run: Run, image: Tensor, target: int, caption: list[str], aspect: float = 1.0
 ) -> Tensor:
-    """An image beside itself under the activation map of the class `target`, below its caption.
+    """Caption, image, and beside it the image with the activation map of the class `target`.
 
-    `image` is uint8 (1 or 3, S, S), `aspect` the height of the original by its width; returns
-    uint8 (3, H, 2 * W), the longer side of a picture TILE pixels. Without layers as a ResNet has
-    them there is no map.
+    `image` is uint8 (1 or 3, S, S), `aspect` the height of the original divided by its width.
+    Returns uint8 (3, H, 2 * W); the longer side of an image is TILE pixels. A network without the
+    layers of a ResNet has no map.
     """
     height = round(TILE * min(1, aspect))
     width = round(TILE * min(1, 1 / aspect))
@@ -464,13 +465,13 @@ def draw_map(
         with torch.no_grad():
             inputs = to_input(image[None], device, choose_mean_std(run))
             _, maps = network.class_activation_maps(run.model, inputs)  # (1, C, h, w)
-        # What speaks against the class is left out; the strongest place covers 60 % of the image.
+        # Evidence against the class is omitted; the strongest evidence hides 60 % of the image.
         heat = maps[:, target].cpu().clamp(min=0)  # (1, h, w)
         heat = resize(heat, [height, width], antialias=False)
         heat = 0.6 * heat / heat.max().clamp(min=1e-6)
         colour = torch.tensor(HEAT)[:, None, None]
         strip = torch.cat([gray, gray * (1 - heat) + colour * heat], 2)  # (3, height, 2 * width)
-        caption = [*caption, f"red: what speaks for {run.meta['classes'][target]}"]
+        caption = [*caption, f"red: evidence for {run.meta['classes'][target]}"]
     tile = Image.new("RGB", (2 * TILE, 20 * len(caption) + TILE), "black")
     for k, line in enumerate(caption):
         text = line if len(line) <= 64 else f"{line[:30]}...{line[-31:]}"
@@ -520,11 +521,11 @@ def write_roc(folder: Path, labels: Tensor, probabilities: Tensor, classes: list
     points = []
     curves = {}
     is_binary = len(classes) == 2 and labels.ndim == 1
-    # The curve of the other class of two is the same one, turned.
+    # With two classes the curve of the other class is the same one, mirrored.
     for k in range(1 if is_binary else 0, len(classes)):
         truth = labels[:, k] if labels.ndim == 2 else (labels == k).long()
-        known = truth >= 0
-        fpr, tpr, thresholds = roc_curve(truth[known], probabilities[known, k])
+        is_known = truth >= 0
+        fpr, tpr, thresholds = roc_curve(truth[is_known], probabilities[is_known, k])
         columns = (thresholds.tolist(), fpr.tolist(), tpr.tolist())
         for threshold, x, y in zip(*columns, strict=True):
             points.append({"class": classes[k], "threshold": threshold, "fpr": x, "tpr": y})
@@ -569,7 +570,7 @@ def predict_images(
 ) -> tuple[str, int]:
     """Write predictions.csv and overlays of images without labels.
 
-    Returns what was done, and how many files could not be read; their reasons are printed.
+    Returns a summary, and how many files could not be read; the reasons are printed.
     """
     meta = runs[0].meta
     classes = meta["classes"]
@@ -613,7 +614,7 @@ def predict_images(
 def choose_targets(probabilities: Tensor, meta: dict) -> list[int]:
     """The classes whose maps are drawn; probabilities (C,).
 
-    The positive one of two, the likeliest of more; of several labels those from 0.5 on, if any.
+    Two classes: the positive one; more: the likeliest; several labels: all from 0.5 on, if any.
     """
     likely = (probabilities >= 0.5).nonzero()[:, 0].tolist()
     if meta["multi_label"] and likely:
@@ -622,9 +623,9 @@ def choose_targets(probabilities: Tensor, meta: dict) -> list[int]:
 
 
 def load_image(path: Path, meta: dict) -> tuple[Tensor, float, tuple[str, ...]] | DataError:
-    """One image as in the cache of the run, uint8 (1 or 3, S, S); or why it cannot be read.
+    """An image prepared like those of the cache, uint8 (1 or 3, S, S), its aspect, and notes.
 
-    With it the height by the width of what that shows, and notes.
+    The aspect is height divided by width. Returns the error if the file cannot be read.
     """
     try:
         picture = read_image(path)

@@ -9,20 +9,20 @@ import torchvision
 from torch import Tensor, nn
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50")
-# One mean and std for the one channel (the averages of ImageNet's three): with three different
-# ones the summed stem would not equal the RGB network on a gray picture.
+# One mean and std (the averages of ImageNet's three channels): with three different ones the summed
+# stem would not equal the RGB network on a gray image.
 PRETRAINED_MEAN_STD = (0.449, 0.226)
 
 
 def build_model(arch: str, meta: dict, width: int = 64, pretrained: bool = False) -> nn.Module:
     """ResNet (He et al., CVPR 2016) from float images (B, channels, S, S) to logits (B, C).
 
-    Classes, channels and S are those of a meta.json.
-    `width`: channels of the first stage; each later stage doubles them. torchvision has 64.
+    Classes, channels and S are those of a meta.json. `width`: channels of the first stage; each
+    later stage doubles them. torchvision has 64.
 
     Images of at most 64 px get a 3x3 stem without stride and pooling, which keeps their few pixels,
-    as for CIFAR in the paper. `pretrained` takes torchvision's ImageNet weights, the stem's filters
-    summed over RGB for gray images. Raises OSError if they are not to be had, or images are small.
+    as for CIFAR in the paper. `pretrained` loads torchvision's ImageNet weights, the stem's filters
+    summed over RGB for gray images. Raises OSError if they are not available, or images are small.
     """
     channels = meta["channels"]
     is_small = meta["size"] <= 64
@@ -30,10 +30,10 @@ def build_model(arch: str, meta: dict, width: int = 64, pretrained: bool = False
         raise OSError(f"pretrained weights take images of more than 64 px, not of {meta['size']}")
     try:
         model = torchvision.models.get_model(arch, weights="DEFAULT" if pretrained else None)
-    except Exception as error:  # no network, a full disk, a file that was cut: each has its own
+    except Exception as error:  # no network, full disk, truncated file: each has its own type
         raise OSError(f"no weights of {arch}: {type(error).__name__} {error}") from error
     rgb_stem = model.conv1.weight  # (64, 3, 7, 7)
-    if width != 64:  # torchvision builds no other
+    if width != 64:  # torchvision's only width
         narrow(model, width / 64)
     if is_small:
         model.conv1 = nn.Conv2d(channels, width, 3, stride=1, padding=1, bias=False)  # (S, S)
@@ -41,12 +41,12 @@ def build_model(arch: str, meta: dict, width: int = 64, pretrained: bool = False
         model.conv1 = nn.Conv2d(channels, width, 7, stride=2, padding=3, bias=False)  # (S/2, S/2)
     # Same initialisation as torchvision
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-    if is_small:  # pooling would halve the few pixels once more
+    if is_small:  # pooling would halve the few pixels again
         model.maxpool = nn.Identity()
     if pretrained and channels == 3:  # as it was trained
         model.conv1.weight = rgb_stem
     elif pretrained:
-        # A gray picture has one value in all three channels: the sum gives the same response.
+        # A gray image has the same value in all three channels: the sum gives the same response.
         gray_stem = rgb_stem.detach().sum(1, keepdim=True)  # (64, 1, 7, 7)
         model.conv1.weight = nn.Parameter(gray_stem)
     features = round(model.fc.in_features * width / 64)  # channels of the last stage
@@ -57,14 +57,14 @@ def build_model(arch: str, meta: dict, width: int = 64, pretrained: bool = False
 def narrow(net: nn.Module, share: float) -> None:
     """Give every convolution and norm in a ResNet that share of its channels, with random weights.
 
-    torchvision's ResNets have one width, made for ImageNet. On a CPU half of it takes a quarter of
-    the time, and finds boxes better for the same time.
+    torchvision's ResNets have one width, made for ImageNet. Half of it takes a quarter of the time
+    on a CPU, and gave better boxes in the same time.
     """
     for name, part in net.named_children():
         if isinstance(part, nn.Conv2d):
             inputs = round(part.in_channels * share)
             outputs = round(part.out_channels * share)
-            if inputs == 0:  # the stem's three colours: build_model puts its own in this place
+            if inputs == 0:  # the stem, which build_model replaces
                 continue
             shape = (part.kernel_size, part.stride, part.padding)
             conv = nn.Conv2d(inputs, outputs, *shape, bias=False)
@@ -83,11 +83,11 @@ def narrow(net: nn.Module, share: float) -> None:
 def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, smoothing: float = 0) -> Tensor:
     """Mean over the batch of the weighted cross entropy; logits float32 (B, C), labels int64 (B,).
 
-    A plain mean, not one divided by the weights of the batch: so the gradient does not depend on
-    how the batch is shared out among processes.
+    A plain mean, not divided by the weights of the batch, so the gradient does not depend on how
+    the batch is split among processes.
 
-    Labels int64 (B, C), several an image: the mean over images and labels of the binary cross
-    entropy. They are 1, 0, or -1 for unknown, which adds nothing; `weights` (C,) are those of the
+    Several labels per image, int64 (B, C): the mean over images and labels of the binary cross
+    entropy. They are 1, 0, or -1 for unknown, which adds nothing; `weights` (C,) apply to the
     positives.
     """
     if labels.ndim == 1:
@@ -108,18 +108,18 @@ LOSSES = {"ce": cross_entropy, "smooth_ce": smooth_cross_entropy}
 
 
 def to_probabilities(logits: Tensor, multi_label: bool) -> Tensor:
-    """Probabilities (N, C) of classes, which add up to 1, or of several labels, each by itself."""
+    """Probabilities (N, C): of classes, which add up to 1, or of labels, each independent."""
     return logits.sigmoid() if multi_label else logits.softmax(1)
 
 
 def class_weights(kind: str, counts: Tensor) -> Tensor:
     """Weights (C,) of the loss; "balanced" has mean 1 over the images of the training set.
 
-    `counts` (C,) are images of each class, or, of several labels an image, (C, 2) those without and
-    with each label: "balanced" then weighs its positives so that they count as much as the others.
+    `counts` (C,) are the images of each class. For several labels they are (C, 2), images without
+    and with each label; "balanced" then gives both the same total weight.
     """
     if kind == "balanced" and counts.ndim == 2:
-        return counts[:, 0] / counts[:, 1].clamp(min=1)  # a label that nobody has: no division by 0
+        return counts[:, 0] / counts[:, 1].clamp(min=1)  # a label may have no positives
     if kind == "balanced":
         return counts.sum() / (len(counts) * counts)
     return torch.ones(len(counts))
@@ -132,12 +132,12 @@ def class_activation_maps(model: nn.Module, images: Tensor) -> tuple[Tensor, Ten
     """Logits (B, C) and class activation maps (B, C, h, w) (Zhou et al., CVPR 2016).
 
     With global pooling and a linear head the map is the head's weights times the last features; its
-    mean plus the bias is the logit. Grad-CAM gives the same for this network. `images` are float
-    (B, channels, S, S), normalised; h and w are S / 32, or S / 8 with the small stem.
+    mean plus the bias is the logit. For this network Grad-CAM gives the same map. `images` are
+    float (B, channels, S, S), normalised; h and w are S / 32, or S / 8 with the small stem.
     """
     features = images
     for name, layer in model.named_children():
-        if name == "avgpool":  # the pooling and the head are what the maps replace
+        if name == "avgpool":  # the maps replace the pooling and the head
             break
         features = layer(features)  # at the end (B, F, h, w)
     maps = torch.einsum("bfhw,cf->bchw", features, model.fc.weight)  # (B, C, h, w)

@@ -6,9 +6,9 @@
   torchrun --nproc-per-node 4 classification/train.py --data data/rsna
 
 --data is a cache of preprocess.py, or raw data, which are preprocessed first, to OUT_cache. Fold K
-is the validation set, the others (--fold -1: all) the training set. Written to --out, a new folder:
-last.pt, best.pt, log.csv, log.png. On a CPU, the same settings and numbers of processes and threads
-give bit-identical weights.
+is the validation set, the others (--fold -1: all) are the training set. Written to --out, a new
+folder: last.pt, best.pt, log.csv, log.png. On a CPU, the same settings and numbers of processes and
+threads give bit-identical weights.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from common.metrics import classification_metrics
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOGGED = ("accuracy", "balanced_accuracy", "auroc")  # the metrics in log.csv
 DEMO = Path("data/demo/classification")
-# What may differ between a run and its --resume, because it does not change the result
+# Options that --resume may change, because they do not change the result
 FREE = ("data", "out", "workers", "init", "device", "compile", "resume")
 
 
@@ -50,37 +50,37 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument_group("data").add_argument
     add("--data", type=Path, help="a cache of preprocess.py, or raw data (default: synthetic)")
-    add("--out", type=Path, help="(default: runs/classification, or -2, -3, ... if that exists)")
+    add("--out", type=Path, help="new folder of the run (default: runs/classification, -2, ...)")
     add("--fold", type=within(int, -1, 4), default=0, help="to validate on, -1: none (default: 0)")
     add("--workers", type=within(int, 0, 256), default=2, help="loading processes (default: 2)")
     add = parser.add_argument_group("training").add_argument
-    add("--arch", choices=ARCHITECTURES, default="resnet18", help="(default: %(default)s)")
-    add("--channels", type=within(int, 16, 1024), default=64, help="first stage (default: 64)")
+    add("--arch", choices=ARCHITECTURES, default="resnet18", help="network (default: resnet18)")
+    add("--channels", type=within(int, 16, 1024), default=64, help="of stage 1 (default: 64)")
     add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
     add("--init", type=Path, metavar="CHECKPOINT", help="start from the weights of another run")
-    add("--epochs", type=within(int, 1), help="(default: 15; synthetic set: 8)")
-    add("--batch-size", type=within(int, 2), default=32, help="per process (default: %(default)s)")
-    add("--lr", type=within(float, 1e-15, 1e9), default=1e-3, help="peak (default: %(default)s)")
-    add("--weight-decay", type=within(float, 0, 1e9), default=0.05, help="(default: %(default)s)")
-    add("--loss", choices=LOSSES, default="ce", help="cross entropy (default: %(default)s)")
-    add("--class-weights", choices=("none", "balanced"), default="none", help="(default: none)")
-    add("--augment", type=within(float, 0, 10), default=1.0, help="strength (default: %(default)s)")
-    add("--flip", action="store_true", help="also mirror every other image")
-    add("--seed", type=within(int, 0, 2**64 - 1), default=0, help="(default: %(default)s)")
+    add("--epochs", type=within(int, 1), help="passes over the data (default: 15; synthetic: 8)")
+    add("--batch-size", type=within(int, 2), default=32, help="images per process (default: 32)")
+    add("--lr", type=within(float, 1e-15, 1e9), default=1e-3, help="at its peak (default: 0.001)")
+    add("--weight-decay", type=within(float, 0, 1e9), default=0.05, help="of AdamW (default: 0.05)")
+    add("--loss", choices=LOSSES, default="ce", help="smooth_ce: smoothed labels (default: ce)")
+    add("--class-weights", choices=("none", "balanced"), default="none", help="balanced: by rarity")
+    add("--augment", type=within(float, 0, 10), default=1.0, help="strength, 0: none (default: 1)")
+    add("--flip", action="store_true", help="also mirror half of the training images")
+    add("--seed", type=within(int, 0, 2**64 - 1), default=0, help="of random draws (default: 0)")
     add = parser.add_argument_group("run").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
     add("--amp", choices=AMP, default="off", help="mixed precision (default: %(default)s)")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--resume", action="store_true", help="resume the interrupted run in --out, or the newest")
     args = parser.parse_args(argv)
-    args.out = args.out or free_name(Path("runs/classification"), taken=args.resume)
+    args.out = args.out or free_name(Path("runs/classification"), newest=args.resume)
     args.epochs = args.epochs or (15 if args.data else 8)
     if not args.resume and args.out.exists() and any(args.out.iterdir()):
         raise DataError(f"{args.out}: exists already; --resume it, or give another --out")
     if args.pretrained and args.channels != 64:
         parser.error(f"--channels {args.channels}, expected 64 with --pretrained")
     if args.init and args.pretrained:
-        parser.error("--init and --pretrained both set the first weights: choose one")
+        parser.error("--init and --pretrained both set the initial weights: choose one")
     return args
 
 
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     steps_per_epoch = len(train_loader)
 
     # Model, loss, optimizer
-    torch.manual_seed(args.seed)  # the first weights
+    torch.manual_seed(args.seed)  # initial weights
     model = build_model(args.arch, meta, args.channels, args.pretrained and not args.resume)
     model = model.to(device, memory_format=torch.channels_last)
     mean_std = network.PRETRAINED_MEAN_STD if args.pretrained else None
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     scaler = GradScaler(device.type, enabled=args.amp == "fp16")
 
-    # A new run, or the state of the one to resume
+    # A new run, or the state of the run to resume
     settings = collect_settings(args, cache, world_size)
     run = Run(args.out, "val_auroc", model, optimizer, scaler)
     saved = {"task": "classification", "meta": meta, "settings": settings, "metrics": {}}
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
         start = time.perf_counter()
         loss_sum = torch.zeros((), device=device)  # kept on the device: .item() would synchronise
         train_loader.sampler.epoch = epoch  # decides the order
-        model.train()  # evaluate() has set the other mode
+        model.train()  # evaluate() leaves eval mode on
         for step, (images, labels) in enumerate(train_loader, 1):
             # These four decide all random numbers, so a resumed run draws the same ones.
             rng = np.random.default_rng((args.seed, epoch, step, rank))
@@ -132,18 +132,18 @@ def main(argv: list[str] | None = None) -> None:
             with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
                 logits = train_model(images)  # (B, C, S, S) to (B, classes)
             loss = LOSSES[args.loss](logits.float(), labels, weights)  # float32, whatever --amp is
-            scaler.scale(loss).backward()  # fp16: a larger loss, or small gradients would be 0
+            scaler.scale(loss).backward()  # fp16: scaled up, or small gradients become 0
             scaler.unscale_(optimizer)  # to clip the true gradients, not the scaled ones
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # limits the damage of a bad batch
-            scaler.step(optimizer)  # left out if fp16 overflowed
-            scaler.update()  # the factor of the fp16 loss
-            optimizer.zero_grad()  # backward() adds to what is there
+            scaler.step(optimizer)  # skipped if fp16 overflowed
+            scaler.update()  # adapts the scale of the fp16 loss
+            optimizer.zero_grad()  # backward() would add to them
             loss_sum += loss.detach()
             if is_main and step % 20 == 0:  # every 20 steps: .item() synchronises
                 where = f"epoch {epoch + 1}/{args.epochs}  {step}/{steps_per_epoch}"
                 progress(f"{where}  loss {mean_loss(loss_sum, step, epoch):.4g}")
 
-        # Validation on the whole fold, shared out among the processes
+        # Validation on the whole fold, split among the processes
         train_loss = mean_loss(loss_sum, steps_per_epoch, epoch, world_size)
         row = {"epoch": epoch + 1, "lr": lr, "train_loss": train_loss}
         if args.fold >= 0:
@@ -178,12 +178,12 @@ def within(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
 def start_processes(device_name: str, amp: str) -> tuple[torch.device, int, int]:
     """Device, rank and number of processes; torchrun passes them in environment variables."""
     rank = int(os.environ.get("RANK", "0"))  # the number of this process
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # on its machine: which GPU is its own
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # its number on this machine: which GPU
     world_size = int(os.environ.get("WORLD_SIZE", "1"))  # processes on all machines
     device = choose_device(device_name, local_rank)
     if world_size > 1:
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # where NCCL takes the memory it needs
+            torch.cuda.set_device(device)  # NCCL allocates its memory there
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     is_slow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
@@ -198,14 +198,14 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{local_rank}"
-    try:  # the one question that every kind of device answers
+    try:  # works for every kind of device
         return torch.empty(0, device=name).device
-    except Exception as error:  # its type depends on the build of torch
+    except Exception as error:  # the type depends on the build of torch
         raise DataError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
 def prepare_cache(args: argparse.Namespace, world_size: int) -> Path:
-    """The cache to train on: --data, or what preprocess.py makes of raw data, OUT_cache.
+    """The cache to train on: --data, or OUT_cache, which preprocess.py makes of raw data.
 
     The synthetic set is made once, at a fixed path. Raises DataError if OUT_cache exists.
     """
@@ -254,13 +254,13 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> Optimize
     `fused` does not read its step counters back, which would synchronise.
     """
     decayed = [p for p in model.parameters() if p.ndim > 1]  # filters and matrices
-    others = [p for p in model.parameters() if p.ndim <= 1]  # decay would switch norms off
-    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    undecayed = [p for p in model.parameters() if p.ndim <= 1]  # decay would switch norms off
+    groups = [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
     return AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
 
 def collect_settings(args: argparse.Namespace, cache: Path, world_size: int) -> dict:
-    """All that decides the result: options, number of processes, and which cache it is."""
+    """Everything that decides the result: options, number of processes, hash of the index."""
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
     index = checkpoint.file_sha256(cache / "index.csv")
     return settings | {"world_size": world_size, "index": index}
@@ -269,10 +269,10 @@ def collect_settings(args: argparse.Namespace, cache: Path, world_size: int) -> 
 def wrap_model(
     model: nn.Module, device: torch.device, world_size: int, compiled: bool
 ) -> nn.Module:
-    """The model to call in training; the bare one is what is saved."""
+    """The model to call in training; the bare one is saved."""
     if world_size > 1:  # backward() then averages the gradients of all processes
         model = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
-    if compiled:  # by the first step; the weights stay those of the bare model
+    if compiled:  # at the first step; it shares its weights with the bare model
         model = torch.compile(model, dynamic=False)  # all batches are of one size
     return model
 
@@ -286,7 +286,7 @@ def set_learning_rate(
     warm_up = max(1, total // 20)
     share = (done - warm_up) / max(1, total - warm_up)  # 0 to 1 after the warm-up
     lr = args.lr * 0.5 * (1 + math.cos(math.pi * share))
-    if done < warm_up:  # AdamW's averages are those of few gradients yet
+    if done < warm_up:  # AdamW has averaged few gradients so far
         lr = args.lr * (done + 1) / warm_up
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -304,7 +304,7 @@ def mean_loss(loss_sum: Tensor, steps: int, epoch: int, world_size: int = 1) -> 
 
 
 def check_finite(outputs: Tensor, where: object) -> None:
-    """Raise DataError if a network gave NaN or infinity: no score of it would mean anything."""
+    """Raise DataError if outputs are NaN or infinite: no score of them would mean anything."""
     # aminmax propagates NaN, so two values cover the tensor.
     if not all(value.isfinite() for value in outputs.aminmax()):
         hint = "lower --lr, or try another --amp"
@@ -321,10 +321,10 @@ def evaluate(
 ) -> tuple[Tensor, Tensor]:
     """Logits float32 (N, C) and labels (N,) or (N, C) of the images of all processes, on the CPU.
 
-    Takes the bare model: the wrapper would wait for the same number of batches on every process.
+    Takes the bare model: the wrapper expects the same number of batches on every process.
     """
     if dist.is_initialized():
-        for buffer in model.buffers():  # otherwise the score is not that of the model that is saved
+        for buffer in model.buffers():  # or the score would not be that of the saved model
             dist.broadcast(buffer, 0)
     model.eval()
     logits = []
@@ -338,17 +338,17 @@ def evaluate(
     if dist.is_initialized():
         parts = [None] * dist.get_world_size()
         dist.all_gather_object(parts, outputs)  # in the order of the ranks
-        outputs = tuple(torch.cat(one) for one in zip(*parts, strict=True))
+        outputs = tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return outputs
 
 
 def finish(run: Run, cache: Path, fold: int, is_main: bool, world_size: int) -> None:
     """Leave the process group, and print the command to type next."""
     if world_size > 1:
-        dist.barrier()  # gloo's threads may still hold tensors, which aborts a process that ends
+        dist.barrier()  # a process that ends while gloo still holds tensors would abort
         dist.destroy_process_group()
     if is_main:
-        name = "best.pt" if run.best_epoch else "last.pt"  # without validation there is no best
+        name = "best.pt" if run.best_epoch else "last.pt"  # no best.pt without validation
         split = "val" if fold >= 0 else "test"
         words = f"--data {cache} --checkpoint {run.out}/{name} --split {split}"
         print(f"next: python classification/eval.py {words}")

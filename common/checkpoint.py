@@ -3,8 +3,8 @@
 In this order: errors and the command line, new folders, writing, reading checkpoints, a run (`Run`
 is what the three train.py use), the picture of its log, and what a run was trained on.
 
-torch is imported where it is used: preprocess.py needs the first parts alone, and starts in a tenth
-of the time without it.
+torch is imported where it is used: preprocess.py needs only the first parts, and starts ten times
+as fast without it.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def one_line(text: object) -> str:
 def run_command(main: Callable) -> None:
     """Run a script's main: user errors and Ctrl-C print one line, a bug keeps its traceback."""
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")  # a screen may lack letters of a name
-    # Headers have slips, some in every file.
+        sys.stdout.reconfigure(errors="backslashreplace")  # for letters that the terminal lacks
+    # Small faults in headers: some sets have one in every file.
     warnings.filterwarnings("ignore", module=r"pydicom|PIL|nibabel")
     try:
         main()
@@ -87,20 +87,20 @@ def progress(text: str) -> None:
 # --- new folders: what never replaces a file cannot lose one ---
 
 
-def free_name(path: Path, taken: bool = False) -> Path:
-    """The first of path, path-2, path-3, ... that does not exist; `taken`: the one before it."""
+def free_name(path: Path, newest: bool = False) -> Path:
+    """The first of path, path-2, path-3, ... that does not exist; `newest`: the one before it."""
     names = [path]
     while os.path.lexists(names[-1]):
         names.append(path.with_name(f"{path.name}-{len(names) + 1}"))
-    return names[-2] if taken and len(names) > 1 else names[-1]
+    return names[-2] if newest and len(names) > 1 else names[-1]
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder to write into, OUT.unfinished, which becomes OUT at the end.
 
-    An error removes it. A killed or interrupted run leaves it, with what was done until then.
-    Raises DataError if one of the two is there already.
+    An error removes it. A killed or interrupted run leaves it, with its results so far. Raises
+    DataError if OUT or OUT.unfinished exists.
     """
     refuse_existing(out)
     unfinished = out.with_name(f"{out.name}.unfinished")
@@ -119,7 +119,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def refuse_existing(out: Path, hint: str = "") -> None:
-    """Raise DataError if something is called `out`, be it a broken link."""
+    """Raise DataError if `out` exists, even as a broken link."""
     if os.path.lexists(out) or not out.name:  # "/" and "." have no name
         raise DataError(f"{out}: exists already; {hint or 'remove it, or give another --out'}")
 
@@ -129,11 +129,11 @@ def refuse_existing(out: Path, hint: str = "") -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, renamed at the end: a file that bears its name is complete.
+    """A temporary path beside `path`, renamed at the end, so a file called `path` is complete.
 
     Raises DataError naming the file if it cannot be written.
     """
-    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")  # writers look at the suffix
+    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")  # the suffix decides the format
     try:
         yield temporary
         os.replace(temporary, path)  # atomic, because both are in one folder
@@ -147,7 +147,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """Write a dict of plain values, lists, dicts, tensors; a crash leaves the old or the new file.
 
-    Keep the bare model's `state_dict()` in it, not that of a compiled or distributed wrapper.
+    Put the bare model's `state_dict()` into it, not that of a compiled or distributed wrapper.
     Raises DataError naming the file.
     """
     import torch
@@ -157,7 +157,7 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         torch.save(checkpoint, file)
         file.flush()
-        os.fsync(file.fileno())  # or a power cut may leave the new name with old or no content
+        os.fsync(file.fileno())  # or a power cut may leave an empty file under the new name
 
 
 def hash_values(checkpoint: dict) -> str:
@@ -175,7 +175,7 @@ def write_json(path: Path, values: dict) -> None:
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    """Write rows with the columns of all; what a row lacks stays empty."""
+    """Write rows with the columns of all of them; missing values stay empty."""
     columns = {name: None for row in rows for name in row}  # a dict keeps their order
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
@@ -187,7 +187,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def read_meta(cache: Path, task: str, keys: tuple[str, ...]) -> dict:
-    """The meta.json of a finished cache of this task, with these keys. Raises DataError."""
+    """The values of these keys in the meta.json of a finished cache. Raises DataError."""
     path = cache / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
@@ -202,7 +202,7 @@ def read_meta(cache: Path, task: str, keys: tuple[str, ...]) -> dict:
 
 
 def load_checkpoint(path: Path, task: str | None = None) -> dict:
-    """Read what `save_checkpoint` wrote, of this task or of any, on the CPU. Raises DataError."""
+    """Load a checkpoint of this task (None: of any task) on the CPU. Raises DataError."""
     import torch
 
     if not path.is_file():
@@ -228,8 +228,8 @@ def load_checkpoint(path: Path, task: str | None = None) -> dict:
 
 
 def check_version(path: Path, values: object, task: str | None, script: str, hint: str) -> None:
-    """Raise DataError unless a file says that it is of this format and task."""
-    if not isinstance(values, dict) or str(values.get("format")) != str(FORMAT):  # be it a tensor
+    """Raise DataError unless the contents of a file name this format and task."""
+    if not isinstance(values, dict) or str(values.get("format")) != str(FORMAT):  # or a tensor
         raise DataError(f"{path}: not made by this version of {script}; {hint}")
     if task not in (None, values.get("task")):
         raise DataError(f"{path}: made for {values.get('task')}, expected {task}")
@@ -242,15 +242,15 @@ def load_weights(model: nn.Module, weights: dict, path: Path) -> None:
     except RuntimeError as error:
         raise DataError(f"{path}: does not fit this model: {error}") from error
     for name, weight in model.state_dict().items():
-        if not weight.isfinite().all():  # no loss or score could be a number
+        if not weight.isfinite().all():  # every loss and score would be NaN
             raise DataError(f"{path}: {name} holds NaN or infinite weights, expected numbers")
 
 
 def load_init(path: Path, model: nn.Module, is_main: bool) -> dict:
-    """Copy the weights of --init whose name and shape fit into a bare model; its checkpoint.
+    """Copy the weights of --init whose name and shape fit into a bare model; return its checkpoint.
 
-    Another number of classes keeps all but the last layer, another task the backbone, which has a
-    prefix where it is a part of the network. Raises DataError if nothing fits.
+    With other classes all but the last layer fits. Between classification and detection the ResNet
+    fits, whose weights have a prefix in detection. Raises DataError if nothing fits.
     """
     checkpoint = load_checkpoint(path)
     model_weights = model.state_dict()
@@ -260,7 +260,7 @@ def load_init(path: Path, model: nn.Module, is_main: bool) -> dict:
         weight = init.get(name.removeprefix(BACKBONE))
         if weight is not None and weight.shape == model_weights[name].shape:
             fitting[name] = weight
-    # A norm's counter of batches has no dimensions, and so fits any network.
+    # A norm's counter of batches has no dimensions and fits every network.
     if not any(weight.ndim for weight in fitting.values()):
         message = "none of its weights has the name and the shape of one of this model"
         raise DataError(f"{path}: {message}")
@@ -294,7 +294,7 @@ class Run:
     def begin(
         self, args: Namespace, settings: dict, meta: dict, index: list[dict], is_main: bool
     ) -> None:
-        """Resume from last.pt, or make the folder and begin with the weights of --init.
+        """Resume from last.pt, or make the folder and start from the weights of --init.
 
         Raises DataError if the settings or the cache are not those of last.pt.
         """
@@ -317,7 +317,7 @@ class Run:
         self.epoch = saved["epoch"]
         self.log = saved["log"]
         self.trained_on = saved["trained_on"]
-        if (self.out / "best.pt").exists():  # without it the next epoch is the best one there is
+        if (self.out / "best.pt").exists():  # otherwise the next epoch becomes the best
             self.best = saved["best"]
             self.best_epoch = saved["best_epoch"]
 
@@ -325,8 +325,7 @@ class Run:
         """Save an epoch: best.pt if its score is the best so far, then last.pt; log and print it.
 
         `score` is None without validation. On a tie keep the later epoch, whose learning rate is
-        lower. In this order a crash leaves a last.pt that is older than best.pt, and never one
-        whose best.pt is missing.
+        lower. Because best.pt is written first, a crash never leaves a last.pt without its best.pt.
         """
         self.epoch = row["epoch"]
         self.log.append(row)
@@ -349,12 +348,12 @@ class Run:
 
 
 def check_settings(saved: dict, current: dict, path: Path) -> None:
-    """Raise DataError listing the settings that would change the result of a resumed run."""
+    """Raise DataError listing the settings that differ from those of the run to resume."""
     changes = []
     for name in {**saved, **current}:
         if saved.get(name) != current.get(name):
             changes.append(f"{name} {saved.get(name)} (now {current.get(name)})")
-    if changes:  # for more epochs too: the learning rate has come to its end
+    if changes:  # more epochs too: the learning rate has ended at zero
         hint = f"to continue from its weights: --init {path}"
         raise DataError(f"{path}: was trained with {', '.join(changes)}; {hint}")
 
@@ -363,13 +362,13 @@ def check_settings(saved: dict, current: dict, path: Path) -> None:
 
 
 def draw_log(log: list[dict], score: str, best: int) -> Image.Image:
-    """Loss and score by epoch, side by side, of the rows of log.csv.
+    """Two panels, loss and score by epoch, from the rows of log.csv.
 
-    `score` is a column, `best` an epoch, or 0 for none. The ends of the axes are numbered.
+    `score` is a column, `best` an epoch, or 0 for none. Only the ends of the axes are labelled.
     """
     picture = Image.new("RGB", (2 * PANEL[0], PANEL[1]), "white")
     for k, columns in enumerate((("train_loss", "val_loss"), (score,))):
-        curves = {}  # (epoch, value) by column, without what is not finite
+        curves = {}  # (epoch, value) by column, finite values only
         for column in columns:
             rows = [row for row in log if math.isfinite(row.get(column, math.nan))]
             if rows:  # segmentation has no val_loss, --fold -1 no score
@@ -382,7 +381,7 @@ def draw_log(log: list[dict], score: str, best: int) -> Image.Image:
 def draw_panel(
     draw: ImageDraw.ImageDraw, left: int, curves: dict[str, list], epochs: int, best: int
 ) -> None:
-    """One panel of log.png, whose left side is at `left`: curves of (epoch, value) by name."""
+    """One panel of log.png with its left side at pixel `left`: (epoch, value) by curve name."""
     font = ImageFont.load_default(size=14)
     values = [value for points in curves.values() for _, value in points]
     low = min(values)
@@ -410,7 +409,7 @@ def draw_panel(
         colour = CURVES[name.split("_")[0]]
         places = [place(*point) for point in points]
         draw.line(places, colour, 3)
-        draw.point(places, colour)  # a single epoch is no line
+        draw.point(places, colour)  # a line through one point draws nothing
         title = f"{name} {points[-1][1]:.4g}"
         draw.text((left + 70 + 200 * k, 14), title, colour, font, anchor="lm")
 
@@ -419,12 +418,12 @@ def draw_panel(
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, to say which index or checkpoint a result belongs to."""
+    """SHA-256 of a file, which identifies the index or checkpoint of a result."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def list_trained_on(index: list[dict], fold: str, init: dict) -> list[str]:
-    """What a checkpoint keeps of its training rows: sorted hashes, with those of its --init.
+    """Sorted hashes of the training rows, including those of --init, for a checkpoint to keep.
 
     `index` are the rows of index.csv; `init` is the checkpoint of --init, {} without one.
     """
@@ -441,7 +440,7 @@ def list_trained_on(index: list[dict], fold: str, init: dict) -> list[str]:
 
 
 def hash_row(row: dict[str, str]) -> set[str]:
-    """What the image and the patient of a row are known by, in other caches too."""
+    """Hashes of the image and the patient of a row, the same in every cache."""
     patient = hashlib.sha256(f"patient {row['patient']}".encode())
     return {row["digest"], patient.hexdigest()[:16]}
 
@@ -451,9 +450,9 @@ def refuse_trained_on(
 ) -> None:
     """Raise DataError if a checkpoint, or its --init, was trained on some of these rows.
 
-    Images and patients count. Patients whom an official split has on both sides are told, but not
-    refused: such splits are kept as they are. `rows` are some of `index`, all rows of index.csv;
-    `is_own_cache` says that the training was on this cache.
+    Shared images and shared patients both count. Patients on both sides of an official split are
+    reported, not refused: such splits are kept as they are. `rows` are a part of `index`, the rows
+    of index.csv; `is_own_cache`: this cache is the one of the training.
     """
     splits_of = defaultdict(set)  # the official splits of each patient
     for row in index:

@@ -1,8 +1,8 @@
 """Metrics as pure functions on tensors: counts or per-case values of a whole split, divided once.
 
 Shapes: `labels` int64 (N,) with values 0..C-1, `scores` float (N,) for the positive class of a
-binary task, `probabilities` float (N, C), boxes float (N, 4). A metric that is not defined (one
-class only, nothing predicted, no cases at all, a score that is NaN) is NaN, never 0 or 1.
+binary task, `probabilities` float (N, C), boxes float (N, 4). An undefined metric (one class only,
+nothing predicted, no cases, a NaN score) is NaN, never 0 or 1.
 """
 
 import math
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from common.checkpoint import write_json
 
-FEW_GROUPS = 10  # patients: with fewer, an interval is too narrow to be told
+FEW_GROUPS = 10  # with fewer patients an interval is too narrow to report
 
 
 def divide(a: float, b: float) -> float:
-    """a / b, and NaN where b is 0: a metric of nothing is not defined."""
+    """a / b, or NaN if b is 0: a metric without cases is undefined."""
     return float(a) / float(b) if b else math.nan
 
 
@@ -54,7 +54,7 @@ def classification_metrics(
         metrics = macro_metrics(labels, probabilities, names)
     if probabilities.isnan().any():
         metrics = dict.fromkeys(metrics, math.nan)
-    if len(labels.unique()) < 2:  # these then tell only which class it is
+    if len(labels.unique()) < 2:  # they would depend on which class it is
         for name in metrics:
             if name.startswith(("precision", "f1", "average_precision")):
                 metrics[name] = math.nan
@@ -64,11 +64,11 @@ def classification_metrics(
 def multi_label_metrics(
     labels: Tensor, probabilities: Tensor, thresholds: Tensor | None, names: list[str]
 ) -> dict[str, float]:
-    """The metrics of each of several labels, with its name at the end, and their means.
+    """Metrics of each of several labels, with the suffix _NAME, and their means over the labels.
 
-    `labels` int64 (N, C) are 1, 0, or -1 for unknown: such images are left out of that label.
-    `thresholds` float64 (N, C) are those of the metrics called _tuned. The means are over labels of
-    which there are both values, and NaN if a metric is not defined for one of these.
+    `labels` int64 (N, C) are 1, 0, or -1 for unknown, which is left out of that label.
+    `thresholds` float64 (N, C) are for the metrics called _tuned. The means are over labels that
+    have both values, and NaN if a metric is undefined for one of these.
     """
     by_label = {}
     averaged = []  # labels with both values
@@ -85,13 +85,13 @@ def multi_label_metrics(
 
 
 def average_metrics(by_class: dict[str, dict], averaged: list[str]) -> dict[str, float]:
-    """Means of the metrics of some classes, and the metrics of all with their names at the end."""
+    """Means over the classes in `averaged`, and the metrics of each class with the suffix _NAME."""
     metrics = {}
     for name in next(iter(by_class.values())):
         values = [by_class[class_name][name] for class_name in averaged]
         metrics[name] = divide(sum(values), len(values))
-    for class_name, own in by_class.items():
-        metrics |= {f"{name}_{class_name}": value for name, value in own.items()}
+    for class_name, class_metrics in by_class.items():
+        metrics |= {f"{name}_{class_name}": value for name, value in class_metrics.items()}
     return metrics
 
 
@@ -118,7 +118,7 @@ def binary_metrics(
 
 
 def ranking_metrics(labels: Tensor, scores: Tensor) -> dict[str, float]:
-    """What depends on the order of the scores alone."""
+    """Metrics that depend only on the order of the scores."""
     return {
         "auroc": auroc(labels, scores),
         "average_precision": average_precision(labels, scores),
@@ -153,7 +153,7 @@ def roc_curve(labels: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """False positive rate, true positive rate and threshold (predict 1 where score >= threshold).
 
     Float64, one of each per distinct score, from (0, 0, inf) to (1, 1, smallest score). Rates of a
-    class without cases are NaN, and all rates if a score is NaN: it has no place in the order.
+    class without cases are NaN. A NaN score has no rank, so all rates are NaN.
     """
     thresholds, tp, fp = count_by_threshold(labels, scores)
     start = torch.zeros(1, dtype=torch.float64)
@@ -196,11 +196,11 @@ def average_precision(labels: Tensor, scores: Tensor) -> float:
 def best_threshold(
     labels: Tensor, probabilities: Tensor, point: tuple[str, float] | None = None
 ) -> float | list[float]:
-    """Threshold for probabilities (N, 2) of the positive class; (N, C) of several labels: a list.
+    """Threshold for the positive class of probabilities (N, 2); for several labels (N, C) a list.
 
-    It has the largest sensitivity + specificity (Youden 1950), or with an operating point, such as
-    ("sensitivity", 0.95), at least that sensitivity (specificity) and the largest of the other. It
-    lies halfway to the next lower score. NaN without images that have and that lack a label.
+    It maximises sensitivity + specificity (Youden 1950). With an operating point, such as
+    ("sensitivity", 0.95), it reaches that sensitivity (or specificity) and maximises the other. It
+    lies halfway to the next lower score. NaN if a label has only one value.
     """
     if labels.ndim == 2:
         thresholds = []
@@ -218,7 +218,7 @@ def best_threshold(
         chosen = int((tpr >= point[1] - 1e-9).nonzero()[0])  # it rises along the curve
     else:
         chosen = int((1 - fpr >= point[1] - 1e-9).nonzero()[-1])  # it falls
-    if chosen == 0:  # nothing is positive there
+    if chosen == 0:  # above the highest score: nothing is positive
         return math.nextafter(thresholds[1].item(), math.inf)
     return thresholds[chosen : chosen + 2].mean().item()
 
@@ -233,12 +233,12 @@ def sensitivity_at_specificity(labels: Tensor, scores: Tensor, specificity: floa
 
 def specificity_at_sensitivity(labels: Tensor, scores: Tensor, sensitivity: float) -> float:
     """Largest specificity among the thresholds whose sensitivity is at least this."""
-    # With the classes exchanged one is called the other.
+    # Exchanging the classes exchanges sensitivity and specificity.
     return sensitivity_at_specificity(1 - labels, -scores, sensitivity)
 
 
 def brier(labels: Tensor, probabilities: Tensor) -> float:
-    """Mean squared error of the probabilities (Brier 1950); binary: of the positive class alone."""
+    """Mean squared error of the probabilities (Brier 1950); binary: of the positive class only."""
     truth = torch.nn.functional.one_hot(labels, probabilities.shape[1]).double()
     error = (probabilities.double() - truth).square().sum(1).mean().item()
     return error / 2 if probabilities.shape[1] == 2 else error
@@ -252,7 +252,7 @@ def detection_metrics(pred: Tensor, truth: Tensor) -> dict[str, float]:
 
     iou_75 is the share of the images with an IoU of at least 0.75; mse_224 the mean squared error
     of the four coordinates in pixels of the image squashed to 224x224, and median_se_224 the median
-    of the images, because one wrong label can be half of the mean.
+    over the images, because one wrong label can make up half of the mean.
     """
     iou = box_iou(pred, truth)
     squared_error = (224 * (pred - truth)).double().square().mean(1)  # (N,)
@@ -269,16 +269,16 @@ def detection_metrics(pred: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def box_iou(pred: Tensor, truth: Tensor) -> Tensor:
-    """Intersection over union (N,) of boxes (N, 4), each with that of the same row.
+    """Intersection over union (N,) of boxes (N, 4), row by row.
 
-    Inverted or empty boxes have IoU 0. (torchvision's box_iou is that of all pairs.)
+    Inverted or empty boxes have IoU 0. (torchvision's box_iou compares all pairs.)
     """
     top_left = torch.maximum(pred, truth)[:, :2]  # (N, 2), of the intersection
     bottom_right = torch.minimum(pred, truth)[:, 2:]
-    overlap = (bottom_right - top_left).clamp(min=0).prod(1)  # (N,), 0 where they do not meet
+    intersection = (bottom_right - top_left).clamp(min=0).prod(1)  # (N,), 0 if disjoint
     areas = [(boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1) for boxes in (pred, truth)]
-    iou = overlap / (areas[0] + areas[1] - overlap)
-    return torch.where(overlap == 0, 0, iou)  # NaN stays NaN
+    iou = intersection / (areas[0] + areas[1] - intersection)
+    return torch.where(intersection == 0, 0, iou)  # NaN stays NaN
 
 
 # --- segmentation ---
@@ -290,8 +290,8 @@ def segmentation_metrics(
     """Metrics of one structure: bool masks (X, Y, Z), voxels of `spacing` mm.
 
     hd95_mm is the 95th percentile and assd_mm the mean of both directed sets of surface distances
-    pooled; volume_error_ml is the absolute difference. Both masks empty: NaN but for the volume;
-    one empty: distances are the volume's diagonal.
+    pooled; volume_error_ml is the absolute difference. Both masks empty: NaN except for the volume
+    error; one empty: the distances are the diagonal of the volume.
     """
     metrics = {**overlap(truth, prediction), "hd95_mm": math.nan, "assd_mm": math.nan}
     true_size = int(truth.sum())
@@ -310,9 +310,10 @@ def segmentation_metrics(
 
 def overlap(truth: Tensor, prediction: Tensor) -> dict[str, float]:
     """Dice and IoU of two bool masks. Both empty: NaN; only the truth empty: 0."""
-    common = int((truth & prediction).sum())
+    intersection = int((truth & prediction).sum())
     total = int(truth.sum()) + int(prediction.sum())
-    return {"dice": divide(2 * common, total), "iou": divide(common, total - common)}
+    iou = divide(intersection, total - intersection)
+    return {"dice": divide(2 * intersection, total), "iou": iou}
 
 
 def dice_scores(truth: Tensor, prediction: Tensor, num_classes: int) -> Tensor:
@@ -333,16 +334,16 @@ def dice_metrics(scores: Tensor, classes: list[str]) -> dict[str, float]:
 
 
 def surface_distances(truth: Tensor, prediction: Tensor, spacing: list[float]) -> Tensor:
-    """Distances in mm between the surfaces of bool masks (X, Y, Z) with content, both ways.
+    """Distances in mm between the surfaces of two bool masks (X, Y, Z), not empty, both ways.
 
-    Of a volume of one slice, a picture, the surfaces are outlines.
+    In a volume of one slice, a picture, the surfaces are outlines.
     """
-    # A picture has no neighbours in front and behind; taken as borders they would be surface.
+    # A picture has no neighbours along z; as borders they would make every pixel surface.
     axes = [axis for axis in range(3) if truth.shape[axis] > 1] or [0]
-    box = []  # the part of the volume that holds both: distances do not look beyond it
+    box = []  # crop to both masks: no distance depends on anything outside
     for axis in range(3):
-        others = tuple(k for k in range(3) if k != axis)
-        used = (truth | prediction).any(others[1]).any(others[0]).nonzero()
+        first, second = (k for k in range(3) if k != axis)
+        used = (truth | prediction).any(second).any(first).nonzero()
         box.append(slice(int(used[0]), int(used[-1]) + 1))
     truth = surface(truth[tuple(box)], axes)
     prediction = surface(prediction[tuple(box)], axes)
@@ -364,9 +365,9 @@ def distances_to(points: Tensor, feature: Tensor, spacing: list[float]) -> Tenso
     """Distance in mm, float64 (N,), from voxels (N, 3) to the nearest one of `feature` (X, Y, Z).
 
     Exact: squared distances are separable (Felzenszwalb & Huttenlocher, Theory of Computing 2012),
-    so one axis after the other takes the minimum along its lines of the value plus the squared way
-    to it. The first only has to look for the nearest feature on both sides, and the last one is
-    needed at the points only.
+    so each axis in turn takes the minimum, along its lines, of the value plus the squared distance
+    to it. The first axis only needs the nearest feature on either side; the last one is computed at
+    the points only.
     """
     middle, last, first = sorted(range(3), key=lambda axis: feature.shape[axis])
     feature = feature.permute(first, last, middle)
@@ -375,39 +376,39 @@ def distances_to(points: Tensor, feature: Tensor, spacing: list[float]) -> Tenso
 
     squared = square_along_first(feature, steps[0])
     lines = squared.view(-1, feature.shape[2])
-    for some in lines.split(1024):  # small enough for the cache of the processor
-        lower_envelope(some, steps[2])
+    for chunk in lines.split(1024):  # small enough for the cache of the processor
+        lower_envelope(chunk, steps[2])
     squared = lines.view(feature.shape)
 
     position = torch.arange(feature.shape[1], dtype=torch.float64) * steps[1]  # mm
-    cost = (position[:, None] - position).square()  # (Y, Y): of the way from one to the other
+    cost = (position[:, None] - position).square()  # (Y, Y): squared distance between two places
     nearest = []
-    for some in points.split(16384):
-        x, y, z = some.unbind(1)
+    for chunk in points.split(16384):
+        x, y, z = chunk.unbind(1)
         nearest.append((squared[x, :, z] + cost[y]).amin(1))  # (P, Y) to (P,)
     return torch.cat(nearest).sqrt()
 
 
 def square_along_first(feature: Tensor, step: float) -> Tensor:
-    """Squared distance in mm2 to the nearest feature on the line along the first axis, or inf."""
+    """Squared distance in mm2 to the nearest feature along the first axis, inf without one."""
     far = 2**14  # voxels, more than any volume has; int16 is a quarter of the traffic of float64
     index = torch.arange(len(feature), dtype=torch.int16).view(-1, 1, 1)
-    # The last feature before each voxel is the running maximum of the features' indices, and the
-    # next one after it the running minimum from the other end.
-    away = index - torch.where(feature, index, -far).cummax(0).values
-    after = torch.where(feature, index, far).flip(0).cummin(0).values.flip(0)
-    away = torch.minimum(away, after.sub_(index), out=after)
-    squared = away.double().mul_(step).square_()
-    return squared.masked_fill_(away > far // 2, math.inf)
+    # The previous feature is the running maximum of the features' indices, the next one the running
+    # minimum from the other end.
+    distance = index - torch.where(feature, index, -far).cummax(0).values
+    following = torch.where(feature, index, far).flip(0).cummin(0).values.flip(0)
+    distance = torch.minimum(distance, following.sub_(index), out=following)
+    squared = distance.double().mul_(step).square_()
+    return squared.masked_fill_(distance > far // 2, math.inf)
 
 
 def lower_envelope(lines: Tensor, step: float) -> None:
-    """In place: the minimum over each line (L, N) of the value plus the squared way to it."""
+    """In place: at each place of a line (L, N) the minimum of value plus squared distance to it."""
     start = lines.clone()
     farthest = lines.amax().item()
     for k in range(1, lines.shape[1]):
         cost = (k * step) ** 2
-        if cost >= farthest:  # from here on nothing can get smaller
+        if cost >= farthest:  # larger steps cannot lower any value
             break
         torch.minimum(lines[:, k:], start[:, :-k] + cost, out=lines[:, k:])
         torch.minimum(lines[:, :-k], start[:, k:] + cost, out=lines[:, :-k])
@@ -428,8 +429,8 @@ def bootstrap(
 
     Whole groups (patients) are drawn with replacement, because images of one patient are not
     independent (Davison & Hinkley 1997, section 3.8). Samples in which a metric is NaN are left
-    out of it and counted. With fewer than FEW_GROUPS patients the ends are NaN, and for a metric
-    that is the same in all samples.
+    out of its interval and counted. The ends are NaN with fewer than FEW_GROUPS patients, and for a
+    metric that is the same in all samples.
     """
     number_of = {group: k for k, group in enumerate(dict.fromkeys(groups))}
     members = torch.tensor([number_of[group] for group in groups])  # (N,) number of the group
@@ -437,14 +438,15 @@ def bootstrap(
     rows_of = members.argsort(stable=True).split(counts.tolist())  # row numbers of each group
     generator = torch.Generator().manual_seed(seed)
     values = function(torch.arange(len(groups)))
-    drawn = []
+    sample_metrics = []
     for _ in range(samples if len(rows_of) >= FEW_GROUPS else 0):
         picks = torch.randint(len(rows_of), (len(rows_of),), generator=generator).tolist()
-        drawn.append(function(torch.cat([rows_of[k] for k in picks])))
+        sample_metrics.append(function(torch.cat([rows_of[k] for k in picks])))
 
     summary = {}
     for name, value in values.items():
-        sample = torch.tensor([metrics[name] for metrics in drawn], dtype=torch.float64)
+        samples_of_metric = [metrics[name] for metrics in sample_metrics]
+        sample = torch.tensor(samples_of_metric, dtype=torch.float64)
         finite = sample[sample.isfinite()]
         low = finite.quantile(0.025).item() if len(finite) else math.nan
         high = finite.quantile(0.975).item() if len(finite) else math.nan
@@ -461,9 +463,9 @@ def summarise_by(
     values: list[str],
     groups: list[str],
 ) -> list[dict]:
-    """`bootstrap` of the rows that have each value of a column: value, n, patients, summary.
+    """`bootstrap` for each value of a column: a list of value, n, patients, summary.
 
-    `values` and `groups` have the value and the patient of every row. Numbers come in rising order.
+    `values` and `groups` are the value and the patient of every row. Numbers are sorted as such.
     """
     try:
         distinct = sorted(set(values), key=float)
@@ -471,14 +473,14 @@ def summarise_by(
         distinct = sorted(set(values))
     table = []
     for value in distinct:
-        rows = torch.tensor([k for k, other in enumerate(values) if other == value])
+        rows = torch.tensor([k for k, row_value in enumerate(values) if row_value == value])
 
-        def of_value(chosen: Tensor, rows: Tensor = rows) -> dict[str, float]:
-            return function(rows[chosen])
+        def measure(sample: Tensor, rows: Tensor = rows) -> dict[str, float]:
+            return function(rows[sample])
 
         patients = [groups[k] for k in rows.tolist()]
         row = {"value": value, "n": len(rows), "patients": len(set(patients))}
-        table.append(row | {"summary": bootstrap(of_value, patients)})
+        table.append(row | {"summary": bootstrap(measure, patients)})
     return table
 
 
@@ -489,29 +491,29 @@ def write_report(
     cases: list[dict],
     run: dict,
     by: dict | None = None,
-    shown: list[str] | None = None,
+    names: list[str] | None = None,
 ) -> None:
     """Print the metrics of `bootstrap` and write metrics.json: {"summary", "by", "cases", "run"}.
 
-    `cases` has a row per case, in the order of `groups` (its patient); `run` says how they arose;
-    `by` has the column and what `summarise_by` gives for it; `shown` are the metrics to print, all
-    without it.
+    `cases` has a row per case, in the order of `groups` (its patient); `run` describes the
+    evaluation; `by` has a column and its `summarise_by`; `names` are the metrics to print (default:
+    all).
     """
-    shown = shown or list(summary)
+    names = names or list(summary)
     unit = run.get("unit", "mm")
-    for name in shown if by else []:
+    for name in names if by else []:
         print(f"{in_unit(name, unit)} by {by['column']}")
         for row in by["values"]:
             metric = with_interval(row["summary"][name])
             print(f"  {row['value'][:30] or '(empty)':30} {row['n']:8}  {metric}")
-    for name in shown:
+    for name in names:
         print(f"{in_unit(name, unit):41}  {with_interval(summary[name])}")
     print_notes(summary, len(set(groups)))
     write_json(out / "metrics.json", {"summary": summary, "by": by, "cases": cases, "run": run})
 
 
 def with_interval(metric: dict[str, float]) -> str:
-    """A metric in four digits, "-" where it is not defined, and its interval if it has one."""
+    """A metric to four digits, "-" if it is undefined, and its interval if it has one."""
     if not math.isfinite(metric["value"]):
         return "-"
     text = f"{metric['value']:.4f}"
@@ -521,12 +523,12 @@ def with_interval(metric: dict[str, float]) -> str:
 
 
 def in_unit(name: str, unit: str) -> str:
-    """The name of a metric for the screen: of pictures without a resolution hd95_mm is hd95_px."""
+    """The printed name of a metric: for pictures without a resolution hd95_mm is hd95_px."""
     return name.replace("_mm", f"_{unit}")
 
 
 def print_notes(summary: dict[str, dict[str, float]], patients: int) -> None:
-    """Say why there is no interval, or where it lies wrongly."""
+    """Print why there is no interval, or in which case it is inaccurate."""
     if patients < FEW_GROUPS:
         print(f"note: {patients} patients, so no intervals: they take at least {FEW_GROUPS}")
     elif "auroc" in summary and summary["auroc"]["value"] > 0.95 and patients < 600:

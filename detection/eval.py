@@ -9,11 +9,11 @@
 Known boxes: metrics.json with 95 % bootstrap intervals (over patients), predictions.csv in pixels
 of the original images, and gallery.png with the worst boxes first. New images: predictions.csv, and
 every image with its box. The boxes of several checkpoints are averaged; those of several folds
-predict the fold that each left out, and the metrics are of all these images together. Batch size
-and mixed precision are those of the run, so that the score it printed comes out again.
+predict the fold that each left out, and the metrics are over all these images. Batch size and
+mixed precision are those of the run, so the score is the one that train.py printed.
 
 In the shapes below N is the number of images, S their side in pixels. Boxes are xmin, ymin, xmax,
-ymax in fractions of the image unless they are said to be in pixels.
+ymax in fractions of the image unless stated otherwise.
 """
 
 import argparse
@@ -60,7 +60,7 @@ from detection.train import AMP, check_finite, choose_device, evaluate
 TILE = 384  # pixels of one picture in a gallery
 OVERLAYS = 100  # pictures of new images: the first ones
 WORST = 24  # pictures in gallery.png
-DOUBTFUL = 0.5  # IoU below which a label may be that of something else
+DOUBTFUL = 0.5  # IoU below which the label may be wrong
 TRUTH = "#30d158"  # green
 PREDICTION = "#ff9f0a"  # orange
 
@@ -69,9 +69,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument_group("data").add_argument
-    add("--checkpoint", type=Path, nargs="+", required=True, help="one or more of train.py's")
-    add("--data", type=Path, metavar="CACHE", help="written by preprocess.py")
-    split = "val (default): the validation fold of the run, of several all that they left out"
+    add("--checkpoint", type=Path, nargs="+", required=True, help="best.pt or last.pt, one or more")
+    add("--data", type=Path, metavar="CACHE", help="a cache of preprocess.py")
+    split = "val (default): the folds that the runs left out; test: the test set"
     add("--split", choices=("val", "test"), default="val", help=split)
     images = "new images without boxes: files and folders"
     add("--images", type=Path, nargs="+", metavar="PATH", help=images)
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             result, bad = predict_images(args, runs, device, folder)
     print(f"{result} in {out}")
-    if bad:  # one bad file does not cost the results of the others
+    if bad:  # only now: the results of the other files are complete
         raise DataError(f"{bad} files could not be read (named above)")
 
 
@@ -118,11 +118,11 @@ class Run(NamedTuple):
     model: nn.Module
     meta: dict
     settings: dict
-    fold: str  # the one that the training left out, "-1" for none
+    fold: str  # the validation fold, "-1" for none
 
 
 def load_runs(paths: list[Path], device: torch.device) -> list[Run]:
-    """Checkpoints and their bare models. Raises DataError if they do not go together."""
+    """Checkpoints and their bare models. Raises DataError if they do not match each other."""
     runs = []
     for path in paths:
         checkpoint = load_checkpoint(path, "detection")
@@ -136,10 +136,10 @@ def load_runs(paths: list[Path], device: torch.device) -> list[Run]:
     return runs
 
 
-def check_same(meta: dict, expected: dict, path: Path, other: Path) -> None:
-    """Raise DataError if images were not prepared in the same way."""
+def check_same(meta: dict, expected: dict, path: Path, expected_path: Path) -> None:
+    """Raise DataError if two caches or checkpoints were not prepared in the same way."""
     if meta["size"] != expected["size"]:
-        raise DataError(f"{path}: size {meta['size']}, but {other} has {expected['size']}")
+        raise DataError(f"{path}: size {meta['size']}, but {expected_path} has {expected['size']}")
 
 
 # --- known boxes: first the table of predictions, then everything that is measured from it ---
@@ -149,7 +149,7 @@ def evaluate_split(
     args: argparse.Namespace, runs: list[Run], device: torch.device, folder: Path
 ) -> str:
     """Predict a split and write predictions.csv; from it metrics.json and the gallery."""
-    # The rows to predict: row k of everything below is row_numbers[k] of the cache
+    # The rows to predict; row k of everything below is row_numbers[k] of the cache.
     meta, index = open_cache(args.data)
     check_same(meta, runs[0].meta, args.data, args.checkpoint[0])
     folds = choose_folds(args, runs, index)
@@ -165,11 +165,11 @@ def evaluate_split(
     boxes, scale = read_boxes(rows)  # (N, 4): fractions, and pixels of the whole image
     pred = torch.empty(len(rows), 4)
     for fold in folds:
-        of_fold = [k for k, row in enumerate(rows) if row["fold"] == fold]
-        # Sums in a batch of another size may round differently.
-        batches = in_batches([row_numbers[k] for k in of_fold], runs[0].settings["batch_size"])
+        in_fold = [k for k, row in enumerate(rows) if row["fold"] == fold]
+        # Another batch size may round differently.
+        batches = in_batches([row_numbers[k] for k in in_fold], runs[0].settings["batch_size"])
         loader = make_loader(dataset, batches, args.workers, device)
-        pred[of_fold] = predict(left_out(fold, runs), loader, device, args.amp)
+        pred[in_fold] = predict(left_out(fold, runs), loader, device, args.amp)
     iou = box_iou(pred, boxes)  # (N,)
     cases = list_cases(rows, iou, pred * scale, boxes * scale)
     write_csv(folder / "predictions.csv", cases)
@@ -178,11 +178,11 @@ def evaluate_split(
     error_px = ((pred - boxes) * scale).abs()  # (N, 4)
     error_mm = error_px * read_spacing(rows)  # (N, 4), NaN where the file does not say
 
-    def measure(chosen: Tensor) -> dict[str, float]:
-        metrics = detection_metrics(pred[chosen], boxes[chosen])
-        metrics["mae_px"] = error_px[chosen].mean().item()
+    def measure(sample: Tensor) -> dict[str, float]:
+        metrics = detection_metrics(pred[sample], boxes[sample])
+        metrics["mae_px"] = error_px[sample].mean().item()
         if error_mm.isfinite().any():
-            metrics["mae_mm"] = error_mm[chosen].nanmean().item()
+            metrics["mae_mm"] = error_mm[sample].nanmean().item()
         return metrics
 
     patients = [row["patient"] for row in rows]
@@ -201,7 +201,7 @@ def evaluate_split(
 def choose_folds(args: argparse.Namespace, runs: list[Run], index: list[dict]) -> list[str]:
     """The folds to predict: "test", or those that the runs left out.
 
-    Raises DataError if one has no rows, or if a run that predicts it was trained on some.
+    Raises DataError if a fold has no rows, or if a run that predicts it was trained on some.
     """
     folds = ["test"]
     sha256 = file_sha256(args.data / "index.csv")
@@ -228,14 +228,14 @@ def choose_folds(args: argparse.Namespace, runs: list[Run], index: list[dict]) -
 
 
 def left_out(fold: str, runs: list[Run]) -> list[Run]:
-    """The runs whose training left a fold out; all of them for "test"."""
+    """The runs that predict a fold: those whose training left it out; for "test" all."""
     return [run for run in runs if fold in ("test", run.fold)]
 
 
 def predict(runs: list[Run], loader: Iterable, device: torch.device, amp: str | None) -> Tensor:
     """Boxes float32 (N, 4) of the images of a loader, in fractions, averaged over the runs.
 
-    `amp` None takes the mixed precision of each run.
+    `amp` None: the mixed precision of each run.
     """
     boxes = []  # (N, 4) of each run
     for run in runs:
@@ -261,7 +261,7 @@ def read_spacing(rows: list[dict[str, str]]) -> Tensor:
 def list_cases(
     rows: list[dict[str, str]], iou: Tensor, pred_px: Tensor, boxes_px: Tensor
 ) -> list[dict]:
-    """The rows of predictions.csv, one an image: IoU, predicted and true box (N, 4) in pixels."""
+    """The rows of predictions.csv, one per image: IoU, predicted and true box (N, 4) in pixels."""
     cases = []
     for k, row in enumerate(rows):
         case = {
@@ -303,16 +303,16 @@ def draw_worst(
 
 
 def print_doubtful(cases: list[dict]) -> None:
-    """Name the images whose boxes hardly meet, the worst first: wrong labels are among them."""
+    """Print the images with an IoU below DOUBTFUL, the worst first: wrong labels are among them."""
     doubtful = [case for case in cases if case["iou"] < DOUBTFUL]
     if doubtful:
-        print(f"{len(doubtful)} with an IoU below {DOUBTFUL}: look whether the label is right")
+        print(f"{len(doubtful)} with an IoU below {DOUBTFUL}: check their labels")
     for case in sorted(doubtful, key=lambda case: case["iou"])[:WORST]:
         print(f"  {case['iou']:.3f}  {one_line(case['id'])}")
 
 
 def describe_run(args: argparse.Namespace, count: int) -> dict:
-    """How the metrics of a split arose: command, versions, hashes, number of images."""
+    """The evaluation for metrics.json: command, versions, hashes, number of images."""
     return {
         "command": " ".join(sys.argv),
         "versions": {module.__name__: module.__version__ for module in (torch, torchvision)},
@@ -329,7 +329,7 @@ def describe_run(args: argparse.Namespace, count: int) -> dict:
 def draw_boxes(image: np.ndarray, boxes: dict[str, Tensor], caption: list[str]) -> Image.Image:
     """A gray image uint8 (H, W), scaled to TILE pixels, with its boxes, under its caption.
 
-    `boxes` (4,) in fractions by their colour; one that is inside out is not drawn.
+    `boxes` are (4,) in fractions, by their colour; an inverted one is not drawn.
     """
     picture = Image.fromarray(image).convert("RGB")
     scale = TILE / max(picture.size)  # the longer side fills the tile
@@ -358,7 +358,7 @@ def predict_images(
 ) -> tuple[str, int]:
     """Write predictions.csv and overlays of images without known boxes.
 
-    Returns what was done, and how many files could not be read; their reasons are printed.
+    Returns a summary, and how many files could not be read; the reasons are printed.
     """
     size = runs[0].meta["size"]
     files = list_images(args.images)  # paths by name
@@ -380,7 +380,7 @@ def predict_images(
         row = {"image": name, **edges, "overlay": ""}
         if len(rows) < OVERLAYS:
             row["overlay"] = f"{len(rows):04d}_{Path(name).stem[:100]}.png"
-            # From what the network saw back to the proportions of the original
+            # Back to the proportions of the original
             picture = Image.fromarray(image[0].numpy()).resize((width, height))
             tile = draw_boxes(np.asarray(picture), {PREDICTION: box}, [name, answer])
             tile.save(folder / row["overlay"])
@@ -397,9 +397,9 @@ def predict_images(
 
 
 def load_image(path: Path, size: int) -> tuple[Tensor, tuple[int, int], tuple] | DataError:
-    """One image as in the cache of the run, uint8 (1, S, S); or why it cannot be read.
+    """An image prepared like those of the cache, uint8 (1, S, S), its original size, and notes.
 
-    With it the height and width of the original in pixels, and notes.
+    The size is height and width in pixels. Returns the error if the file cannot be read.
     """
     try:
         picture = read_image(path)

@@ -10,22 +10,22 @@ import torchvision
 from torch import Tensor, nn
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50")
-# One mean and std for the one channel (the averages of ImageNet's three): with three different
-# ones the summed stem would not equal the RGB network on a gray picture.
+# One mean and std (the averages of ImageNet's three channels): with three different ones the summed
+# stem would not equal the RGB network on a gray image.
 PRETRAINED_MEAN_STD = (0.449, 0.226)
-WIDTH = 128  # channels of the map that the edges are found in
+WIDTH = 128  # channels of the map from which the edges are read
 
 
 def build_model(arch: str, channels: int, pretrained: bool = False) -> nn.Module:
     """A BoxNet with random weights.
 
     `channels`: those of the first stage; each later stage doubles them. torchvision has 64.
-    `pretrained` takes its ImageNet weights (of 64 channels), the stem's filters summed over RGB.
-    Raises OSError if they are not to be had.
+    `pretrained` loads its ImageNet weights (64 channels), the stem's filters summed over RGB.
+    Raises OSError if they are not available.
     """
     try:
         net = torchvision.models.get_model(arch, weights="DEFAULT" if pretrained else None)
-    except Exception as error:  # no network, a full disk, a file that was cut: each has its own
+    except Exception as error:  # no network, full disk, truncated file: each has its own type
         raise OSError(f"no weights of {arch}: {type(error).__name__} {error}") from error
     rgb_stem = net.conv1.weight  # (64, 3, 7, 7)
     if channels != 64:
@@ -34,24 +34,24 @@ def build_model(arch: str, channels: int, pretrained: bool = False) -> nn.Module
     # Same initialisation as torchvision
     nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
     if pretrained:
-        # A gray picture has one value in all three channels: the sum gives the same response.
+        # A gray image has the same value in all three channels: the sum gives the same response.
         gray_stem = rgb_stem.detach().sum(1, keepdim=True)  # (64, 1, 7, 7)
         net.conv1.weight = nn.Parameter(gray_stem)
-    net.fc = nn.Identity()  # its weights would be trained by nothing
+    net.fc = nn.Identity()  # the head is not used
     return BoxNet(net)
 
 
 def narrow(net: nn.Module, share: float) -> None:
     """Give every convolution and norm in a ResNet that share of its channels, with random weights.
 
-    torchvision's ResNets have one width, made for ImageNet. On a CPU half of it takes a quarter of
-    the time, and finds boxes better for the same time.
+    torchvision's ResNets have one width, made for ImageNet. Half of it takes a quarter of the time
+    on a CPU, and gave better boxes in the same time.
     """
     for name, part in net.named_children():
         if isinstance(part, nn.Conv2d):
             inputs = round(part.in_channels * share)
             outputs = round(part.out_channels * share)
-            if inputs == 0:  # the stem's three colours: build_model puts its own in this place
+            if inputs == 0:  # the stem, which build_model replaces
                 continue
             shape = (part.kernel_size, part.stride, part.padding)
             conv = nn.Conv2d(inputs, outputs, *shape, bias=False)
@@ -69,7 +69,7 @@ class BoxNet(nn.Module):
 
     The stages are fused to a map of 1/8 of the image (Lin et al., CVPR 2017); each edge of the box
     has a map, and is the mean coordinate under its softmax (Sun et al., ECCV 2018, integral
-    regression): where an edge is stays a question of place, which few images are enough to learn.
+    regression). Positions stay positions in a map, which takes few images to learn.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -78,7 +78,7 @@ class BoxNet(nn.Module):
         channels = []
         for stage in (backbone.layer2, backbone.layer3, backbone.layer4):
             block = stage[-1]
-            last_norm = getattr(block, "bn3", block.bn2)  # only a bottleneck has a third one
+            last_norm = getattr(block, "bn3", block.bn2)  # bottlenecks have a third one
             channels.append(last_norm.num_features)
         self.lateral = nn.ModuleList(nn.Conv2d(count, WIDTH, 1) for count in channels)
         self.smooth = nn.Sequential(
@@ -95,18 +95,18 @@ class BoxNet(nn.Module):
         eighth = net.layer2(features)  # (B, 2 F, S / 8, S / 8)
         sixteenth = net.layer3(eighth)  # (B, 4 F, S / 16, S / 16)
         last = net.layer4(sixteenth)  # (B, 8 F, S / 32, S / 32)
-        # From coarse to fine: what lies where, then where exactly
+        # From coarse to fine
         fused = self.lateral[2](last)  # (B, WIDTH, S / 32, S / 32)
         fused = enlarge(fused, sixteenth) + self.lateral[1](sixteenth)
         fused = enlarge(fused, eighth) + self.lateral[0](eighth)  # (B, WIDTH, S / 8, S / 8)
         maps = self.out(self.smooth(fused))  # (B, 4, S / 8, S / 8)
-        # In half precision coordinates would be steps of a pixel.
+        # In half precision coordinates would be rounded to about a pixel.
         return edge_positions(maps.float())  # (B, 4)
 
 
-def enlarge(features: Tensor, like: Tensor) -> Tensor:
-    """Repeat the values of a map (B, F, h, w) up to the size of another one."""
-    return F.interpolate(features, size=like.shape[2:], mode="nearest")
+def enlarge(features: Tensor, target: Tensor) -> Tensor:
+    """Enlarge a map (B, F, h, w) to the size of `target` by repeating its values."""
+    return F.interpolate(features, size=target.shape[2:], mode="nearest")
 
 
 def edge_positions(maps: Tensor) -> Tensor:
@@ -134,22 +134,22 @@ def smooth_l1(pred: Tensor, boxes: Tensor) -> Tensor:
 
 
 def smooth_l1_giou(pred: Tensor, boxes: Tensor) -> Tensor:
-    """Smooth L1 plus 1 - generalized IoU (Rezatofighi et al., CVPR 2019) of boxes (B, 4), a mean.
+    """Smooth L1 plus the mean of 1 - generalized IoU (Rezatofighi et al., CVPR 2019), boxes (B, 4).
 
-    torchvision's writes through a mask, which waits for the GPU at every step.
+    torchvision's version writes through a mask, which synchronises with the GPU at every step.
     """
     overlap = torch.minimum(pred[:, 2:], boxes[:, 2:]) - torch.maximum(pred[:, :2], boxes[:, :2])
-    around = torch.maximum(pred[:, 2:], boxes[:, 2:]) - torch.minimum(pred[:, :2], boxes[:, :2])
+    hull_sides = torch.maximum(pred[:, 2:], boxes[:, 2:]) - torch.minimum(pred[:, :2], boxes[:, :2])
     intersection = area(overlap)  # (B,)
     union = area(pred[:, 2:] - pred[:, :2]) + area(boxes[:, 2:] - boxes[:, :2]) - intersection
-    hull = area(around)
-    tiny = 1e-7  # boxes of size 0
+    hull = area(hull_sides)
+    tiny = 1e-7  # for boxes of size 0
     giou = intersection / (union + tiny) - (hull - union) / (hull + tiny)
     return smooth_l1(pred, boxes) + (1 - giou).mean()
 
 
 def area(sides: Tensor) -> Tensor:
-    """Areas (B,) of boxes by their width and height (B, 2); none where a side is negative."""
+    """Areas (B,) of boxes by their width and height (B, 2); 0 if a side is negative."""
     width, height = sides.clamp(min=0).unbind(1)
     return width * height
 

@@ -1,7 +1,7 @@
 """The cache of preprocess.py as batches of patches, augmentation, and a synthetic raw set.
 
 In the shapes below B is the batch, C the channels, *S the two or three axes of a patch, (X, Y, Z)
-the axes of a volume in RAS: to the right, front and top. Spacings and extents are in mm.
+the axes of a volume in RAS: right, anterior, superior. Spacings and extents are in mm.
 """
 
 import csv
@@ -35,9 +35,9 @@ META = (
     "n",
 )
 COLUMNS = ("id", "patient", "fold", "split", "digest")
-# The folds that training and evaluation know; a person may edit them in index.csv.
+# Values of the column fold in index.csv, which a user may edit
 FOLD_NAMES = ("0", "1", "2", "3", "4", "test")
-FOREGROUND = 0.5  # the part of the patches that is centred on a foreground voxel
+FOREGROUND = 0.5  # share of the patches that are centred on a foreground voxel
 
 
 # --- the cache ---
@@ -108,12 +108,12 @@ def open_case(cache: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 class PatchDataset(Dataset):
-    """Patches of a cache's volumes, a batch at a time, raw: augmentation is on the device.
+    """Batches of raw patches of a cache's volumes; augmentation happens on the device.
 
     `names` are the ids of all rows. `dataset[places]`, with places (row number, corner x, y, z) in
-    voxels, gives images float16 (B, C, *S) and masks uint8 (B, *S) of `patch`, which has two or
-    three axes. The arrays are opened anew for each batch, so that the dataset holds no open files
-    and can go to workers.
+    voxels, returns images float16 (B, C, *S) and masks uint8 (B, *S) of the size of `patch`, which
+    has two or three axes. The arrays are reopened for each batch, so the dataset holds no open
+    files and can be sent to workers.
     """
 
     def __init__(self, cache: Path, names: list[str], patch: list[int], slice_axis: int) -> None:
@@ -121,7 +121,7 @@ class PatchDataset(Dataset):
         self.names = names
         self.size = window_size(patch, slice_axis)
         self.is_slice = len(patch) == 2
-        self.thin = slice_axis - 3  # the axis that a slice does not have, counted from the end
+        self.thin = slice_axis - 3  # the axis that a slice lacks, counted from the end
 
     def __getitem__(self, places: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
         images = []
@@ -167,10 +167,10 @@ def ignore_interrupt(worker: int) -> None:
 class EpochBatches(Sampler):
     """Batches of (row, x, y, z) for training, drawn from (seed, epoch); each rank takes its share.
 
-    An epoch takes from every case as many patches as its volume holds. A part of them lies about a
-    voxel of foreground, of any class with the same chance, the others anywhere; none reaches out of
-    a larger volume. The patches left over by the last full step are dropped: every rank needs the
-    same number of steps. The loop sets `epoch`.
+    An epoch takes from every case as many patches as its volume holds. FOREGROUND of them are
+    centred on a foreground voxel, all classes equally likely, the others lie anywhere; none extends
+    beyond a larger volume. Patches after the last full step are dropped: every rank needs the same
+    number of steps. The loop sets `epoch`.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class EpochBatches(Sampler):
 
         self.shapes = {}  # voxels along the axes (3,), by row
         self.points = {}  # foreground voxels (N, 3), by row and class
-        draws = []  # each row as often as an epoch takes a patch from it
+        patch_rows = []  # the row of each patch of an epoch
         for row in rows:
             name = images.names[row]
             _, mask = open_case(images.cache, name)
@@ -200,34 +200,35 @@ class EpochBatches(Sampler):
             self.points[row] = [points[points[:, 0] == k, 1:] for k in classes]
             self.shapes[row] = np.array(mask.shape)
             patch_voxels = np.minimum(self.size, mask.shape).prod()
-            draws += [row] * max(1, round(mask.size / patch_voxels))
-        self.draws = np.array(draws)
+            patch_rows += [row] * max(1, round(mask.size / patch_voxels))
+        self.patch_rows = np.array(patch_rows)
         if len(self) == 0:
+            count = f"{len(self.patch_rows)} training patches"
             size = f"--batch-size {batch_size} in each of {world_size} processes"
-            raise DataError(f"{len(self.draws)} training patches, less than one batch of {size}")
+            raise DataError(f"{count}, less than one batch of {size}")
 
     def __len__(self) -> int:
-        return len(self.draws) // (self.batch_size * self.world_size)
+        return len(self.patch_rows) // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
-        # To NumPy (seed, epoch) is (seed, epoch, 0, 0); the draws of the loop count steps from 1.
+        # NumPy seeds (seed, epoch) like (seed, epoch, 0, 0), which the loop never uses.
         rng = np.random.default_rng((self.seed, self.epoch))
         step_size = self.batch_size * self.world_size
-        order = rng.permutation(self.draws)[: len(self) * step_size].tolist()
+        order = rng.permutation(self.patch_rows)[: len(self) * step_size].tolist()
         for rows in in_batches(order, step_size):
-            # Every rank draws all places, so that together they see what one process would see.
+            # Every rank draws all places and takes its share, as one process would see them.
             places = [(row, *self.draw_corner(row, rng)) for row in rows]
             yield places[self.rank :: self.world_size]
 
     def draw_corner(self, row: int, rng: np.random.Generator) -> list[int]:
-        """Where a patch begins: below 0 if the volume is smaller, which then lies in its middle."""
+        """Corner of a patch; negative if the volume is smaller, which then lies in the middle."""
         free = self.shapes[row] - self.size
         last = np.maximum(free, 0)  # the last corner from which the patch stays inside
         points = self.points[row]
         corner = rng.integers(0, last + 1)
         if rng.random() < FOREGROUND and points:
-            of_class = points[rng.integers(len(points))]
-            center = of_class[rng.integers(len(of_class))]
+            class_points = points[rng.integers(len(points))]
+            center = class_points[rng.integers(len(class_points))]
             corner = np.clip(center - self.size // 2, 0, last)
         return np.where(free < 0, free // 2, corner).tolist()
 
@@ -262,12 +263,11 @@ def augment(
     spacing: list[float],
     strength: float,
 ) -> tuple[Tensor, Tensor]:
-    """Random affine for images (B, C, *S) and masks (B, *S); gamma, contrast, ... for images alone.
+    """Random affine for images (B, C, *S) and masks (B, *S); gamma, contrast, ... for images only.
 
     S has two or three axes with `spacing` in mm. Parameters are drawn per image on the CPU from
-    `rng`, so that neither workers nor the device change them; only the noise is drawn on the
-    device, from a generator that `rng` seeds. `strength` 0 is no augmentation, 1 the default of
-    train.py.
+    `rng`, so they do not depend on workers or device; only the noise is drawn on the device, from a
+    generator that `rng` seeds. `strength` 0 is no augmentation, 1 the default of train.py.
     """
     if strength == 0:
         return images, masks
@@ -277,8 +277,7 @@ def augment(
     planes = dims * (dims - 1) // 2
     moves = 1 + dims + dims + planes  # draws for an image: scalings, shifts and angles
     draws = strength * rng.uniform(-1, 1, (moves + 4, batch))
-    # Half the images keep their place: interpolation blurs, and evaluation is on images that are as
-    # sharp as they come.
+    # Half the images are not moved: interpolation blurs, and evaluation is on unblurred images.
     draws[:moves] *= rng.random(batch) < 0.5
 
     size = images.shape[2:]
@@ -298,14 +297,14 @@ def augment(
 def random_affine(draws: np.ndarray, extent: np.ndarray) -> Tensor:
     """Matrices float32 (B, D, D + 1) for affine_grid: rotation about the middle, scaling, shift.
 
-    `extent` (D,) is the size of the patch in mm: a rotation in voxels would shear what it turns.
-    `draws` (10 or 6, B), from -1 to 1, hold a scaling common to the axes, one for each axis, a
-    shift for each axis, and an angle for each plane of two axes.
+    `extent` (D,) is the size of the patch in mm: a rotation in voxels would shear the image.
+    `draws` (10 or 6, B), from -1 to 1, hold a scaling of all axes, one of each axis, a shift of
+    each axis, and an angle for each plane of two axes.
     """
     dims = len(extent)
     batch = draws.shape[1]
-    common = draws[0]  # (B,)
-    own = draws[1 : 1 + dims]  # (D, B)
+    all_axes = draws[0]  # (B,)
+    each_axis = draws[1 : 1 + dims]  # (D, B)
     shift = draws[1 + dims : 1 + 2 * dims]  # (D, B)
     angles = draws[1 + 2 * dims :] * math.radians(20)  # (planes, B)
 
@@ -319,7 +318,7 @@ def random_affine(draws: np.ndarray, extent: np.ndarray) -> Tensor:
         turn[:, a, b] = -np.sin(angle)
         turn[:, b, a] = np.sin(angle)
         matrix = matrix @ turn  # (B, D, D)
-    scale = np.exp(0.2 * common + 0.1 * own)  # (D, B)
+    scale = np.exp(0.2 * all_axes + 0.1 * each_axis)  # (D, B)
     matrix = matrix * scale.T[:, None]
     matrix = matrix * extent / extent[:, None]  # from mm to the -1..1 of each axis
 
@@ -331,7 +330,7 @@ def random_affine(draws: np.ndarray, extent: np.ndarray) -> Tensor:
 
 
 def change_values(images: Tensor, draws: Tensor, seed: int) -> Tensor:
-    """Gamma, contrast, brightness and noise for images (B, C, *S), by draws (4, B) about -1..1."""
+    """Gamma, contrast, brightness and noise for images (B, C, *S), by draws (4, B) from -1 to 1."""
     ones = [1] * (images.ndim - 1)
     gamma, contrast, brightness, noise = draws.view(4, -1, *ones)  # each (B, 1, ...)
     axes = tuple(range(2, images.ndim))
@@ -352,8 +351,8 @@ def change_values(images: Tensor, draws: Tensor, seed: int) -> Tensor:
 def write_demo(raw: Path, cases: int = 30, size: float = 72, seed: int = 0) -> None:
     """Write a synthetic raw set in the layout of the Decathlon: NIfTI volumes and dataset.json.
 
-    Volumes are `size` mm wide. Spacing, axis order and direction differ from case to case, and the
-    axes are oblique.
+    Volumes are `size` mm wide, with oblique axes. Spacing, axis order and direction differ from
+    case to case.
     """
     for folder in ("imagesTr", "labelsTr"):
         (raw / folder).mkdir(parents=True, exist_ok=True)
@@ -379,7 +378,7 @@ def draw_grid(
     rng: np.random.Generator, spacing: np.ndarray, size: float
 ) -> tuple[np.ndarray, list[int]]:
     """Affine (4, 4) to RAS in mm, about the origin, and voxels per axis, of `size` mm."""
-    oblique = np.eye(3) + rng.normal(0, 0.1, (3, 3))  # by some 10 degrees
+    oblique = np.eye(3) + rng.normal(0, 0.1, (3, 3))  # by about 10 degrees
     turn, _ = np.linalg.qr(oblique)
     diagonal = np.diag(turn)
     turn = np.abs(diagonal) / diagonal * turn  # QR leaves the signs open
@@ -398,8 +397,8 @@ def draw_phantom(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A trunk-like volume, int16 (X, Y, Z), and its mask, uint8: 1 = wall, 2 = core of an organ.
 
-    It is drawn in mm in RAS, so that it is the same on any grid. A smaller, darker twin on the
-    other side and small spheres as bright as the organ are background.
+    It is drawn in mm in RAS, so it is the same on any grid. A smaller, darker twin on the other
+    side and small spheres as bright as the organ are background.
     """
     axes = [np.arange(length) for length in shape]
     voxels = np.stack(np.meshgrid(*axes, indexing="ij"), -1)  # (X, Y, Z, 3)

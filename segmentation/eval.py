@@ -7,15 +7,14 @@
 
 With masks, written to --out: metrics.json with 95 % bootstrap intervals (over patients), cases.csv,
 predictions/ID.nii.gz, worst.png (image, truth, prediction on the slice with the most errors, worst
-case first) and worst.gif. All metrics are taken on the grid of the original file, but for
-dice_cache, on the grid of the cache: without --largest it is the score that train.py printed.
-dropped_ml is what --largest dropped. The probabilities of several checkpoints are averaged; those
-of several folds predict the fold that each left out, and the metrics are of all these cases
-together.
+case first) and worst.gif. Metrics are taken on the grid of the original file, only dice_cache on
+that of the cache: without --largest it is the score that train.py printed. dropped_ml is what
+--largest dropped. The probabilities of several checkpoints are averaged; those of several folds
+predict the fold that each left out, and the metrics are over all these cases.
 
-New images (.nii, .nii.gz, pictures, or folders of them and of DICOM series, as deep as an archive
-exports them): masks, volumes.csv and overlays. nnU-Net's NAME_0000.nii.gz, NAME_0001.nii.gz, ...
-are the channels of one image.
+New images (.nii, .nii.gz, pictures, DICOM series, or folders of them of any depth): masks,
+volumes.csv and overlays. nnU-Net's NAME_0000.nii.gz, NAME_0001.nii.gz, ... are the channels of one
+image.
 """
 
 import argparse
@@ -75,7 +74,7 @@ from segmentation.train import AMP, check_finite, choose_device
 TILE = 256  # pixels of the longer side of one picture in a gallery
 GAP = 2  # pixels between two pictures of a tile
 LINE = 20  # pixels of a line of text
-CAPTION = 300  # least width in pixels of a tile
+CAPTION = 300  # smallest width of a tile in pixels
 OVERLAYS = 100  # pictures of new images: the first ones
 COLOURS = ("#ff4040", "#40c0ff", "#ffd040", "#60e060", "#d070ff", "#ff9040", "#40e0d0", "#ff80c0")
 
@@ -84,13 +83,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument_group("data").add_argument
-    add("--checkpoint", type=Path, nargs="+", required=True, help="one or more of train.py's")
-    add("--data", type=Path, metavar="CACHE", help="what preprocess.py wrote")
-    split_help = "val (default): the fold left out in training, of several runs all of them"
+    add("--checkpoint", type=Path, nargs="+", required=True, help="best.pt or last.pt, one or more")
+    add("--data", type=Path, metavar="CACHE", help="a cache of preprocess.py")
+    split_help = "val (default): the folds that the runs left out; test: the test set"
     add("--split", choices=("val", "test"), default="val", help=split_help)
     images_help = "new images without masks: files and folders"
     add("--images", type=Path, nargs="+", metavar="PATH", help=images_help)
-    largest_help = "keep the largest connected part of each class, tell what is dropped"
+    largest_help = "keep only the largest connected part of each class, report the rest"
     add("--largest", action="store_true", help=largest_help)
     by_help = "metrics for each value of a column of index.csv (default for several folds: fold)"
     add("--by", metavar="COLUMN", help=by_help)
@@ -98,7 +97,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, help=out_help)
     add = parser.add_argument_group("run").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
-    add("--amp", choices=AMP, help="mixed precision (default: as in training)")
+    add("--amp", choices=AMP, help="mixed precision (default: as in the run)")
     args = parser.parse_args(argv)
     if (args.data is None) == (args.images is None):
         parser.error("give either --data CACHE (with masks) or --images PATH ... (new images)")
@@ -120,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             result, bad = predict_images(args, runs, device, folder)
     print(f"{result} in {out}")
-    if bad:  # one bad file does not cost the results of the others
+    if bad:  # only now: the results of the other files are complete
         raise DataError(f"{bad} files could not be read (named above)")
 
 
@@ -135,11 +134,11 @@ class Run(NamedTuple):
     model: nn.Module
     meta: dict
     settings: dict
-    fold: str  # the one that the training left out, "-1" for none
+    fold: str  # the validation fold, "-1" for none
 
 
 def load_runs(paths: list[Path], device: torch.device) -> list[Run]:
-    """Checkpoints and their bare models. Raises DataError if they do not go together."""
+    """Checkpoints and their bare models. Raises DataError if they do not match each other."""
     runs = []
     for path in paths:
         checkpoint = load_checkpoint(path, "segmentation")
@@ -153,18 +152,19 @@ def load_runs(paths: list[Path], device: torch.device) -> list[Run]:
     return runs
 
 
-def check_same(meta: dict, expected: dict, path: Path, other: Path) -> None:
-    """Raise DataError if images were not prepared in the same way."""
+def check_same(meta: dict, expected: dict, path: Path, expected_path: Path) -> None:
+    """Raise DataError if two caches or checkpoints were not prepared in the same way."""
     for name in META:
-        # The median shape may differ, which only suggests the size of a patch, and the plane.
+        # Shape and slice axis may differ: they only decide the patches of a training.
         if name not in ("shape", "slice_axis", "n") and meta[name] != expected[name]:
-            raise DataError(f"{path}: {name} {meta[name]}, but {other} has {expected[name]}")
+            problem = f"{name} {meta[name]}, but {expected_path} has {expected[name]}"
+            raise DataError(f"{path}: {problem}")
 
 
 def predict(runs: list[Run], image: np.ndarray, device: torch.device, amp: str | None) -> Tensor:
     """Class probabilities float16 (K, X, Y, Z) of an image (C, X, Y, Z), averaged over the runs.
 
-    `amp` None is the precision of each training.
+    `amp` None: the mixed precision of each run.
     """
     total = None
     for run in runs:
@@ -172,19 +172,19 @@ def predict(runs: list[Run], image: np.ndarray, device: torch.device, amp: str |
         mode = AMP[amp or settings["amp"]]
         plan = (settings["patch"], run.meta["slice_axis"], device, mode, settings["batch_size"])
         part = predict_volume(run.model, image, *plan).cpu()
-        part /= len(runs)  # in place: the array can be larger than all else
+        part /= len(runs)  # in place: nothing else is as large
         total = part if total is None else total.add_(part)
     return total
 
 
 @contextmanager
 def name_memory_error(path: Path) -> Iterator[None]:
-    """Turn a lack of memory, of NumPy or of torch, into a DataError that names the file."""
+    """Turn an out-of-memory error of NumPy or torch into a DataError that names the file."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
-        # On a CPU torch has no type of its own for it.
+        # On a CPU torch has no exception type for it.
         if isinstance(error, RuntimeError) and "memory" not in reason:
             raise
         raise explain(path, MemoryError(reason)) from error
@@ -206,13 +206,13 @@ def evaluate_split(
         expected = f"expected one of {', '.join(index[0])}"
         raise DataError(f"--by {by}: no such column in index.csv, {expected}")
 
-    # The table, a row a case; masks and a picture for each
+    # The table with a row per case, and a mask and a picture of each
     (out / "predictions").mkdir()
     cases = []
     tiles = []
-    worst_dice = math.nan  # as long as no case has a Dice
+    worst_dice = math.nan  # until a case has a Dice
     for number, row in enumerate(rows, 1):
-        # The image and its mask are on the grid of the cache, the truth on that of its file.
+        # Image and mask are on the grid of the cache, the truth is on that of its file.
         name = row["id"]
         image, mask = open_case(args.data, name)
         truth, affine, header = read_truth(args.data, name, meta["values"])
@@ -232,8 +232,8 @@ def evaluate_split(
             torch.from_numpy(np.array(mask)), torch.from_numpy(on_grid), len(meta["classes"])
         )
         metrics["dice_cache"] = scores.nanmean().item()
-        place = {key: row[key] for key in ("id", "patient", "fold")}
-        cases.append(place | metrics)
+        case = {key: row[key] for key in ("id", "patient", "fold")}
+        cases.append(case | metrics)
         maps = {"truth": mask, "prediction": on_grid}
         tiles.append(draw_case(image, maps, meta, name, metrics))
         if math.isnan(worst_dice) or metrics["dice"] < worst_dice:
@@ -245,7 +245,7 @@ def evaluate_split(
     write_metrics(args, cases, rows, by, meta, out)
 
     dice = torch.tensor([case["dice"] for case in cases])
-    order = dice.nan_to_num(2.0).argsort()[:12]  # NaN, nothing there and nothing found: last
+    order = dice.nan_to_num(2.0).argsort()[:12]  # NaN, both masks empty: last
     write_gallery(out / "worst.png", [tiles[k] for k in order.tolist()])
     write_gif(out / "worst.gif", *worst)
     return f"{len(rows)} cases; tables, masks and pictures"
@@ -259,13 +259,13 @@ def write_metrics(
     meta: dict,
     out: Path,
 ) -> None:
-    """The means over all cases, those of each value of --by, and of bootstrap samples."""
+    """Write metrics.json: means over all cases and for each value of --by, with intervals."""
     names = [name for name in cases[0] if name not in ("id", "patient", "fold")]
     values = [[case[name] for name in names] for case in cases]
     table = torch.tensor(values, dtype=torch.float64)  # (cases, metrics)
 
-    def measure(chosen: Tensor) -> dict[str, float]:
-        means = table[chosen].nanmean(0)  # a structure that neither mask has is NaN
+    def measure(sample: Tensor) -> dict[str, float]:
+        means = table[sample].nanmean(0)  # NaN: a structure that neither mask has
         return dict(zip(names, means.tolist(), strict=True))
 
     patients = [case["patient"] for case in cases]
@@ -280,17 +280,17 @@ def write_metrics(
     if absent:
         print(f"note: {absent} cases where neither mask has anything: left out of the means")
     if args.largest:
-        most = max(cases, key=lambda case: case["dropped_ml"])
+        largest = max(cases, key=lambda case: case["dropped_ml"])
         count = sum(case["dropped_ml"] > 0 for case in cases)
-        worst = f"at most {most['dropped_ml']:.3f} ml, of {most['id']}"
+        worst = f"at most {largest['dropped_ml']:.3f} ml, of {largest['id']}"
         print(f"note: --largest dropped parts of {count} of {len(cases)} cases, {worst}")
     if unit == "px":
-        print("note: the pictures say no resolution: distances are in pixels, in metrics.json")
+        print("note: the pictures have no resolution: distances are in pixels, in metrics.json")
         print("      and cases.csv too, and volume_error_ml is in thousands of pixels")
 
 
 def describe_run(args: argparse.Namespace, count: int) -> dict:
-    """How the metrics of a split arose: command, versions, hashes, number of images."""
+    """The evaluation for metrics.json: command, versions, hashes, number of images."""
     return {
         "command": " ".join(sys.argv),
         "versions": {module.__name__: module.__version__ for module in (torch, nib)},
@@ -304,29 +304,29 @@ def describe_run(args: argparse.Namespace, count: int) -> dict:
 def keep_largest(labels: np.ndarray) -> tuple[np.ndarray, int]:
     """Class numbers uint8 (X, Y, Z) with the largest connected part of each class, the others 0.
 
-    Voxels are connected if they share a face. Of two parts of one size the first is kept. Also
+    Voxels are connected if they share a face. Of two parts of the same size the first is kept. Also
     returns how many voxels were dropped.
     """
-    volume = torch.from_numpy(labels.copy())  # the axes of a file may run backwards in memory
+    volume = torch.from_numpy(labels.copy())  # torch has no negative strides
     inside = volume > 0
-    classes = volume[inside]  # (N,), of the voxels that are not background
+    classes = volume[inside]  # (N,), the foreground voxels
     part = connected_parts(volume)  # (N,)
-    sizes = torch.bincount(part, minlength=len(part))  # (N,), 0 but at the first voxel of a part
+    sizes = torch.bincount(part, minlength=len(part))  # (N,), at the first voxel of each part
     kept = torch.zeros_like(classes)
     for k in classes.unique():
-        of_class = classes == k
-        largest = torch.where(of_class, sizes, 0).argmax()  # a part is called by its first voxel
+        in_class = classes == k
+        largest = torch.where(in_class, sizes, 0).argmax()  # the first voxel of the part
         kept[part == largest] = k
     volume[inside] = kept
     return volume.numpy(), int((kept == 0).sum())
 
 
 def connected_parts(labels: Tensor) -> Tensor:
-    """The connected part of each voxel above 0 of class numbers (X, Y, Z), in their order: (N,).
+    """The connected part (N,) of each foreground voxel of class numbers (X, Y, Z), in voxel order.
 
-    A part is called by the number of its first voxel. Neighbours hook the root of one tree onto
-    that of the other, then each voxel jumps to its root (Shiloach & Vishkin, J. Algorithms 1982):
-    some ten rounds, however winding the parts are.
+    A part is named by the number of its first voxel. Neighbours hook the root of one tree onto that
+    of the other, then each voxel jumps to its root (Shiloach & Vishkin, J. Algorithms 1982): about
+    ten rounds, whatever the shape of the parts.
     """
     inside = labels > 0
     count = int(inside.sum())
@@ -337,9 +337,9 @@ def connected_parts(labels: Tensor) -> Tensor:
     for axis, length in enumerate(labels.shape):
         below = labels.narrow(axis, 0, length - 1)
         above = labels.narrow(axis, 1, length - 1)
-        joined = (below == above) & (below > 0)
-        firsts.append(number.narrow(axis, 0, length - 1)[joined])
-        seconds.append(number.narrow(axis, 1, length - 1)[joined])
+        connected = (below == above) & (below > 0)
+        firsts.append(number.narrow(axis, 0, length - 1)[connected])
+        seconds.append(number.narrow(axis, 1, length - 1)[connected])
     first = torch.cat(firsts).long()  # (pairs,)
     second = torch.cat(seconds).long()
 
@@ -350,14 +350,14 @@ def connected_parts(labels: Tensor) -> Tensor:
         root.scatter_reduce_(0, torch.maximum(a, b), torch.minimum(a, b), "amin")
         while not torch.equal(root, root[root]):
             root = root[root]
-        apart = root[first] != root[second]
-        first = first[apart]
-        second = second[apart]
+        unmerged = root[first] != root[second]
+        first = first[unmerged]
+        second = second[unmerged]
     return root
 
 
 def voxel_ml(affine: np.ndarray) -> float:
-    """The volume of a voxel by an affine (4, 4) in mm."""
+    """Volume of a voxel in ml by an affine (4, 4) in mm."""
     return float(abs(np.linalg.det(affine[:3, :3])) / 1000)
 
 
@@ -368,9 +368,9 @@ def draw_case(
     name: str,
     metrics: dict[str, float],
 ) -> Tensor:
-    """Image, truth and prediction where these two differ most, with the case's metrics."""
-    differs = maps["truth"] != maps["prediction"]
-    position = fullest(differs if differs.any() else maps["truth"] > 0, meta["slice_axis"])
+    """Image, truth and prediction on the slice with the most errors, with the case's metrics."""
+    errors = maps["truth"] != maps["prediction"]
+    position = fullest(errors if errors.any() else maps["truth"] > 0, meta["slice_axis"])
     unit = meta["picture_unit"] or "mm"
     caption = f"dice {metrics['dice']:.3f}  hd95 {metrics['hd95_mm']:.1f} {unit}"
     return draw_panels(image, {"image": None} | maps, meta, position, [name, caption])
@@ -379,7 +379,7 @@ def draw_case(
 def choose_folds(args: argparse.Namespace, runs: list[Run], index: list[dict]) -> list[str]:
     """The folds to predict: "test", or those that the runs left out.
 
-    Raises DataError if one has no rows, or if a run that predicts it was trained on some.
+    Raises DataError if a fold has no rows, or if a run that predicts it was trained on some.
     """
     folds = ["test"]
     sha256 = file_sha256(args.data / "index.csv")
@@ -406,14 +406,14 @@ def choose_folds(args: argparse.Namespace, runs: list[Run], index: list[dict]) -
 
 
 def left_out(fold: str, runs: list[Run]) -> list[Run]:
-    """The runs whose training left a fold out; all of them for "test"."""
+    """The runs that predict a fold: those whose training left it out; for "test" all."""
     return [run for run in runs if fold in ("test", run.fold)]
 
 
 def read_truth(
     cache: Path, name: str, values: list[int]
 ) -> tuple[np.ndarray, np.ndarray, nib.Nifti1Header]:
-    """Class numbers uint8 (X, Y, Z) of a mask on the grid of its file, affine and header."""
+    """A mask as class numbers uint8 (X, Y, Z) on the grid of its file, affine and header."""
     path = cache / "volumes" / f"{name}.truth.nii.gz"
     with reading(path):
         mask, affine, header = read_nifti(path, [])
@@ -431,22 +431,22 @@ def write_prediction(
     meta: dict,
     description: bytes = b"",
 ) -> str:
-    """Write class numbers (X, Y, Z) as values of masks, NIfTI or PNG; the name of the file."""
+    """Write class numbers (X, Y, Z) with the values of the masks; return the file's name."""
     mask = np.array(meta["values"], np.uint8)[labels]
     if meta["picture_unit"] is None:
         file_name = f"{name}.nii.gz"
         write_mask(folder / file_name, mask, affine, header, description)
         return file_name
-    info = PngInfo()
-    info.add_text("Software", description.decode())
-    Image.fromarray(mask[:, :, 0].T).save(folder / f"{name}.png", pnginfo=info)
+    text = PngInfo()
+    text.add_text("Software", description.decode())
+    Image.fromarray(mask[:, :, 0].T).save(folder / f"{name}.png", pnginfo=text)
     return f"{name}.png"
 
 
 def measure_case(
     truth: np.ndarray, prediction: np.ndarray, affine: np.ndarray, classes: list[str]
 ) -> dict[str, float]:
-    """Every metric of a case: NAME, the mean over the foreground classes, and NAME_CLASS, of each.
+    """Every metric of a case: NAME is the mean over the foreground classes, NAME_CLASS one class.
 
     `truth` and `prediction` are class numbers (X, Y, Z) on one grid.
     """
@@ -458,7 +458,7 @@ def measure_case(
         by_class[class_name] = segmentation_metrics(true_mask, predicted_mask, spacing)
     means = {}
     details = {}
-    # NaN, a structure that neither of them has, is left out of the mean.
+    # NaN, a structure that neither mask has, is left out of the mean.
     for name in by_class[classes[1]]:
         values = [metrics[name] for metrics in by_class.values()]
         means[name] = torch.tensor(values, dtype=torch.float64).nanmean().item()
@@ -472,8 +472,8 @@ def measure_case(
 
 def fullest(marked: np.ndarray, axis: int) -> int:
     """The slice with the most marked voxels of a bool volume (X, Y, Z)."""
-    others = tuple(k for k in range(3) if k != axis)
-    return int(marked.sum(others).argmax())
+    other_axes = tuple(k for k in range(3) if k != axis)
+    return int(marked.sum(other_axes).argmax())
 
 
 def draw_panels(
@@ -485,18 +485,17 @@ def draw_panels(
 ) -> Tensor:
     """A slice of an image (C, X, Y, Z), once for each map of classes (X, Y, Z), side by side.
 
-    Gives uint8 (3, H, W). The axes of RAS go to the right and up, with the proportions that they
-    have in mm. The lines of the caption and the names of the maps stand above; a map None is the
-    bare image.
+    Returns uint8 (3, H, W). The axes of RAS point right and up, with their proportions in mm. The
+    caption and the names of the maps are above; a map None is the bare image.
     """
     axis = meta["slice_axis"]
     is_colour = meta["picture_unit"] and len(image) == 3
-    shown = image if is_colour else image[:1]
-    plane = np.stack([take_slice(one, axis, position) for one in shown])  # (1 or 3, H, W)
-    plane = plane.astype(np.float32)
-    low, high = np.percentile(plane, (0.5, 99.5))  # some voxels are far brighter than all others
+    channels = image if is_colour else image[:1]
+    planes = [take_slice(channel, axis, position) for channel in channels]
+    plane = np.stack(planes).astype(np.float32)  # (1 or 3, H, W)
+    low, high = np.percentile(plane, (0.5, 99.5))  # a few voxels are far brighter than the rest
     contrast = high - low
-    if contrast == 0:  # a slice of air
+    if contrast == 0:  # a constant slice
         contrast = 1
     gray = torch.from_numpy(255 * ((plane - low) / contrast).clip(0, 1)).byte()
 
@@ -505,7 +504,7 @@ def draw_panels(
     width = gray.shape[2] * across  # mm
     scale = max(height, width)
     size = [max(1, round(TILE * length / scale)) for length in (height, width)]  # pixels
-    gray = resize(gray.expand(3, -1, -1), size)  # (3, *size), of pictures in colour
+    gray = resize(gray.expand(3, -1, -1), size)  # (3, *size), pictures keep their colours
 
     gap = torch.zeros(3, size[0], GAP, dtype=torch.uint8)  # black
     panels = []
@@ -523,12 +522,12 @@ def draw_panels(
 
 
 def take_slice(volume: np.ndarray, axis: int, position: int) -> np.ndarray:
-    """A slice of (X, Y, Z) as a picture: its first axis to the right, its second one up."""
+    """A slice of (X, Y, Z) as a picture: its first axis points right, its second up."""
     return np.take(volume, position, axis).T[::-1]
 
 
 def overlay(picture: Tensor, labels: np.ndarray, classes: int) -> Tensor:
-    """Colour a picture uint8 (3, H, W) by class numbers of any size, but for the background."""
+    """Colour a picture uint8 (3, H, W) by a map of class numbers (h, w), except the background."""
     size = list(picture.shape[1:])
     labels = torch.from_numpy(labels.copy())[None]  # torch has no negative strides
     labels = resize(labels, size, InterpolationMode.NEAREST)  # (1, H, W)
@@ -542,7 +541,7 @@ def draw_caption(lines: list[str], names: list[str], step: int, width: int) -> I
     head = Image.new("RGB", (width, LINE * (len(lines) + 1)), "black")
     draw = ImageDraw.Draw(head)
     for k, line in enumerate(lines):
-        text = shorten(line, width // 8)  # a letter has some 8 pixels
+        text = shorten(line, width // 8)  # a letter is about 8 pixels wide
         draw.text((4, LINE * k + 2), text, "white", font(14))
     for k, name in enumerate(names):
         draw.text((step * k + 4, LINE * len(lines) + 2), name, "white", font(14))
@@ -550,7 +549,7 @@ def draw_caption(lines: list[str], names: list[str], step: int, width: int) -> I
 
 
 def shorten(text: str, length: int) -> str:
-    """The beginning and the end of a text that is too long for its line."""
+    """The text, or its beginning and end if it is longer than `length`."""
     half = (length - 3) // 2
     return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
 
@@ -560,7 +559,7 @@ def font(size: int) -> ImageFont.ImageFont:
 
 
 def write_gallery(path: Path, tiles: list[Tensor]) -> None:
-    """Tiles of different sizes below each other in three columns."""
+    """Tiles of different sizes in rows of three."""
     height = max(tile.shape[1] for tile in tiles)
     width = max(tile.shape[2] for tile in tiles)
     padded = []
@@ -571,7 +570,7 @@ def write_gallery(path: Path, tiles: list[Tensor]) -> None:
 
 
 def write_gif(path: Path, image: np.ndarray, maps: dict, meta: dict, name: str) -> None:
-    """The slices of a volume (C, X, Y, Z) as an animation, at most some 100; none of a picture."""
+    """Animate the slices of a volume (C, X, Y, Z), at most 100; a picture gets no file."""
     count = image.shape[meta["slice_axis"] + 1]
     if count == 1:
         return
@@ -591,7 +590,7 @@ def predict_images(
 ) -> tuple[str, int]:
     """Write masks, volumes.csv and pictures of new images.
 
-    Returns what was done, and how many could not be predicted; their reasons are printed.
+    Returns a summary, and how many could not be predicted; the reasons are printed.
     """
     meta = runs[0].meta
     images = find_new(args.images, meta)
@@ -604,7 +603,7 @@ def predict_images(
             print(error, file=sys.stderr)
             continue
         rows.append(row)
-        write_csv(out / "volumes.csv", rows)  # what an interrupted run has done stays
+        write_csv(out / "volumes.csv", rows)  # an interrupted run keeps its rows
         maps = {"image": None, "prediction": labels}
         if len(rows) <= OVERLAYS:
             position = fullest(labels > 0, meta["slice_axis"])
@@ -630,9 +629,9 @@ def predict_images(
 def predict_image(
     image: NewImage, args: argparse.Namespace, runs: list[Run], device: torch.device, out: Path
 ) -> tuple[dict, np.ndarray, np.ndarray]:
-    """Write the mask of an image. Its row of volumes.csv; image and class numbers on the grid.
+    """Write the mask of an image; its row of volumes.csv, image and class numbers on the grid.
 
-    Raises DataError if it cannot be read or needs more memory than there is.
+    Raises DataError if the image cannot be read or needs too much memory.
     """
     meta = runs[0].meta
     with name_memory_error(image.path):

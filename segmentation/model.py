@@ -1,4 +1,4 @@
-"""A U-Net for slices and volumes, its loss, and the prediction of whole volumes by windows.
+"""A U-Net for slices and volumes, its losses, and the prediction of whole volumes by windows.
 
 The same code serves two and three dimensions: the number of axes of `patch` decides. In the shapes
 below B is the batch, C the channels, K the classes (0 is the background), *S the two or three axes
@@ -24,13 +24,13 @@ MEMORY_FORMAT = {2: torch.channels_last, 3: torch.channels_last_3d}
 MAX_PATCH = 2**18  # voxels: 512 x 512, or 64 x 64 x 64
 MAX_STAGES = 6
 MAX_WIDTH = 256  # channels
-MAX_ON_DEVICE = 2**30  # bytes of a result that stays there until it is whole
+MAX_ON_DEVICE = 2**30  # bytes of probabilities; larger ones are collected on the CPU
 
 
 def default_patch(dims: int, meta: dict) -> list[int]:
     """Voxels per axis of a slice (`dims` 2) or volume (3) of median size, by a meta.json.
 
-    Above 2^18 voxels in all, the side that is longest in mm is shortened.
+    Above MAX_PATCH voxels the side that is longest in mm is shortened.
     """
     patch = patch_axes(meta["shape"], dims, meta["slice_axis"])
     spacing = patch_axes(meta["spacing"], dims, meta["slice_axis"])
@@ -50,7 +50,7 @@ def build_model(meta: dict, channels: int, patch: list[int]) -> "UNet":
     dims = len(patch)
     spacing = patch_axes(meta["spacing"], dims, meta["slice_axis"])
     model = UNet(len(meta["channels"]), len(meta["classes"]), channels, patch, spacing)
-    # The order of memory in which cuDNN and oneDNN convolve; it saves them two copies a layer.
+    # The memory layout of cuDNN and oneDNN saves two copies per layer.
     return model.to(memory_format=MEMORY_FORMAT[dims])
 
 
@@ -58,12 +58,12 @@ def build_model(meta: dict, channels: int, patch: list[int]) -> "UNet":
 
 
 def patch_axes(values: list, dims: int, slice_axis: int) -> list:
-    """Of values for x, y and z those that a patch has: in two dimensions all but the slice axis."""
+    """The values for x, y and z of the axes of a patch: in 2D all but the slice axis."""
     return [value for axis, value in enumerate(values) if dims == 3 or axis != slice_axis]
 
 
 def window_size(patch: list[int], slice_axis: int) -> list[int]:
-    """The patch as a box of voxels (x, y, z): a slice is one voxel thick along the slice axis."""
+    """The patch as a box of voxels (x, y, z): a slice has one voxel along the slice axis."""
     size = list(patch)
     if len(size) == 2:
         size.insert(slice_axis, 1)
@@ -98,14 +98,14 @@ def box_slices(
 class UNet(nn.Module):
     """U-Net (Ronneberger et al., MICCAI 2015): images (B, C, *S) to logits (B, K, *S), any size S.
 
-    A stage is one resolution. On the way down a block computes each stage from the one above it; on
-    the way up a transposed convolution doubles the resolution, and a block merges it with what the
-    way down had there.
+    A stage is one resolution. On the way down each block computes a stage from the one above; on
+    the way up a transposed convolution doubles the resolution, and a block merges the result with
+    the features of the same stage on the way down.
 
     Full resolution costs nearly all the time, so the first stage is thin: half of `channels`, a
     single convolution each way. The stages below are residual units of `channels`, twice as many,
-    ... up to 256. `patch` (voxels) and `spacing` (mm) have two or three axes and decide how many
-    stages there are.
+    ... up to 256. `patch` (voxels) and `spacing` (mm) have two or three axes and decide the number
+    of stages.
     """
 
     def __init__(
@@ -128,8 +128,7 @@ class UNet(nn.Module):
         self.up = nn.ModuleList()  # up[k]: stage k + 1 to the resolution of stage k
         self.merge = nn.ModuleList()  # merge[k]: up[k] and down[k], concatenated, to stage k
 
-        # Built stage by stage, because the order decides which random weights each layer starts
-        # with.
+        # Built stage by stage: the order decides the random weights of each layer.
         for k, (kernel, stride) in enumerate(stages):
             width = widths[k]
             if k == 0:
@@ -137,12 +136,12 @@ class UNet(nn.Module):
             else:
                 self.down.append(ResidualUnit(widths[k - 1], width, kernel, stride))
             if k == len(stages) - 1:
-                break  # nothing lies below the coarsest stage
+                break  # no stage below
             scale = stages[k + 1].stride
             self.up.append(UP_CONV[dims](widths[k + 1], width, scale, scale))
             if k == 0:
-                # No norm before the head: brought to the same deviation in every image, the
-                # features of a structure that an image lacks look as if it were there.
+                # No norm before the head: it would amplify the features of a structure that an
+                # image lacks until they look like the structure.
                 self.merge.append(conv_unit(2 * width, width, kernel, ones, norm=False))
             else:
                 self.merge.append(ResidualUnit(2 * width, width, kernel, ones))
@@ -165,7 +164,7 @@ class UNet(nn.Module):
 
 
 class Stage(NamedTuple):
-    """Sizes per axis of the convolutions of a stage; `stride` leads to it from the stage above."""
+    """Convolutions of a stage per axis; `stride` is that of the step from the stage above."""
 
     kernel: list[int]
     stride: list[int]
@@ -174,9 +173,8 @@ class Stage(NamedTuple):
 def plan_stages(patch: list[int], spacing: list[float]) -> list[Stage]:
     """The stages for patches of this size (voxels) and spacing (mm), full resolution first.
 
-    As in nnU-Net (Isensee et al., Nature Methods 2021) the axes become alike before all are treated
-    alike: an axis of long voxels keeps its resolution and has kernels of 1 until the others have
-    caught up.
+    As in nnU-Net (Isensee et al., Nature Methods 2021) an axis of long voxels keeps its resolution,
+    and has kernels of 1, until the voxels of the other axes are as long.
     """
     size = list(patch)
     spacing = list(spacing)
@@ -187,7 +185,7 @@ def plan_stages(patch: list[int], spacing: list[float]) -> list[Stage]:
         kernel = [1 if mm >= thickest else 3 for mm in spacing]
         stages.append(Stage(kernel, stride))
 
-        # An axis can be halved as long as 4 voxels of the patch are left.
+        # An axis is halved as long as at least 4 voxels of the patch remain.
         halvable = [axis for axis, voxels in enumerate(size) if voxels >= 8]
         if not halvable:
             break
@@ -205,8 +203,8 @@ class ResidualUnit(nn.Module):
     """Two convolutions beside a shortcut (He et al., CVPR 2016).
 
     From (B, inputs, *S) to (B, outputs, *S / stride): the first convolution strides. The shortcut
-    averages instead: so it sees every voxel, and on the CPU a strided 1x1 convolution of few
-    channels in channels-last order writes beyond its memory (torch 2.15).
+    averages instead, so it sees every voxel. A strided 1x1 convolution of few channels in
+    channels-last order also writes beyond its memory on a CPU (torch 2.15).
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: list[int], stride: list[int]) -> None:
@@ -215,9 +213,9 @@ class ResidualUnit(nn.Module):
         ones = [1] * dims
         self.first = conv_unit(inputs, outputs, kernel, stride)
         self.second = conv_unit(outputs, outputs, kernel, ones)[:2]  # ReLU comes after the sum
-        self.shortcut = nn.Sequential()  # empty: the input itself
+        self.shortcut = nn.Sequential()  # empty: identity
         if max(stride) > 1:
-            # Rounded up, as the convolution does; voxels beyond the edge do not count.
+            # Rounds up like the convolution; padding does not count.
             self.shortcut.append(POOL[dims](stride, ceil_mode=True, count_include_pad=False))
         if inputs != outputs:
             self.shortcut.extend(conv_unit(inputs, outputs, ones, ones)[:2])
@@ -235,7 +233,7 @@ def conv_unit(
     padding = [side // 2 for side in kernel]
     layers = [CONV[dims](inputs, outputs, kernel, stride, padding, bias=not norm)]
     if norm:
-        # By the statistics of each image alone: a batch of volumes has as few as one or two.
+        # Instance norm: a batch of volumes may hold only one or two.
         layers.append(NORM[dims](outputs, affine=True))
     layers.append(nn.LeakyReLU(0.01, inplace=True))
     return nn.Sequential(*layers)
@@ -245,25 +243,24 @@ def conv_unit(
 
 
 def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
-    """Soft Dice loss: a number for backward().
+    """Soft Dice loss (Milletari et al., 3DV 2016).
 
-    Logits float32 (B, K, *S): half precision would overflow in the sums. Masks int64 (B, *S), class
+    Logits float32 (B, K, *S): sums would overflow in half precision. Masks int64 (B, *S), class
     numbers.
 
-    Dice (Milletari et al., 3DV 2016) is taken per image and foreground class, then averaged: a
-    small structure counts as much as a large one. Where a class is absent Dice is not defined;
-    there the loss is the share of voxels that it is predicted on, which has a gradient and is 0 for
-    none.
+    Dice is computed per image and foreground class, then averaged: a small structure counts as much
+    as a large one. If a class is absent Dice is undefined; the loss is then the share of voxels
+    predicted as this class, which has a gradient and is 0 for none.
     """
     truth = F.one_hot(masks, logits.shape[1]).movedim(-1, 1)  # (B, *S) to int64 (B, K, *S)
     truth = truth[:, 1:].flatten(2)  # (B, K - 1, voxels), without the background
     probabilities = logits.softmax(1)  # (B, K, *S)
     probabilities = probabilities[:, 1:].flatten(2)  # (B, K - 1, voxels)
 
-    common = (probabilities * truth).sum(2)  # (B, K - 1)
+    intersection = (probabilities * truth).sum(2)  # (B, K - 1)
     size = truth.sum(2)  # (B, K - 1)
     predicted = probabilities.sum(2)  # (B, K - 1)
-    dice = 2 * common / (size + predicted).clamp(min=1e-6)
+    dice = 2 * intersection / (size + predicted).clamp(min=1e-6)
     false_share = predicted / truth.shape[2]
     return torch.where(size > 0, 1 - dice, false_share).mean()
 
@@ -294,19 +291,19 @@ def predict_volume(
     The model sees overlapping windows of the size of the patch, `batch_size` at a time; with a
     patch of two axes they are whole slices.
 
-    Windows lie on a lattice, so their weights are known beforehand to add up to one: a single array
-    of the result's size is all that is kept, no array of weights to divide by at the end. It is on
-    the device, or on the CPU if it has more than MAX_ON_DEVICE bytes.
+    Windows lie on a lattice with weights that add up to one, so a single array of the size of the
+    result is enough, without a sum of weights to divide by. It is on the device, or on the CPU if
+    it has more than MAX_ON_DEVICE bytes.
     """
     shape = image.shape[1:]
     is_slice = len(patch) == 2
-    thin = slice_axis - 3  # the axis of one voxel that a slice does not have, counted from the end
+    thin = slice_axis - 3  # the axis that a slice lacks, counted from the end
     size = window_size(patch, slice_axis)  # voxels in x, y and z
     if is_slice:
         for axis in range(3):
             if axis != slice_axis:
                 size[axis] = max(size[axis], shape[axis])
-    along_axes = []  # the windows' starts and weights along each axis
+    along_axes = []  # start and weights of the windows along each axis
     for length, side in zip(shape, size, strict=True):
         axis_windows = window_weights(length, side)
         along_axes.append([(start, weights.to(device)) for start, weights in axis_windows])
@@ -328,22 +325,21 @@ def predict_volume(
         probabilities = logits.float().softmax(1)
         if is_slice:
             probabilities = probabilities.unsqueeze(thin)  # (B, K, *size)
-        if result is None:  # the output has the number of classes
+        if result is None:  # the first output tells the number of classes
             result_shape = (probabilities.shape[1], *shape)
             is_large = 2 * math.prod(result_shape) > MAX_ON_DEVICE
             place = "cpu" if is_large else device
             result = torch.zeros(result_shape, dtype=torch.float16, device=place)
-        for window, one in zip(batch, probabilities, strict=True):
-            add_window(result, window, one)
+        for window, values in zip(batch, probabilities, strict=True):
+            add_window(result, window, values)
     return result
 
 
 def window_weights(length: int, size: int) -> list[tuple[int, Tensor]]:
-    """Where windows of `size` begin on an axis of `length` voxels, each with its weights (size,).
+    """Start and weights (size,) of the windows of `size` on an axis of `length` voxels.
 
-    Windows overlap by half, with Gaussian weights, because a window is least reliable at its edge;
-    they add up to one at every voxel of the axis. An axis shorter than the window lies in its
-    middle.
+    Windows overlap by half. Their Gaussian weights, because a window is least reliable at its edge,
+    add up to one at every voxel. An axis shorter than the window lies in the middle of it.
     """
     if length <= size:
         starts = [(length - size) // 2]  # negative: the window begins before the axis
@@ -355,7 +351,7 @@ def window_weights(length: int, size: int) -> list[tuple[int, Tensor]]:
     distance = torch.arange(size) - (size - 1) / 2  # voxels from the window's middle
     sigma = size / 8  # as in nnU-Net
     bell = torch.exp(-0.5 * (distance / sigma).square())  # (size,)
-    # Sum of all bells, with a margin on both sides for windows that reach out of the axis.
+    # The sum of all bells, with a margin for windows that reach beyond the axis
     total = torch.zeros(length + 2 * size)
     for start in starts:
         total[start + size : start + 2 * size] += bell

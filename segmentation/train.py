@@ -6,9 +6,9 @@
   torchrun --nproc-per-node 4 segmentation/train.py --data data/hippocampus
 
 --data is a cache of preprocess.py, or raw data, which are preprocessed first, to OUT_cache. Fold K
-is the validation set, the others (--fold -1: all) the training set. Written to --out, a new folder:
-last.pt, best.pt, log.csv, log.png. On a CPU, the same settings and numbers of processes and threads
-give bit-identical weights.
+is the validation set, the others (--fold -1: all) are the training set. Written to --out, a new
+folder: last.pt, best.pt, log.csv, log.png. On a CPU, the same settings and numbers of processes and
+threads give bit-identical weights.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from segmentation.model import LOSSES, build_model, default_patch, patch_axes, p
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEMO = Path("data/demo/segmentation")
-# What may differ between a run and its --resume, because it does not change the result
+# Options that --resume may change, because they do not change the result
 FREE = ("data", "out", "workers", "init", "device", "compile", "resume")
 
 
@@ -47,29 +47,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument_group("data").add_argument
     add("--data", type=Path, help="a cache of preprocess.py, or raw data (default: synthetic)")
-    add("--out", type=Path, help="(default: runs/segmentation, or -2, -3, ... if that exists)")
+    add("--out", type=Path, help="new folder of the run (default: runs/segmentation, -2, ...)")
     add("--fold", type=within(int, -1, 4), default=0, help="to validate on, -1: none (default: 0)")
     add("--validate-every", type=within(int, 1), default=1, metavar="N", help="epochs (default: 1)")
     add("--workers", type=within(int, 0, 256), default=2, help="loading processes (default: 2)")
     add = parser.add_argument_group("training").add_argument
-    add("--dims", type=int, choices=(2, 3), default=2, help="slices or volumes (default: 2)")
-    add("--channels", type=within(int, 2, 1024), default=16, help="first unit (default: 16)")
+    add("--dims", type=int, choices=(2, 3), default=2, help="2: slices, 3: volumes (default: 2)")
+    add("--channels", type=within(int, 2, 1024), default=16, help="of the first unit (default: 16)")
     add("--patch", type=within(int, 4), nargs="+", metavar="N", help="voxels (default: the median)")
     add("--init", type=Path, metavar="CHECKPOINT", help="start from the weights of another run")
-    add("--epochs", type=within(int, 1), help="(default: 100; synthetic set: 12, 3D: 60)")
+    add("--epochs", type=within(int, 1), help="passes (default: 100; synthetic set: 12, 3D: 60)")
     add("--batch-size", type=within(int, 1), help="per process (default: 16 slices or 2 volumes)")
-    add("--lr", type=within(float, 1e-15, 1e9), default=1e-3, help="peak (default: %(default)s)")
-    add("--weight-decay", type=within(float, 0, 1e9), default=0.05, help="(default: %(default)s)")
-    add("--loss", choices=LOSSES, default="dice_ce", help="(default: %(default)s)")
-    add("--augment", type=within(float, 0, 10), default=1.0, help="strength (default: %(default)s)")
-    add("--seed", type=within(int, 0, 2**64 - 1), default=0, help="(default: %(default)s)")
+    add("--lr", type=within(float, 1e-15, 1e9), default=1e-3, help="at its peak (default: 0.001)")
+    add("--weight-decay", type=within(float, 0, 1e9), default=0.05, help="of AdamW (default: 0.05)")
+    add("--loss", choices=LOSSES, default="dice_ce", help="ce: cross entropy (default: dice_ce)")
+    add("--augment", type=within(float, 0, 10), default=1.0, help="strength, 0: none (default: 1)")
+    add("--seed", type=within(int, 0, 2**64 - 1), default=0, help="of random draws (default: 0)")
     add = parser.add_argument_group("run").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: %(default)s)")
     add("--amp", choices=AMP, default="off", help="mixed precision (default: %(default)s)")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--resume", action="store_true", help="resume the interrupted run in --out, or the newest")
     args = parser.parse_args(argv)
-    args.out = args.out or free_name(Path("runs/segmentation"), taken=args.resume)
+    args.out = args.out or free_name(Path("runs/segmentation"), newest=args.resume)
     args.epochs = args.epochs or (100 if args.data else {2: 12, 3: 60}[args.dims])
     args.batch_size = args.batch_size or {2: 16, 3: 2}[args.dims]
     if not args.resume and args.out.exists() and any(args.out.iterdir()):
@@ -103,12 +103,12 @@ def main(argv: list[str] | None = None) -> None:
     steps_per_epoch = len(train_loader)
 
     # Model, loss, optimizer
-    torch.manual_seed(args.seed)  # the first weights
+    torch.manual_seed(args.seed)  # initial weights
     model = build_model(meta, args.channels, args.patch).to(device)
     optimizer = make_optimizer(model, args.lr, args.weight_decay)
     scaler = GradScaler(device.type, enabled=args.amp == "fp16")
 
-    # A new run, or the state of the one to resume
+    # A new run, or the state of the run to resume
     settings = collect_settings(args, cache, world_size)
     run = Run(args.out, "val_dice", model, optimizer, scaler)
     saved = {"task": "segmentation", "meta": meta, "settings": settings, "metrics": {}}
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
         start = time.perf_counter()
         loss_sum = torch.zeros((), device=device)  # kept on the device: .item() would synchronise
         train_loader.sampler.epoch = epoch  # decides the order
-        model.train()  # evaluate() has set the other mode
+        model.train()  # evaluate() leaves eval mode on
         for step, (images, masks) in enumerate(train_loader, 1):
             # These four decide all random numbers, so a resumed run draws the same ones.
             rng = np.random.default_rng((args.seed, epoch, step, rank))
@@ -131,21 +131,21 @@ def main(argv: list[str] | None = None) -> None:
             with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
                 logits = train_model(images)  # (B, classes, *patch)
             loss = LOSSES[args.loss](logits.float(), masks)  # float32, whatever --amp is
-            scaler.scale(loss).backward()  # fp16: a larger loss, or small gradients would be 0
+            scaler.scale(loss).backward()  # fp16: scaled up, or small gradients become 0
             scaler.unscale_(optimizer)  # to clip the true gradients, not the scaled ones
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # limits the damage of a bad batch
-            scaler.step(optimizer)  # left out if fp16 overflowed
-            scaler.update()  # the factor of the fp16 loss
-            optimizer.zero_grad()  # backward() adds to what is there
+            scaler.step(optimizer)  # skipped if fp16 overflowed
+            scaler.update()  # adapts the scale of the fp16 loss
+            optimizer.zero_grad()  # backward() would add to them
             loss_sum += loss.detach()
             if is_main and step % 20 == 0:  # every 20 steps: .item() synchronises
                 where = f"epoch {epoch + 1}/{args.epochs}  {step}/{steps_per_epoch}"
                 progress(f"{where}  loss {mean_loss(loss_sum, step, epoch):.4g}")
 
-        # Validation on the whole fold, shared out among the processes
+        # Validation on the whole fold, split among the processes
         train_loss = mean_loss(loss_sum, steps_per_epoch, epoch, world_size)
         row = {"epoch": epoch + 1, "lr": lr, "train_loss": train_loss}
-        saved |= {"metrics": {}}  # those of this epoch alone
+        saved |= {"metrics": {}}  # not those of an earlier epoch
         if validates(args, epoch):
             scores = evaluate(model, cache, [names[k] for k in val_rows], device, settings, meta)
             metrics = dice_metrics(scores, meta["classes"])
@@ -173,12 +173,12 @@ def within(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
 def start_processes(device_name: str, amp: str) -> tuple[torch.device, int, int]:
     """Device, rank and number of processes; torchrun passes them in environment variables."""
     rank = int(os.environ.get("RANK", "0"))  # the number of this process
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # on its machine: which GPU is its own
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # its number on this machine: which GPU
     world_size = int(os.environ.get("WORLD_SIZE", "1"))  # processes on all machines
     device = choose_device(device_name, local_rank)
     if world_size > 1:
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # where NCCL takes the memory it needs
+            torch.cuda.set_device(device)  # NCCL allocates its memory there
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     is_slow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
@@ -193,14 +193,14 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{local_rank}"
-    try:  # the one question that every kind of device answers
+    try:  # works for every kind of device
         return torch.empty(0, device=name).device
-    except Exception as error:  # its type depends on the build of torch
+    except Exception as error:  # the type depends on the build of torch
         raise DataError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
 def prepare_cache(args: argparse.Namespace, world_size: int) -> Path:
-    """The cache to train on: --data, or what preprocess.py makes of raw data, OUT_cache.
+    """The cache to train on: --data, or OUT_cache, which preprocess.py makes of raw data.
 
     The synthetic set is made once, at a fixed path. Raises DataError if OUT_cache exists.
     """
@@ -231,13 +231,13 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> Optimize
     `fused` does not read its step counters back, which would synchronise.
     """
     decayed = [p for p in model.parameters() if p.ndim > 1]  # filters and matrices
-    others = [p for p in model.parameters() if p.ndim <= 1]  # decay would switch norms off
-    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    undecayed = [p for p in model.parameters() if p.ndim <= 1]  # decay would switch norms off
+    groups = [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
     return AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
 
 def collect_settings(args: argparse.Namespace, cache: Path, world_size: int) -> dict:
-    """All that decides the result: options, number of processes, and which cache it is."""
+    """Everything that decides the result: options, number of processes, hash of the index."""
     settings = {name: value for name, value in vars(args).items() if name not in FREE}
     index = checkpoint.file_sha256(cache / "index.csv")
     return settings | {"world_size": world_size, "index": index}
@@ -246,10 +246,10 @@ def collect_settings(args: argparse.Namespace, cache: Path, world_size: int) -> 
 def wrap_model(
     model: nn.Module, device: torch.device, world_size: int, compiled: bool
 ) -> nn.Module:
-    """The model to call in training; the bare one is what is saved."""
+    """The model to call in training; the bare one is saved."""
     if world_size > 1:  # backward() then averages the gradients of all processes
         model = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
-    if compiled:  # by the first step; the weights stay those of the bare model
+    if compiled:  # at the first step; it shares its weights with the bare model
         model = torch.compile(model, dynamic=False)  # all batches are of one size
     return model
 
@@ -263,7 +263,7 @@ def set_learning_rate(
     warm_up = max(1, total // 20)
     share = (done - warm_up) / max(1, total - warm_up)  # 0 to 1 after the warm-up
     lr = args.lr * 0.5 * (1 + math.cos(math.pi * share))
-    if done < warm_up:  # AdamW's averages are those of few gradients yet
+    if done < warm_up:  # AdamW has averaged few gradients so far
         lr = args.lr * (done + 1) / warm_up
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -281,7 +281,7 @@ def mean_loss(loss_sum: Tensor, steps: int, epoch: int, world_size: int = 1) -> 
 
 
 def check_finite(outputs: Tensor, where: object) -> None:
-    """Raise DataError if a network gave NaN or infinity: no score of it would mean anything."""
+    """Raise DataError if outputs are NaN or infinite: no score of them would mean anything."""
     # aminmax propagates NaN, so two values cover the tensor.
     if not all(value.isfinite() for value in outputs.aminmax()):
         hint = "lower --lr, or try another --amp"
@@ -303,12 +303,12 @@ def evaluate(
     settings: dict,
     meta: dict,
 ) -> Tensor:
-    """Dice float64 (N, classes - 1) of the cases on the cache's grid, shared out among processes.
+    """Dice float64 (N, classes - 1) of the cases on the cache's grid, split among the processes.
 
-    Takes the bare model: the wrapper would wait for the same number of batches on every process.
+    Takes the bare model: the wrapper expects the same number of batches on every process.
     """
     if dist.is_initialized():
-        for buffer in model.buffers():  # otherwise the score is not that of the model that is saved
+        for buffer in model.buffers():  # or the score would not be that of the saved model
             dist.broadcast(buffer, 0)
     model.eval()
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -331,7 +331,7 @@ def evaluate(
 
 
 def score_of(metrics: dict[str, float]) -> float | None:
-    """Score of best.pt, None without validation; NaN, nothing there and nothing found, is 1."""
+    """Score of best.pt, None without validation; NaN, no mask has any foreground, counts as 1."""
     dice = metrics.get("dice")
     return 1.0 if dice is not None and math.isnan(dice) else dice
 
@@ -339,10 +339,10 @@ def score_of(metrics: dict[str, float]) -> float | None:
 def finish(run: Run, cache: Path, fold: int, is_main: bool, world_size: int) -> None:
     """Leave the process group, and print the command to type next."""
     if world_size > 1:
-        dist.barrier()  # gloo's threads may still hold tensors, which aborts a process that ends
+        dist.barrier()  # a process that ends while gloo still holds tensors would abort
         dist.destroy_process_group()
     if is_main:
-        name = "best.pt" if run.best_epoch else "last.pt"  # without validation there is no best
+        name = "best.pt" if run.best_epoch else "last.pt"  # no best.pt without validation
         split = "val" if fold >= 0 else "test"
         words = f"--data {cache} --checkpoint {run.out}/{name} --split {split}"
         print(f"next: python segmentation/eval.py {words}")

@@ -19,7 +19,8 @@ README = Path(__file__).resolve().parents[1] / "segmentation" / "README.md"
 SECTION = README.read_text(encoding="utf-8").split("## From other formats\n")[1].split("\n## ")[0]
 CODE = r"((?:(?: {4}.*)?\n)+)"
 FIRST = re.search(rf"\n\n{CODE}", SECTION)[1]  # what all of them follow
-RECIPES = dict(re.findall(rf"^\*\*(.+?)\*\*.*\n\n{CODE}", SECTION, re.MULTILINE))
+BLOCKS = re.findall(rf"^\*\*(.+?)\*\*.*\n\n{CODE}", SECTION, re.MULTILINE)
+RECIPES = {name: code for names, code in BLOCKS for name in names.split(", ")}
 
 IMAGE, MASK = block()
 PICTURE, DRAWN = draw(colour=True)

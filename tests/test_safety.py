@@ -86,8 +86,8 @@ def test_the_first_free_name(tmp_path):
         path = free_name(tmp_path / "run")
         assert path.name == name
         path.mkdir()
-    assert free_name(tmp_path / "run", taken=True).name == "run-3"  # for --resume
-    assert free_name(tmp_path / "other", taken=True).name == "other"
+    assert free_name(tmp_path / "run", newest=True).name == "run-3"  # for --resume
+    assert free_name(tmp_path / "other", newest=True).name == "other"
 
 
 @pytest.mark.parametrize("out", ["/", ".", "loop/out", "x/" * 1500 + "out", "file/out"])
