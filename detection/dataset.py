@@ -37,12 +37,7 @@ def open_cache(cache: Path) -> tuple[dict, list[dict[str, str]]]:
     """meta.json and the rows of index.csv. Raises DataError unless images.npy goes with them."""
     meta = read_meta(cache, "detection", META)
     load_array(cache / "images.npy", "uint8", (meta["n"], meta["size"], meta["size"]))
-    rows = read_index(cache / "index.csv", meta["n"], COLUMNS)
-    for number, row in enumerate(rows, 1):
-        problem = check_box(row)
-        if problem:
-            raise DataError(f"{cache / 'index.csv'}: row {number}: {problem}")
-    return meta, rows
+    return meta, read_index(cache / "index.csv", meta["n"], COLUMNS)
 
 
 def load_array(path: Path, dtype: str, shape: tuple[int | None, ...]) -> np.ndarray:
@@ -80,25 +75,6 @@ def read_index(path: Path, count: int, columns: tuple[str, ...]) -> list[dict[st
             problem = f"fold {row['fold']!r}, expected one of {' '.join(FOLD_NAMES)}"
             raise DataError(f"{path}: row {number}: {problem}")
     return rows
-
-
-def check_box(row: dict[str, str]) -> str:
-    """What is wrong with the numbers of a row of index.csv, or ""."""
-    try:
-        xmin, ymin, xmax, ymax = (float(row[name]) for name in BOX)
-        height = float(row["height"])
-        width = float(row["width"])
-        spacing = [float(mm) for mm in row["spacing"].split()]
-    except ValueError as error:
-        return f"{error}, expected numbers"
-    is_inside_x = 0 <= xmin < xmax <= width < math.inf  # false for NaN
-    is_inside_y = 0 <= ymin < ymax <= height < math.inf
-    if not (is_inside_x and is_inside_y):
-        box = (xmin, ymin, xmax, ymax)
-        return f"box {box}, expected one inside {width} x {height} pixels"
-    if len(spacing) not in (0, 2) or not all(0 < mm < math.inf for mm in spacing):
-        return f"spacing {row['spacing']!r}, expected nothing or mm down and across"
-    return ""
 
 
 def read_boxes(rows: list[dict[str, str]]) -> tuple[Tensor, Tensor]:
