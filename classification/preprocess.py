@@ -611,6 +611,8 @@ def rename_columns(
     new = {}
     for pair in columns:
         name, _, column = unicodedata.normalize("NFC", pair).partition("=")
+        if not column:  # the empty name is that of pandas' row numbers
+            raise DataError(f"--columns {pair}: expected NAME=COLUMN")
         new[column] = name
     names = [new.get(name, f"table_{name}" if name in new.values() else name) for name in names]
     missing = [name for name in (*new.values(), *needed) if name not in names]

@@ -80,7 +80,7 @@ def test_columns_are_renamed_and_keep_out_of_each_others_way(tmp_path):
     assert found == [{"image": "a", "label": "nv", "table_label": "7"}]
     for columns, words in (
         (["label=dy"], "no column label, found .*: use --columns image=image_id label=dx"),
-        (["dx"], "no column dx, found"),
+        (["dx"], "expected NAME=COLUMN"),
     ):
         with pytest.raises(DataError, match=words):
             read_rows(tmp_path / "t.csv", columns)
