@@ -10,24 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from classification.preprocess import (
-    Case,
-    DataError,
-    list_folder,
-    list_images,
-    locate,
-    order_classes,
-    plain_number,
-    read_rows,
-    set_by_path,
-    split_of,
-)
+from classification import preprocess
+from classification.preprocess import Case, DataError
 from tests.raw import draw, noise, refused, run, table
 
 
 def values(path: Path, content: bytes, *columns: str) -> list[dict]:
     path.write_bytes(content)
-    return [{k: v for k, v in row.items() if k} for row in read_rows(path, list(columns))]
+    return [
+        {k: v for k, v in row.items() if k} for row in preprocess.read_rows(path, list(columns))
+    ]
 
 
 def decomposed(text: str) -> str:
@@ -95,16 +87,16 @@ def test_tables_that_are_refused_name_the_line(tmp_path, content, columns, words
     ("Müller.png", decomposed("Müller.png"), decomposed("Müller.png")),
 ])  # fmt: skip
 def test_names_are_located_by_the_longest_end_of_their_paths(names, files, expected):
-    found = locate(set(names.split()), files.split())
+    found = preprocess.locate(set(names.split()), files.split())
     places = [" ".join(found.get(name, [])) for name in names.split()]
     assert places == expected.split("|")
 
 
 @pytest.mark.parametrize("function, text, expected", [
-    (plain_number, "0.0", "0"), (plain_number, "-1.0", "-1"), (plain_number, "01", "01"), (plain_number, "1.50", "1.50"),
-    (plain_number, "a1.0", "a1.0"), (split_of, "train", "train"), (split_of, "Training_Set", "train"), (split_of, "VALID", "val"),
-    (split_of, "validate", "val"), (split_of, "val-data", "val"), (split_of, "test set", "test"), (split_of, "Testing", "test"),
-    (split_of, "contest", ""), (split_of, "set", ""), (split_of, "images", ""),
+    (preprocess.plain_number, "0.0", "0"), (preprocess.plain_number, "-1.0", "-1"), (preprocess.plain_number, "01", "01"), (preprocess.plain_number, "1.50", "1.50"),
+    (preprocess.plain_number, "a1.0", "a1.0"), (preprocess.split_of, "train", "train"), (preprocess.split_of, "Training_Set", "train"), (preprocess.split_of, "VALID", "val"),
+    (preprocess.split_of, "validate", "val"), (preprocess.split_of, "val-data", "val"), (preprocess.split_of, "test set", "test"), (preprocess.split_of, "Testing", "test"),
+    (preprocess.split_of, "contest", ""), (preprocess.split_of, "set", ""), (preprocess.split_of, "images", ""),
 ])  # fmt: skip
 def test_numbers_and_splits_are_known_by_any_of_their_names(function, text, expected):
     assert function(text) == expected
@@ -116,7 +108,7 @@ def test_numbers_and_splits_are_known_by_any_of_their_names(function, text, expe
 ])  # fmt: skip
 def test_a_patient_is_found_in_the_name_or_else_in_the_path(regex, path, patient):
     case = Case("id", path, "label", "of the table")
-    set_by_path([case], "patient", re.compile(regex))
+    preprocess.set_by_path([case], "patient", re.compile(regex))
     assert case.patient == patient
 
 
@@ -129,14 +121,16 @@ def test_links_are_followed_and_what_is_passed_over_is_counted(tmp_path, capsys)
     (raw / "notes.txt").write_text("x")
     Image.fromarray(noise("bmp")).save(raw / "old.bmp")
     os.mkfifo(raw / "pipe.png")
-    listing = list_folder(raw)
+    listing = preprocess.list_folder(raw)
     images = "a.png b.png deep/e.png linked/x.png linked/y.png notes_mask.png"
     assert listing.images == images.split()
     assert listing.masks == ["b_mask.png", "deep/e_seg-1.png"]
     assert listing.others == ["notes.txt", "old.bmp"]
     assert listing.closed == ["deep/loop", "gone.png", "pipe.png"]
     # What is named is read.
-    assert list_images([raw, raw / "a.png", raw / "old.bmp"])["old.bmp"] == raw / "old.bmp"
+    assert (
+        preprocess.list_images([raw, raw / "a.png", raw / "old.bmp"])["old.bmp"] == raw / "old.bmp"
+    )
     printed = capsys.readouterr().out
     counts = (
         "1 .txt, such as notes.txt",
@@ -146,9 +140,9 @@ def test_links_are_followed_and_what_is_passed_over_is_counted(tmp_path, capsys)
     for words in (*counts, "3 links to nothing", "such as deep/loop"):
         assert words in printed, words
     with pytest.raises(DataError, match="no image, expected DICOM, JPEG, PNG or TIFF"):
-        list_images([draw(tmp_path / "empty", "")])
+        preprocess.list_images([draw(tmp_path / "empty", "")])
     with pytest.raises(DataError, match=r"x/a.png: called as .*raw/a.png; predict them apart"):
-        list_images([raw, draw(tmp_path / "x", "a")])
+        preprocess.list_images([raw, draw(tmp_path / "x", "a")])
 
 
 # --- what is refused: images, a table by its name and options, its rows; and the words ---
@@ -157,6 +151,7 @@ BOXES = "image,xmin,ymin,xmax,ymax"
 RSNA = "stage_1_train_labels.csv"
 SCAN = "stage_1_train_images/a"
 STEM = "expected a folder for each of two or more classes"
+SLIP = " ".join(["image,edema,mass 0,2,0", *(f"{k},{k % 2},1" for k in range(1, 30))])
 
 
 @pytest.mark.parametrize("names, name, text, words", [
@@ -172,6 +167,7 @@ STEM = "expected a folder for each of two or more classes"
     ("a b c", "labels.csv", "image,label a,No_find b,no-find c,z", "two of .*No_find.* look like one class: merge or rename"),
     ("a b", "labels.csv", "Image,Label a,x b,y", r"labels.csv: no column image, found \['Image', 'Label'\]: use --columns image=Image label=Label"),
     ("a b", "labels.csv", "image,age a,70 b,60", "expected label .--columns label=COLUMN., or two or more of 0 and 1"),
+    ("a b", "labels.csv", SLIP, "labels.csv:2: edema is '2', expected 0, 1, -1 or blank"),  # among many of 0 and 1
     ("x/a y/a b", "labels.csv", "image,label a,x b,y", "labels.csv:2: a may be x/a.png or y/a.png"),
     # RSNA
     (SCAN, RSNA, "patientId,Target a,0 a,1", "labels.csv:3: label 'pneumonia' of .*a, but 'no_pneumonia'"),
@@ -223,6 +219,7 @@ BOXED = (
     "a.png,1,2,8,9.5,p1,s,50 images/b,2,2,9,9,p2,t,60 gone,1,1,5,5,p3,s,7 a.png,1,2,8,9.5,p1,s,50"
 )
 CHOSEN = "image,hand,leg,fractured,count a,0,1,1,3 b,1,0,0,0 c,0,0,1,1 d,1,1,,0"
+FEW = " ".join(["val/A/1 val/B/2", *(f"train/{'AB'[k % 2]}/t{k}" for k in range(40))])
 TARGETS = "~patientId~,x,Target b~,5,1 ~a,,0 b,7,1 lost,,0 c~,,~0"
 
 
@@ -245,6 +242,7 @@ TARGETS = "~patientId~,x,Target b~,5,1 ~a,,0 b,7,1 lost,,0 c~,,~0"
      "A/3.png 3 A|A/p1/1.png p1 A|A/p1/deep/2.png p1 A|B/images/4.png 4 B|B/images/p2/5.png p2 B|B/p1/1.png p1 B", "class folders, 6"),
     ("train/A/1 train/B/1 train/B/x test/A/1 test/B/y", "", "", "", "id patient split",
      "test/A/1.png test/A/1 test|test/B/y.png y test|train/A/1.png train/A/1 train|train/B/1.png train/B/1 train|train/B/x.png x train", ""),
+    (FEW, "", "", "", "split", "|".join(["train"] * 40 + ["val"] * 2), "fold 0 has, as given, only 2 of 42: too few to choose by; train.py --fold 1"),
     ("A/p0/a A/p1/a B/p0/a B/p1/a", "", "", "", "patient label", "p0 A|p1 A|p0 B|p1 B", ""),
     ("0/a 0/b 1/c 2/d 3/e", "", "", "", "label", "0|0|1|2|3", ""),
     ("A/a_mask A/a B/b B/b-seg_1 B/c_mask", "", "", "", "id", "A/a.png|B/b.png|B/c_mask.png", "2 masks beside their images"),
@@ -295,14 +293,6 @@ def test_a_table_wins_over_folders(tmp_path, folders, name):
     assert found == {("nv", "l1", "7"), ("mel", "l2", "7")}  # two columns of one name
 
 
-def test_an_odd_value_among_many_is_an_error_with_its_line(tmp_path):
-    rows = [f"{k},{k % 2},{k % 3 // 2}" for k in range(30)]
-    rows[4] = "4,2,1"
-    names = " ".join(map(str, range(30)))
-    raw = table(tmp_path / "raw", f"image,edema,mass {' '.join(rows)}", names)
-    refused("labels.csv:6: edema is '2', expected 0, 1, -1 or blank", raw)
-
-
 def test_a_label_that_like_has_besides_is_asked_for_as_an_empty_column(tmp_path):
     run(table(tmp_path / "raw", "image,edema,mass,hernia a,1,0,1 b,0,1,0 c,1,1,0"))
     raw = table(tmp_path / "other", "image,mass,edema a,1,0 b,0,1")
@@ -318,35 +308,32 @@ def test_a_label_that_like_has_besides_is_asked_for_as_an_empty_column(tmp_path)
 # --- the order of classes ---
 
 
+KNOWN = "classes in the data .* expected .*, each once"
+
+
 @pytest.mark.parametrize("names, wanted, expected, first", [
     ("a b", "b a", "b a", "a"), ("a b", "b a c", "b a c", "a"), ("0 1", "normal ill", "normal ill", "normal"), ("0 1", "1 0", "1 0", "0"),
     ("1", "normal ill", "normal ill", "ill"), ("1 2 3", "x y z", "x y z", "x"), ("no_x x", "x no_x", "x no_x", "no_x"),
-    ("a b", "b c", "", ""), ("0 1 2", "x y", "", ""), ("0 1", "0 ill", "", ""), ("a b", "a a", "", ""), ("a b", "a b b", "", ""),
-    ("no_x x", "healthy ill", "", ""),
-    # other names than those of health are not asked for
-    ("benign malignant", "", "benign malignant", "benign"), ("normal nodule", "", "normal nodule", "normal"),
-    ("Negative Positive", "", "Negative Positive", "Negative"), ("no yes", "", "no yes", "no"), ("0 1", "", "0 1", "0"),
-    ("clear pneumothorax", "", "clear pneumothorax", "clear"), ("A ulcer", "", "A ulcer", "A"), ("mild severe", "", "mild severe", "mild"),
+    ("a b", "b c", "", KNOWN), ("0 1 2", "x y", "", KNOWN), ("0 1", "0 ill", "", KNOWN), ("a b", "a a", "", KNOWN), ("a b", "a b b", "", KNOWN),
+    ("no_x x", "healthy ill", "", KNOWN),
+    *((f"{first} {last}", "", f"{first} {last}", first) for first, last in (
+        ("benign", "malignant"), ("normal", "nodule"), ("Negative", "Positive"), ("no", "yes"), ("0", "1"), ("A", "ulcer"), ("mild", "severe"),
+        ("clear", "pneumothorax"))),
+    # a class without a finding is never positive unasked
+    *((f"{first} {last}", "", "", f"'{last}' would be the positive class: use --classes") for first, last in (
+        ("covid", "normal"), ("Abnormal", "Healthy"), ("ill", "negative"), ("case", "control"), ("mass", "no_mass"),
+        ("COVID", "NonCOVID"), ("Edema", "NoFinding"), ("TB", "normal_chest"), ("Parasitized", "Uninfected"),
+        ("affected", "unaffected"), ("Malignant", "benign"), ("TB", "clear"), ("Befund", "ohne_Befund"), ("Fraktur", "unauffällig"),
+        ("ja", "nee"), ("Krank", "nein"), ("is_ill", "not_ill"), ("Mass", "absent"), ("Abnormal", "unremarkable"))),
 ])  # fmt: skip
-def test_classes_orders_known_names_and_names_numbers(tmp_path, names, wanted, expected, first):
+def test_classes_orders_known_names_and_names_numbers(names, wanted, expected, first):
     cases = [Case(name, name, name) for name in names.split()]
     if not expected:
-        with pytest.raises(DataError, match=r"classes in the data .* expected"):
-            order_classes(tmp_path, names.split(), cases, wanted.split())
+        with pytest.raises(DataError, match=first):
+            preprocess.order_classes(Path("raw"), names.split(), cases, wanted.split())
         return
-    assert order_classes(tmp_path, names.split(), cases, wanted.split()) == expected.split()
-    assert cases[0].label == first
-
-
-@pytest.mark.parametrize("first, last", [
-    ("covid", "normal"), ("Abnormal", "Healthy"), ("ill", "negative"), ("case", "control"), ("mass", "no_mass"),
-    ("COVID", "NonCOVID"), ("Edema", "NoFinding"), ("TB", "normal_chest"), ("Parasitized", "Uninfected"),
-    ("affected", "unaffected"), ("Malignant", "benign"), ("TB", "clear"), ("Befund", "ohne Befund"), ("Fraktur", "unauffällig"),
-    ("ja", "nee"), ("Krank", "nein"), ("is_ill", "not_ill"), ("Mass", "absent"), ("Abnormal", "unremarkable"),
-])  # fmt: skip
-def test_a_class_without_a_finding_is_never_positive_unasked(first, last):
-    with pytest.raises(DataError, match=f"'{last}' would be the positive class"):
-        order_classes(Path("raw"), [first, last], [], [])
+    found = preprocess.order_classes(Path("raw"), names.split(), cases, wanted.split())
+    assert found == expected.split() and cases[0].label == first
 
 
 def test_official_splits_in_any_case(tmp_path, capsys):
@@ -360,6 +347,7 @@ def test_official_splits_in_any_case(tmp_path, capsys):
     expected = {("validate", "0", "val"), ("TEST_SET", "test", "test")}
     assert found == expected | {("Training_Set", fold, "train") for fold in "1234"}
     printed = capsys.readouterr().out
+    assert "too few to choose by" not in printed
     assert "1 patients on both sides of an official split" in printed
     assert "left out: 1 .png, such as stray/x.png" in printed
     refused("official split", raw, "--test-fraction 0.2", out="x")
@@ -389,17 +377,20 @@ def test_medmnist(tmp_path, shape, labels, classes):
         assert [rows[1][name] for name in classes] == ["1", "0", "1", "0", "1"]
 
 
-@pytest.mark.parametrize("key, images, labels", [
-    ("train", noise("a", 4, 8, 8), np.zeros((3, 1), int)), ("train", noise("a", 4, 8), np.zeros((4, 1), int)),
-    ("train", noise("a", 4, 8, 8, 8), np.zeros((4, 1), int)), ("train", np.ones((4, 8, 8)), np.zeros((4, 1), int)),
-    ("train", noise("a", 4, 8, 8), np.float64([[0], [1.7], [1], [0]])), ("train", noise("a", 4, 8, 8), np.array([[0], [1], [-1], [0]])),
-    ("train", noise("a", 4, 8, 8), np.array([[0], [200_000_000], [1], [0]])), ("other", noise("a", 4, 8, 8), np.zeros((4, 1), int)),
-    ("train", noise("a", 4, 8, 8), np.array([[0, 2]] * 4)),
+PIXELS = noise("a", 4, 8, 8)
+ZEROS = np.zeros((4, 1), int)
+
+
+@pytest.mark.parametrize("images, labels", [
+    (PIXELS, ZEROS[:3]), (PIXELS[0], ZEROS), (PIXELS / 1.0, ZEROS), (noise("a", 4, 8, 8, 8), ZEROS), (PIXELS, ZEROS + 1.7),
+    (PIXELS, ZEROS - 1), (PIXELS, ZEROS + 200_000_000), (PIXELS, np.array([[0, 2]] * 4)),
 ])  # fmt: skip
-def test_medmnist_refused(tmp_path, key, images, labels):
+def test_medmnist_refused(tmp_path, images, labels):
     path = tmp_path / "a.npz"
-    np.savez(path, **{f"{key}_images": images, f"{key}_labels": labels})
-    refused("a.npz: .*expected", path)
+    np.savez(path, train_images=images, train_labels=labels)
+    refused("a.npz: train: images .*expected", path)
+    np.savez(path, other_images=images, other_labels=labels)
+    refused("a.npz: arrays .*expected train_images", path)
     path.write_bytes(path.read_bytes()[:200])  # a download that stopped
     refused("a.npz: (BadZipFile|EOFError)", path)
 

@@ -61,15 +61,6 @@ def test_patients_who_share_an_image_are_one_named_by_the_smallest():
     assert group_patients(list("cbba"), list("1122")) == list("aaaa")
 
 
-@pytest.mark.parametrize(("validation", "is_small"), [(2, True), (8, False)])
-def test_a_small_official_validation_set_is_noted(tmp_path, capsys, validation, is_small):
-    names = [f"val/{label}/v{label}{k}" for label in "AB" for k in range(validation // 2)]
-    names += [f"train/{label}/t{label}{k}" for label in "AB" for k in range(20)]
-    run(draw(tmp_path / "raw", " ".join(names)))
-    note = "note: fold 0 has, as given, only 2 of 42: too few to choose by; train.py --fold 1"
-    assert (note in capsys.readouterr().out) == is_small
-
-
 def test_copies_share_a_fold_and_contradictions_are_counted(tmp_path, capsys):
     raw = draw(tmp_path / "raw", "A/a B/b")
     for name in ("A/z9", "B/m5", "B/q1"):
