@@ -267,7 +267,7 @@ class Case:
 def find_labelled(args: argparse.Namespace, like: dict) -> tuple[str, list[Case], list[str]]:
     """The layout of RAW, its cases, and its classes in their order."""
     wanted = args.classes or like.get("classes") or []
-    layout, names, cases = find_cases(args.data, args.columns, wanted)
+    layout, labels, cases = find_cases(args.data, args.columns, wanted)
     set_by_path(cases, "patient", args.patient_regex)  # it overrules all others
     multi_label = isinstance(cases[0].label, tuple)
     if like and multi_label != like["multi_label"]:
@@ -275,14 +275,15 @@ def find_labelled(args: argparse.Namespace, like: dict) -> tuple[str, list[Case]
         raise DataError(f"{args.data}: {found}, unlike {args.like}")
     if args.test_fraction and any(case.split for case in cases):
         raise DataError(f"{args.data}: has an official split: omit --test-fraction")
-    order = order_labels if multi_label else order_classes
-    return layout, cases, order(args.data, names, cases, wanted)
+    if multi_label:
+        return layout, cases, order_labels(args.data, labels, cases, wanted)
+    return layout, cases, order_classes(args.data, cases, wanted)
 
 
 def find_cases(
     raw: Path, columns: list[str], wanted: list[str]
 ) -> tuple[str, list[str], list[Case]]:
-    """Recognise the layout of RAW: its name, classes or labels in the order of the data, cases.
+    """Recognise the layout of RAW: its name, the names of several labels an image, the cases.
 
     People rename folders, but not the tables in them. `columns` are those of --columns, `wanted`
     the classes of --classes or --like.
@@ -306,7 +307,7 @@ def find_cases(
         layout = "RSNA challenge"
         rows = read_rsna(raw)
     else:
-        return "class folders", *find_classes(raw, listing, wanted)
+        return "class folders", [], find_classes(raw, listing, wanted)
     labelled = [row for row in rows if any(row.get(name) for name in labels)]
     if not labelled:
         raise DataError(f"{raw}: none of the {len(rows)} rows has a label")
@@ -320,7 +321,7 @@ def find_cases(
         name = patient if layout == "RSNA challenge" else source
         more = further_columns(row, ("image", *labels))
         cases.append(Case(name, source, label, patient, choose_split(row), more))
-    return layout, labels if labels != ["label"] else sort_classes(cases), cases
+    return layout, labels, cases
 
 
 def read_rsna(raw: Path) -> list[Row]:
@@ -368,18 +369,17 @@ def find_medmnist(raw: Path) -> tuple[list[str], list[Case]]:
         is_label = labels.dtype.kind in "iu" and np.isin(labels, np.arange(highest + 1)).all()
         if not (is_picture and is_label) or len(labels) != len(images) or len(counts) > 1:
             found = f"images {images.dtype} {images.shape}, labels {labels.dtype} {labels.shape}"
-            raise DataError(f"{path}: {split}: {found}, expected uint8, integers of 0 to {highest}")
+            raise DataError(f"{path}: {split}: {found}, expected uint8, labels 0 to {highest}")
         for k, row in enumerate(labels.tolist()):
             label = tuple(map(str, row)) if len(row) > 1 else str(row[0])
             name = f"{split}/{k}"  # also the patient: MedMNIST names none
             cases.append(Case(name, f"{path.name}:{name}", label, name, split, pixels=images[k]))
     if not cases:
         raise DataError(f"{path}: arrays {sorted(arrays)}, expected train_images, train_labels")
-    count = max(counts) if counts != {1} else 1 + max(int(case.label) for case in cases)
-    return [str(k) for k in range(count)], cases
+    return [str(k) for k in range(max(counts))], cases
 
 
-def find_classes(raw: Path, listing: Listing, wanted: list[str]) -> tuple[list[str], list[Case]]:
+def find_classes(raw: Path, listing: Listing, wanted: list[str]) -> list[Case]:
     """RAW/CLASS/... or RAW/{train,val,test}/CLASS/...; a folder below CLASS is a patient.
 
     Folders called images are no patients, those called masks are left out.
@@ -407,7 +407,7 @@ def find_classes(raw: Path, listing: Listing, wanted: list[str]) -> tuple[list[s
         expected = "expected a folder for each of two or more classes, or labels.csv (image,label)"
         raise DataError(f"{raw}: {problem}; {expected}; found {describe_files(listing)}")
     report_left_out(listing, {case.source for case in cases})
-    return sort_classes(cases), cases
+    return cases
 
 
 def refuse_table(raw: Path, listing: Listing) -> None:
@@ -478,18 +478,14 @@ def choose_labels(table: Path, rows: list[Row], wanted: list[str]) -> list[str]:
     return labels
 
 
-def sort_classes(cases: list[Case]) -> list[str]:
-    """Numbers by their value, words by the alphabet."""
-    names = {case.label for case in cases}
-    are_numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", name) for name in names)
-    return sorted(names, key=float if are_numbers else None)
-
-
-def order_classes(raw: Path, names: list[str], cases: list[Case], wanted: list[str]) -> list[str]:
+def order_classes(raw: Path, cases: list[Case], wanted: list[str]) -> list[str]:
     """The classes in order, the last of two is the positive one; `wanted` orders or names them.
 
     Raises DataError if the alphabet would make the class without a finding the positive one.
     """
+    names = sorted({case.label for case in cases})
+    if all(re.fullmatch(r"-?\d+(\.\d+)?", name) for name in names):
+        names.sort(key=float)
     spellings = {re.sub(r"[\s_.-]+", "", name).casefold() for name in names}
     if len(spellings) < len(names):  # No_Finding and "no finding"
         raise DataError(f"{raw}: two of {names} look like one class: merge or rename them")
@@ -841,7 +837,7 @@ def set_by_path(cases: list[Case], name: str, regex: re.Pattern | None) -> None:
     print(f"--{name}-regex: {len(values)}, such as {getattr(cases[0], name)} in {cases[0].source}")
 
 
-# --- read: the loop ---
+# --- read: the loop, and one case ---
 
 
 def write_images(
@@ -918,9 +914,6 @@ def group_alike(messages: list[tuple[str, str]]) -> list[list[tuple[str, str]]]:
     for source, message in messages:
         alike[re.sub("[0-9.]+", "#", message.split(f"{source}: ")[-1])].append((source, message))
     return list(alike.values())
-
-
-# --- read: one case ---
 
 
 def load(case: Case, raw: Path, size: int, fit: str, channels: int) -> Noted | DataError:
@@ -1338,7 +1331,8 @@ def choose_patients(cases: list[Case]) -> list[str]:
         print(f"note: {alone} images name no patient, so each is one (or use --patient-regex)")
     largest = max(Counter(patients).values())
     if largest > max(2, len(patients) / 5):
-        print(f"note: one patient has {largest} of {len(patients)} images (or use --patient-regex)")
+        count = f"{largest} of {len(patients)} images"
+        print(f"note: one patient has {count}: if it is none, use --patient-regex")
     return patients
 
 

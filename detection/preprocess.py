@@ -619,7 +619,7 @@ def set_by_path(cases: list[Case], name: str, regex: re.Pattern | None) -> None:
     print(f"--{name}-regex: {len(values)}, such as {getattr(cases[0], name)} in {cases[0].source}")
 
 
-# --- read: the loop ---
+# --- read: the loop, and one case ---
 
 
 def write_images(
@@ -696,9 +696,6 @@ def group_alike(messages: list[tuple[str, str]]) -> list[list[tuple[str, str]]]:
     for source, message in messages:
         alike[re.sub("[0-9.]+", "#", message.split(f"{source}: ")[-1])].append((source, message))
     return list(alike.values())
-
-
-# --- read: one case ---
 
 
 def load(case: Case, raw: Path, size: int) -> Noted | DataError:
@@ -1113,7 +1110,8 @@ def choose_patients(cases: list[Case]) -> list[str]:
         print(f"note: {alone} images name no patient, so each is one (or use --patient-regex)")
     largest = max(Counter(patients).values())
     if largest > max(2, len(patients) / 5):
-        print(f"note: one patient has {largest} of {len(patients)} images (or use --patient-regex)")
+        count = f"{largest} of {len(patients)} images"
+        print(f"note: one patient has {count}: if it is none, use --patient-regex")
     return patients
 
 

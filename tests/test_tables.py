@@ -317,7 +317,7 @@ KNOWN = "classes in the data .* expected .*, each once"
     ("a b", "b c", "", KNOWN), ("0 1 2", "x y", "", KNOWN), ("0 1", "0 ill", "", KNOWN), ("a b", "a a", "", KNOWN), ("a b", "a b b", "", KNOWN),
     ("no_x x", "healthy ill", "", KNOWN),
     *((f"{first} {last}", "", f"{first} {last}", first) for first, last in (
-        ("benign", "malignant"), ("normal", "nodule"), ("Negative", "Positive"), ("no", "yes"), ("0", "1"), ("A", "ulcer"), ("mild", "severe"),
+        ("benign", "malignant"), ("normal", "pneumonia"), ("Negative", "Positive"), ("no", "yes"), ("0", "1"), ("A", "ulcer"), ("mild", "severe"),
         ("clear", "pneumothorax"))),
     # a class without a finding is never positive unasked
     *((f"{first} {last}", "", "", f"'{last}' would be the positive class: use --classes") for first, last in (
@@ -330,9 +330,9 @@ def test_classes_orders_known_names_and_names_numbers(names, wanted, expected, f
     cases = [Case(name, name, name) for name in names.split()]
     if not expected:
         with pytest.raises(DataError, match=first):
-            preprocess.order_classes(Path("raw"), names.split(), cases, wanted.split())
+            preprocess.order_classes(Path("raw"), cases, wanted.split())
         return
-    found = preprocess.order_classes(Path("raw"), names.split(), cases, wanted.split())
+    found = preprocess.order_classes(Path("raw"), cases, wanted.split())
     assert found == expected.split() and cases[0].label == first
 
 

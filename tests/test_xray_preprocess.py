@@ -85,8 +85,8 @@ def test_several_labels_are_balanced_for_the_rarest_of_an_image():
 
 @pytest.mark.parametrize("ids, patients, words", [
     ("X X X X X X", 6, "one PatientID stands in every file"),
-    ("X X X Y Y Y", 2, "one patient has 3 of 6 images .or use --patient-regex"),  # one a class
-    ("X X X X X Y", 2, "one patient has 5 of 6 images .or use --patient-regex"),
+    ("X X X Y Y Y", 2, "one patient has 3 of 6 images: if it is none, use --patient-regex"),  # one a class
+    ("X X X X X Y", 2, "one patient has 5 of 6 images: if it is none, use --patient-regex"),
     ("X X Y Y  ", 4, "2 images name no patient, .*use --patient-regex"),
     ("     ", 6, "6 images name no patient"),  # by files, whose last number is no suffix
 ])  # fmt: skip
