@@ -362,8 +362,8 @@ def find_medmnist(raw: Path) -> tuple[list[str], list[Case]]:
             continue
         images = arrays[f"{split}_images"]
         labels = arrays.get(f"{split}_labels", np.empty(0))
-        labels = labels[:, None] if labels.ndim == 1 else labels
-        counts.add(labels.shape[1])
+        labels = labels.reshape(len(labels), -1) if labels.size else labels
+        counts.add(labels.shape[-1])
         highest = MAX_CLASSES - 1 if counts == {1} else 1
         is_picture = images.dtype == np.uint8 and images.shape[3:] in ((), (3,)) and images.ndim > 2
         is_label = labels.dtype.kind in "iu" and np.isin(labels, np.arange(highest + 1)).all()
@@ -1402,7 +1402,7 @@ def list_strata(cases: list[Case]) -> list[str]:
     """What folds are balanced for: the label, of several the rarest that an image has."""
     if not isinstance(cases[0].label, tuple):
         return [case.label for case in cases]
-    counts = np.sum([np.equal(case.label, "1") for case in cases], axis=0)
+    counts = np.sum([np.array(case.label) == "1" for case in cases], axis=0)
     strata = []
     for case in cases:
         positive = [k for k, value in enumerate(case.label) if value == "1"]

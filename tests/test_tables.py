@@ -70,9 +70,7 @@ def test_tables_that_are_refused_name_the_line(tmp_path, content, columns, words
 @pytest.mark.parametrize("names, files, expected", [
     ("a", "deep/a.png", "deep/a.png"),
     ("./deep/a.png", "deep/a.png other/a.png", "deep/a.png"),
-    ("A.PNG", "a.png", "a.png"),
     (r"D:\scans\1.dcm", "1.DCM", "1.DCM"),  # of another computer
-    ("/home/me/raw/deep/a.png", "deep/a.png", "deep/a.png"),
     ("set-v1/train/p1/s1/v.jpg", "part~2/p1/s1/v.jpg part~2/p2/s1/v.jpg", "part~2/p1/s1/v.jpg"),
     ("a", "a.png sub/a.png", "a.png"),  # of this very path
     ("a", "images/a.png other/a.png", "images/a.png"),
@@ -305,9 +303,6 @@ def test_a_label_that_like_has_besides_is_asked_for_as_an_empty_column(tmp_path)
     assert found == [("0", "1", "", "test"), ("1", "0", "", "test")]
 
 
-# --- the order of classes ---
-
-
 KNOWN = "classes in the data .* expected .*, each once"
 
 
@@ -393,9 +388,6 @@ def test_medmnist_refused(tmp_path, images, labels):
     refused("a.npz: arrays .*expected train_images", path)
     path.write_bytes(path.read_bytes()[:200])  # a download that stopped
     refused("a.npz: (BadZipFile|EOFError)", path)
-
-
-# --- boxes ---
 
 
 def test_each_reason_is_told_and_skip_bad_leaves_out_images_without_a_usable_box(tmp_path, capsys):

@@ -22,9 +22,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:::pydicom|PIL")
 BOXES = "image,xmin,ymin,xmax,ymax"
 
 
-# --- folds ---
-
-
 @pytest.mark.parametrize("rows, per_patient, rare, counts", [
     (53, 1, 7, ([1, 1, 2, 2, 2], [9, 9, 9, 9, 9])), (40, 2, 8, ([1] * 5, [7] * 5)),
 ])  # fmt: skip
@@ -80,9 +77,6 @@ def test_several_labels_are_balanced_for_the_rarest_of_an_image():
     assert Counter(strata) == {"0": 35, "1": 5, "none": 1} and strata[8] == "1"
 
 
-# --- patients ---
-
-
 @pytest.mark.parametrize("ids, patients, words", [
     ("X X X X X X", 6, "one PatientID stands in every file"),
     ("X X X Y Y Y", 2, "one patient has 3 of 6 images: if it is none, use --patient-regex"),  # one a class
@@ -101,9 +95,6 @@ def test_patient_ids_and_placeholders(tmp_path, ids, patients, words, capsys):
     _, rows, _ = run(tmp_path / "raw", "--patient-regex p[0-9]", out="regex")
     assert {row["patient"] for row in rows} == {"p0", "p1", "p2"}
     assert "--patient-regex: 3, such as p0 in A/IM_p0.0000" in capsys.readouterr().out
-
-
-# --- what is written ---
 
 
 def test_images_are_those_of_their_rows_cut_to_the_middle(tmp_path):
@@ -192,9 +183,6 @@ def test_impossible_options(options):
     with pytest.raises(SystemExit) as error:
         preprocess.main(["--data", "r", "--out", "o", *options.split()])
     assert error.value.code == 2
-
-
-# --- what cannot be used ---
 
 
 def test_bad_files_are_all_named_in_one_run_and_left_out_by_skip_bad(tmp_path, capsys):
