@@ -86,7 +86,7 @@ def test_several_labels_are_balanced_for_the_rarest_of_an_image():
 ])  # fmt: skip
 def test_patient_ids_and_placeholders(tmp_path, ids, patients, words, capsys):
     for k, name in enumerate(ids.split(" ")):
-        path = tmp_path / "raw" / "AB"[k // 3] / f"IM_p{k % 3}.000{k}"
+        path = tmp_path / "raw" / "AB"[k // 3] / f"IM.000{k}p{k % 3}"
         dicom(path, noise(f"{k}"), PatientID=name)
     _, rows, _ = run(tmp_path / "raw")
     assert len({row["patient"] for row in rows}) == patients
@@ -94,7 +94,7 @@ def test_patient_ids_and_placeholders(tmp_path, ids, patients, words, capsys):
     assert not any(b"Doe" in path.read_bytes() for path in (tmp_path / "out").iterdir())
     _, rows, _ = run(tmp_path / "raw", "--patient-regex p[0-9]", out="regex")
     assert {row["patient"] for row in rows} == {"p0", "p1", "p2"}
-    assert "--patient-regex: 3, such as p0 in A/IM_p0.0000" in capsys.readouterr().out
+    assert "--patient-regex: 3, such as p0 in A/IM.0000p0" in capsys.readouterr().out
 
 
 def test_images_are_those_of_their_rows_cut_to_the_middle(tmp_path):
