@@ -136,8 +136,8 @@ def test_like_brings_everything_and_makes_every_row_test(tmp_path, capsys):
     assert all(external[key] == meta[key] for key in ("classes", "size", "fit", "channels"))
     assert "no image of B in fold test" in capsys.readouterr().out
     arrays = tmp_path / "m.npz"
-    np.savez(arrays, test_images=noise("m", 4, 8, 8), test_labels=np.ones((4, 1), int))
-    assert run(arrays, like, out="m")[2]["counts"] == {"test": {"A": 4}}
+    np.savez(arrays, test_images=noise("m", 4, 8, 8), test_labels=[[0], [1], [1], [1]])
+    assert run(arrays, like, out="m")[2]["counts"] == {"test": {"A": 3, "B": 1}}
     assert "classes: 0 is B, 1 is A" in capsys.readouterr().out
     foreign = draw(tmp_path / "foreign", "A/1 C/2")
     refused(r"\['A', 'C'\], expected \['B', 'A'\]", foreign, like, out="x")
