@@ -45,9 +45,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -78,12 +77,8 @@ PHOTOMETRIC = ["MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "RGB"]
 PHOTOMETRIC += ["YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"]
 # Their modality LUT leads to X-ray intensity, and not to what is shown (PS3.3 C.8.7.1.1.2).
 ANGIOGRAPHY = (uid.XRayAngiographicImageStorage, uid.XRayRadiofluoroscopicImageStorage)
-# The first bytes of a file
-MAGIC = {
-    "JPEG": b"\xff\xd8\xff",
-    "PNG": b"\x89PNG\r\n\x1a\n",
-    "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
-}
+# How a JPEG, PNG or TIFF begins
+PICTURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".dcm", ".dicom"}
 UNREAD = {".bmp", ".gif", ".heic", ".jp2", ".pgm", ".ppm", ".webp"}
 TABLES = (".csv", ".tsv", ".csv.gz")
@@ -96,15 +91,14 @@ SPLITS = {
     "val": ("val", "valid", "validate", "validation", "dev"),
     "test": ("test", "testing"),
 }
-LABEL_VALUES = {"0": 0, "1": 1, "-1": -1, "": -1}  # multi-label columns
-LABEL_TEXT = {0: "0", 1: "1", -1: ""}
-# The columns of index.csv that mean something to train.py and eval.py
+LABEL_VALUES = {"0": "0", "1": "1", "-1": "", "": ""}  # multi-label columns; "" is unknown
 # What the columns of other tables are called, to suggest a line to type
 ALIKE = {
     "image": "image|img|file|path",
     "label": "label|class|target|diagnos|dx|cancer",
     "patient": "patient|subject|lesion",
 }
+# The columns of index.csv that mean something to train.py and eval.py
 INDEX_COLUMNS = ("id", "patient", "fold", "split", "digest", "label", "source")
 FOLDS = 5
 COLOUR_LOST = "colour turned gray"
@@ -131,11 +125,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("data").add_argument
     add("--data", type=Path, required=True, metavar="RAW", help="the raw images")
     add("--out", type=Path, required=True, metavar="DIR", help="the cache to write")
-    columns = "what a table calls otherwise, such as image=image_id label=dx"
-    add("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help=columns)
+    add("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="such as label=dx")
     add("--size", type=int, help="pixels per side (default: 224; MedMNIST: as it is)")
-    fit = "the middle square, all of it between bars, or squashed (default: crop)"
-    add("--fit", choices=("crop", "pad", "squash"), help=fit)
+    add("--fit", choices=("crop", "pad", "squash"), help="how to make it square (default: crop)")
     add("--color", action="store_true", help="keep colour (default: it becomes gray)")
     add("--classes", nargs="+", metavar="NAME", help="in order, the last is the positive one")
     add("--patient-regex", type=regex, metavar="REGEX", help="finds it in a file's name, or path")
@@ -149,8 +141,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--size {args.size}, expected 8 to 4096")
     if not 0 <= args.test_fraction < 1:
         parser.error(f"--test-fraction {args.test_fraction}, expected 0 <= fraction < 1")
-    if args.like and any((args.size, args.fit, args.color, args.test_fraction)):
-        parser.error("--like brings size, fit and color, and makes every row test: omit those")
+    if args.like and any((args.size, args.fit, args.color, args.classes, args.test_fraction)):
+        parser.error("--like brings size, fit, color, classes and makes every row test: omit those")
     return args
 
 
@@ -196,7 +188,6 @@ def preprocess(args: argparse.Namespace) -> None:
         folds = assign_folds(patients, list_strata(good), splits, args.test_fraction)
         if not like and set(folds) == {"test"}:
             raise DataError(f"{args.data}: only test images; use --like TRAIN_CACHE for them")
-        note_small_validation(folds)
         overlaps = report_overlaps(good, patients)
 
         # write: index.csv, and meta.json last
@@ -263,7 +254,7 @@ class Case:
 
     id: str
     source: str  # path below RAW
-    label: str | tuple[int, ...]  # class; or 1, 0, -1 = unknown of each label
+    label: str | tuple[str, ...]  # class; or 1, 0, "" = unknown of each label
     patient: str = ""  # "" = the PatientID, else the file
     split: str = ""  # train, val, test, a fold 0 to 4, or ""
     more: dict[str, str] = field(default_factory=dict)  # further columns
@@ -274,38 +265,33 @@ class Case:
 
 
 def find_labelled(args: argparse.Namespace, like: dict) -> tuple[str, list[Case], list[str]]:
-    """The layout of RAW, its cases, and its classes in their order: with --like those of its cache.
-
-    Raises DataError if they are not what the options and the cache of --like need.
-    """
+    """The layout of RAW, its cases, and its classes in their order."""
     wanted = args.classes or like.get("classes") or []
-    layout, names, cases = find_cases(args.data, args.columns, wanted)
+    layout, labels, cases = find_cases(args.data, args.columns, wanted)
     set_by_path(cases, "patient", args.patient_regex)  # it overrules all others
     multi_label = isinstance(cases[0].label, tuple)
     if like and multi_label != like["multi_label"]:
         found = "several labels an image" if multi_label else "one label an image"
         raise DataError(f"{args.data}: {found}, unlike {args.like}")
-    order = order_labels if multi_label else order_classes
-    classes = order(args.data, names, cases, wanted)
-    if like and classes != like["classes"]:
-        raise DataError(f"--classes {classes}, but {args.like} has {like['classes']}")
     if args.test_fraction and any(case.split for case in cases):
         raise DataError(f"{args.data}: has an official split: omit --test-fraction")
-    return layout, cases, classes
+    if multi_label:
+        return layout, cases, order_labels(args.data, labels, cases, wanted)
+    return layout, cases, order_classes(args.data, cases, wanted)
 
 
 def find_cases(
     raw: Path, columns: list[str], wanted: list[str]
 ) -> tuple[str, list[str], list[Case]]:
-    """Recognise the layout of RAW: its name, classes or labels in the order of the data, cases.
+    """Recognise the layout of RAW: its name, the names of several labels an image, the cases.
 
     People rename folders, but not the tables in them. `columns` are those of --columns, `wanted`
-    the classes of --classes or --like. Raises DataError if there is no layout.
+    the classes of --classes or --like.
     """
     if not raw.exists():
         raise DataError(f"{raw}: not found")
     table = find_table(raw, "labels")
-    if columns and not table:
+    if not table and columns:
         raise DataError(f"{raw}: --columns is for tables; give --data the table itself")
     if not table and (raw.suffix == ".npz" or any(raw.glob("*.npz"))):
         return "MedMNIST", *find_medmnist(raw)
@@ -321,7 +307,7 @@ def find_cases(
         layout = "RSNA challenge"
         rows = read_rsna(raw)
     else:
-        return "class folders", *find_classes(raw, listing, wanted)
+        return "class folders", [], find_classes(raw, listing, wanted)
     labelled = [row for row in rows if any(row.get(name) for name in labels)]
     if not labelled:
         raise DataError(f"{raw}: none of the {len(rows)} rows has a label")
@@ -335,7 +321,7 @@ def find_cases(
         name = patient if layout == "RSNA challenge" else source
         more = further_columns(row, ("image", *labels))
         cases.append(Case(name, source, label, patient, choose_split(row), more))
-    return layout, labels if labels != ["label"] else sort_classes(cases), cases
+    return layout, labels, cases
 
 
 def read_rsna(raw: Path) -> list[Row]:
@@ -380,30 +366,23 @@ def find_medmnist(raw: Path) -> tuple[list[str], list[Case]]:
         counts.add(labels.shape[-1])
         highest = MAX_CLASSES - 1 if counts == {1} else 1
         is_picture = images.dtype == np.uint8 and images.shape[3:] in ((), (3,)) and images.ndim > 2
-        is_label = (
-            labels.size
-            and labels.dtype.kind in "iu"
-            and 0 <= labels.min() <= labels.max() <= highest
-        )
+        is_label = labels.dtype.kind in "iu" and np.isin(labels, np.arange(highest + 1)).all()
         if not (is_picture and is_label) or len(labels) != len(images) or len(counts) > 1:
             found = f"images {images.dtype} {images.shape}, labels {labels.dtype} {labels.shape}"
-            expected = f"uint8 (N, S, S) or (N, S, S, 3), integers (N, 1) of 0 to {highest}"
-            raise DataError(f"{path}: {split}: {found}, expected {expected}")
+            raise DataError(f"{path}: {split}: {found}, expected uint8, labels 0 to {highest}")
         for k, row in enumerate(labels.tolist()):
-            label = tuple(row) if len(row) > 1 else str(row[0])
+            label = tuple(map(str, row)) if len(row) > 1 else str(row[0])
             name = f"{split}/{k}"  # also the patient: MedMNIST names none
             cases.append(Case(name, f"{path.name}:{name}", label, name, split, pixels=images[k]))
     if not cases:
         raise DataError(f"{path}: arrays {sorted(arrays)}, expected train_images, train_labels")
-    count = max(counts) if counts != {1} else 1 + max(int(case.label) for case in cases)
-    return [str(k) for k in range(count)], cases
+    return [str(k) for k in range(max(counts))], cases
 
 
-def find_classes(raw: Path, listing: Listing, wanted: list[str]) -> tuple[list[str], list[Case]]:
+def find_classes(raw: Path, listing: Listing, wanted: list[str]) -> list[Case]:
     """RAW/CLASS/... or RAW/{train,val,test}/CLASS/...; a folder below CLASS is a patient.
 
-    Folders called images are no patients, those called masks are left out. Raises DataError if the
-    folders are none of classes, or if a table beside them names their images.
+    Folders called images are no patients, those called masks are left out.
     """
     depth = 2 if any(split_of(image.split("/")[0]) for image in listing.images) else 1
     cases = []
@@ -424,12 +403,11 @@ def find_classes(raw: Path, listing: Listing, wanted: list[str]) -> tuple[list[s
         if top:  # the folder that holds all images
             with suppress(DataError), redirect_stdout(io.StringIO()):
                 find_classes(raw / top, list_folder(raw / top), wanted)
-                command = f"--data {shlex.quote(str(raw / top))}"
-                problem = f"one folder too high? If the folders in {top} are classes: {command}"
+                problem = f"one folder too high? Use --data {shlex.quote(str(raw / top))}"
         expected = "expected a folder for each of two or more classes, or labels.csv (image,label)"
         raise DataError(f"{raw}: {problem}; {expected}; found {describe_files(listing)}")
     report_left_out(listing, {case.source for case in cases})
-    return sort_classes(cases), cases
+    return cases
 
 
 def refuse_table(raw: Path, listing: Listing) -> None:
@@ -447,10 +425,7 @@ def refuse_table(raw: Path, listing: Listing) -> None:
 def check_class_folders(
     cases: list[Case], below: dict[str, set[str]], listing: Listing, wanted: list[str]
 ) -> str:
-    """Why folders are none of classes, or "". `wanted` are classes that are known.
-
-    `below` has the folders in each class's folder.
-    """
+    """Why folders are none of classes, or ""; `below` has the folders in each."""
     classes = {case.label for case in cases}
     if not classes or (len(classes) == 1 and not classes <= set(wanted)):
         return "no folders of classes"
@@ -479,7 +454,6 @@ def choose_labels(table: Path, rows: list[Row], wanted: list[str]) -> list[str]:
     """The column label, or without it all columns that hold nothing but 0, 1, -1 and blanks.
 
     One of them that --classes names becomes the column label, of the classes no_NAME and NAME.
-    Raises DataError for an odd value among many of 0 and 1, which is a slip.
     """
     if "label" in rows[0]:
         return ["label"]
@@ -489,7 +463,7 @@ def choose_labels(table: Path, rows: list[Row], wanted: list[str]) -> list[str]:
             continue
         odd = [row for row in rows if plain_number(row[name]) not in LABEL_VALUES]
         known = sum(plain_number(row[name]) in ("0", "1") for row in rows)
-        if odd and len(odd) <= 0.05 * known:
+        if odd and len(odd) <= 0.05 * known:  # a slip
             raise DataError(f"{odd[0]['']}: {name} is {odd[0][name]!r}, expected 0, 1, -1 or blank")
         if not odd and (known or wanted):
             labels.append(name)
@@ -504,22 +478,14 @@ def choose_labels(table: Path, rows: list[Row], wanted: list[str]) -> list[str]:
     return labels
 
 
-# --- find: classes ---
+def order_classes(raw: Path, cases: list[Case], wanted: list[str]) -> list[str]:
+    """The classes in order, the last of two is the positive one; `wanted` orders or names them.
 
-
-def sort_classes(cases: list[Case]) -> list[str]:
-    """Numbers by their value, words by the alphabet."""
-    names = {case.label for case in cases}
-    are_numbers = all(re.fullmatch(r"-?\d+(\.\d+)?", name) for name in names)
-    return sorted(names, key=float if are_numbers else None)
-
-
-def order_classes(raw: Path, names: list[str], cases: list[Case], wanted: list[str]) -> list[str]:
-    """The classes in order: the last of two is the positive one.
-
-    `wanted` orders known names, or names the numbers 0, 1, ... in their order. Raises DataError if
-    there are others, or if the alphabet would make the class without a finding the positive one.
+    Raises DataError if the alphabet would make the class without a finding the positive one.
     """
+    names = sorted({case.label for case in cases})
+    if all(re.fullmatch(r"-?\d+(\.\d+)?", name) for name in names):
+        names.sort(key=float)
     spellings = {re.sub(r"[\s_.-]+", "", name).casefold() for name in names}
     if len(spellings) < len(names):  # No_Finding and "no finding"
         raise DataError(f"{raw}: two of {names} look like one class: merge or rename them")
@@ -547,21 +513,19 @@ def order_classes(raw: Path, names: list[str], cases: list[Case], wanted: list[s
 
 
 def order_labels(raw: Path, names: list[str], cases: list[Case], wanted: list[str]) -> list[str]:
-    """Of several labels an image keep the wanted ones in their order, and return them.
+    """Keep the wanted ones of several labels an image; the others become further columns.
 
-    The others become further columns. Numbers get the wanted names, if there are as many. Raises
-    DataError for names that the data do not have.
+    Numbers get the wanted names, if there are as many. Raises DataError for unknown names.
     """
     wanted = wanted or names
     if are_numbers(names, wanted) and len(wanted) == len(names):
         names = wanted
     if len(set(wanted)) != len(wanted) or len(wanted) < 2 or not set(wanted) <= set(names):
-        hint = "an empty column is a label that is unknown in all images"
-        raise DataError(f"{raw}: labels {names}, expected two or more, {wanted}; {hint}")
+        raise DataError(f"{raw}: labels {names}, expected {wanted} (if unknown, an empty column)")
     for case in cases:
         value_of = dict(zip(names, case.label, strict=True))
         case.label = tuple(value_of.pop(name) for name in wanted)
-        case.more |= {name: LABEL_TEXT[value] for name, value in value_of.items()}
+        case.more |= value_of
     return wanted
 
 
@@ -584,39 +548,38 @@ def find_table(path: Path, stem: str) -> Path | None:
 def read_rows(path: Path, columns: list[str], needed: tuple[str, ...] = ()) -> list[Row]:
     """The rows of a CSV table; `columns` are those of --columns.
 
-    Commas, semicolons or tabs separate them: what Excel's sep= says, or what the first line has
-    most of. nan, NA, None and null are empty. Raises DataError that names the line: for an open
-    quote, which would swallow all rows below, and for more fields than columns.
+    What Excel's sep= says separates them, or what the first line has most of. Strict: an open quote
+    would swallow all rows below.
     """
     text = read_text(path)
-    first, _, others = text.partition("\n")
+    first = text.partition("\n")[0]
     separator = max(",;\t", key=first.count)
-    line = 1  # where the current row begins
     if first.startswith("sep="):
         separator = first[4:5] or ","
-        text = others
-        line = 2
-    above = line - 1
     lines = io.StringIO(text, newline="")  # splitlines would cut at U+2028
     reader = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
     names = []
     rows = []
+    line = 0  # where the row above ends
     try:
         for cells in reader:
+            place = f"{path}:{line + 1}"
+            line = reader.line_num
             values = [CONTROL.sub(" ", cell).strip() for cell in cells]
+            if not any(values) or (line == 1 and values[0] == "sep="):
+                continue
             if not names:
                 names = rename_columns(path, values, columns, needed)
-                values = []
+                continue
             if any(values[len(names) :]):
-                problem = f"{len(values)} fields for {len(names)} columns"
-                raise DataError(f"{path}:{line}: {problem}; decimal commas? expected points")
+                found = f"{len(values)} fields for {len(names)} columns"
+                raise DataError(f"{place}: {found}; decimal commas? expected points")
             values = ["" if value.casefold() in BLANKS else value for value in values]
             if any(values):
-                pairs = zip_longest(names, values[: len(names)], fillvalue="")
-                rows.append(dict(pairs) | {"": f"{path}:{line}"})
-            line = above + reader.line_num + 1
+                values += [""] * len(names)
+                rows.append(dict(zip(names, values, strict=False)) | {"": place})
     except csv.Error as error:
-        raise DataError(f"{path}:{line}: {error}, expected a closing quote") from error
+        raise DataError(f"{path}:{line + 1}: {error}, expected a closing quote") from error
     if not rows:
         raise DataError(f"{path}: no rows below the names of the columns")
     return rows
@@ -624,8 +587,6 @@ def read_rows(path: Path, columns: list[str], needed: tuple[str, ...] = ()) -> l
 
 def read_text(path: Path) -> str:
     """The text of a table, plain or .gz: UTF-8, or UTF-16 by its mark. Letters are composed."""
-    if path.suffix.lower() == ".xlsx":
-        raise DataError(f"{path}: a workbook of Excel: save it as CSV UTF-8")
     data = path.read_bytes()
     if path.suffix.lower() == ".gz":
         data = gzip.decompress(data)
@@ -635,8 +596,7 @@ def read_text(path: Path) -> str:
         text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
         line = 1 + data.count(b"\n", 0, error.start)
-        problem = "letters that are not UTF-8: save the table as CSV UTF-8"
-        raise DataError(f"{path}:{line}: {problem}") from error
+        raise DataError(f"{path}:{line}: not UTF-8: save the table as CSV UTF-8") from error
     return unicodedata.normalize("NFC", text).replace("\0", "")
 
 
@@ -645,10 +605,10 @@ def rename_columns(
 ) -> list[str]:
     """The columns of a table by the names of --columns; another one so called is table_NAME."""
     new = {}
-    for text in columns:
-        name, is_pair, column = unicodedata.normalize("NFC", text).partition("=")
-        if not is_pair:
-            raise DataError(f"--columns {text}: expected NAME=COLUMN")
+    for pair in columns:
+        name, _, column = unicodedata.normalize("NFC", pair).partition("=")
+        if not column:  # the empty name is that of pandas' row numbers
+            raise DataError(f"--columns {pair}: expected NAME=COLUMN")
         new[column] = name
     names = [new.get(name, f"table_{name}" if name in new.values() else name) for name in names]
     missing = [name for name in (*new.values(), *needed) if name not in names]
@@ -688,7 +648,7 @@ def choose_split(row: Row) -> str:
     split = row.get("split", "")
     is_known = fold in ("", "0", "1", "2", "3", "4", "test") and (not split or split_of(split))
     if not is_known or (fold and split):
-        expected = "expected a fold of 0 to 4 or test, or a split of train, val or test"
+        expected = "expected fold 0 to 4 or test, or split train, val or test"
         raise DataError(f"{row['']}: fold {fold!r} and split {split!r}, {expected}")
     return fold or split_of(split)
 
@@ -706,7 +666,7 @@ def match_rows(rows: list[Row], decisive: tuple[str, ...], listing: Listing) -> 
     """The row of every image that their column `image` names, by the image's path.
 
     Raises DataError for a name that fits several images, and for rows of one image that differ in
-    the `decisive` columns. Rows without an image and repeated ones are left out, with a note.
+    the `decisive` columns.
     """
     places = locate({row["image"] for row in rows}, listing.images)
     matched = {}
@@ -784,7 +744,7 @@ def list_folder(folder: Path) -> Listing:
 
     def walk(below: Path, above: tuple[str, ...]) -> None:
         kind = listing.closed
-        try:
+        with suppress(OSError):  # no permission
             if below.is_file():
                 is_image = below.suffix.lower() in SUFFIXES or image_kind(below)
                 kind = listing.images if is_image else listing.others
@@ -794,8 +754,6 @@ def list_folder(folder: Path) -> Listing:
                     if not name.startswith(".") and name != "__MACOSX":
                         walk(below / name, above)
                 return
-        except OSError:  # no permission
-            kind = listing.closed
         kind.append(below.relative_to(folder).as_posix())
 
     walk(folder, ())
@@ -809,10 +767,7 @@ def list_folder(folder: Path) -> Listing:
 
 
 def list_images(paths: list[Path]) -> dict[str, Path]:
-    """Files, and all images below folders, by their paths below what was given; others are counted.
-
-    Raises DataError for a folder without any image, and for two of one name.
-    """
+    """Files, and all images below folders, by their paths below what was given."""
     files = {}
     for path in paths:
         images = {path.name: path}
@@ -829,17 +784,14 @@ def list_images(paths: list[Path]) -> dict[str, Path]:
 
 
 def image_kind(path: Path) -> str:
-    """What a file is by its first bytes: DICOM, JPEG, PNG, TIFF, or "" for anything else."""
-    if path.name.upper() == "DICOMDIR":  # the contents of an export
-        return ""
+    """What a file is by its first bytes: DICOM, picture (JPEG, PNG, TIFF), or "" for others."""
     with open(path, "rb") as file:
         head = file.read(132)
     # PS3.10 7.1: 128 bytes, which may begin a TIFF, then DICM. Some writers leave the former out.
     if b"DICM" in (head[128:], head[:4]):
         return "DICOM"
-    for kind, starts in MAGIC.items():
-        if head.startswith(starts):
-            return kind
+    if head.startswith(PICTURES):
+        return "picture"
     # A bare data set (older archives) begins with group 0002 or 0008 and a VR or a short length.
     starts_a_group = head[:2] in (b"\x02\0", b"\x08\0", b"\0\x08")
     has_vr = head[4:6].isalpha() and head[4:6].isupper()
@@ -872,22 +824,20 @@ def report_left_out(listing: Listing, used: Collection[str]) -> None:
 
 
 def set_by_path(cases: list[Case], name: str, regex: re.Pattern | None) -> None:
-    """Set the patient, or the site, of every case to what --NAME-regex finds: group 1, or all.
-
-    In the file's name, or else in its path. Raises DataError for a path in which it finds nothing.
-    """
-    for case in cases if regex else []:
+    """Set the patient, or the site, to what --NAME-regex finds in a file's name, else its path."""
+    if not regex:
+        return
+    for case in cases:
         match = regex.search(case.source.rpartition("/")[2]) or regex.search(case.source)
-        value = (match.groups() or (match.group(),))[0] if match else None
+        value = match and match[min(1, regex.groups)]
         if not value:
             raise DataError(f"--{name}-regex {regex.pattern} finds nothing in {case.source}")
         setattr(case, name, value)
-    if regex:
-        values = [getattr(case, name) for case in cases]
-        print(f"--{name}-regex: {len(set(values))}, such as {values[0]} in {cases[0].source}")
+    values = {getattr(case, name) for case in cases}
+    print(f"--{name}-regex: {len(values)}, such as {getattr(cases[0], name)} in {cases[0].source}")
 
 
-# --- read: the loop ---
+# --- read: the loop, and one case ---
 
 
 def write_images(
@@ -901,8 +851,10 @@ def write_images(
     good = []
     bad = []
     notes = []
+    header = {"descr": "|u1", "fortran_order": False}
+    write_header = np.lib.format.write_array_header_1_0
     with open(path, "wb") as file:
-        write_header(file, (len(cases), *shape))
+        write_header(file, header | {"shape": (len(cases), *shape)})
         for case, result in zip(cases, in_threads(load_case, cases, workers), strict=True):
             if isinstance(result, DataError):
                 bad.append((case.source, str(result)))
@@ -911,16 +863,10 @@ def write_images(
             file.write(image.tobytes())
             good.append(case)
             notes.extend((case.source, note) for note in image_notes)
-        write_header(file, (len(good), *shape))  # some may have been bad
+        file.seek(0)  # numpy leaves room for another count: some may have been bad
+        write_header(file, header | {"shape": (len(good), *shape)})
     report_notes(notes)
     return good, bad
-
-
-def write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
-    """Write the header of an .npy file of uint8: numpy leaves room for another count."""
-    file.seek(0)
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
 
 
 def in_threads(function: Callable, items: list, workers: int) -> Iterator:
@@ -947,19 +893,16 @@ def refuse_bad(folder: Path, bad: list[tuple[str, str]], total: int, skip_bad: b
 
 
 def report_bad(bad: list[tuple[str, str]]) -> None:
-    """Print why each file cannot be used; of more than 5 alike the first, and their number.
-
-    `bad` are pairs of source and a message that begins with the path.
-    """
+    """Print why each (source, reason) cannot be used; of more than 5 alike the first."""
     for alike in group_alike(bad):
-        lines = [one_line(message) for _, message in alike]
+        lines = [one_line(reason) for _, reason in alike]
         if len(lines) > 5:
             lines = [f"{lines[0]} (and {len(lines) - 1} more files)"]
         print(*lines, sep="\n", file=sys.stderr)
 
 
 def report_notes(notes: list[tuple[str, str]]) -> None:
-    """Print what was passed over in reading, once for each kind: `notes` are (source, note)."""
+    """Print (source, note) of what was changed in reading, once for each kind."""
     for alike in group_alike(notes):
         source, note = alike[0]
         print(f"note: {len(alike)} images: {note}, such as {source}")
@@ -973,14 +916,8 @@ def group_alike(messages: list[tuple[str, str]]) -> list[list[tuple[str, str]]]:
     return list(alike.values())
 
 
-# --- read: one case ---
-
-
 def load(case: Case, raw: Path, size: int, fit: str, channels: int) -> Noted | DataError:
-    """Read and resize one case: uint8 (size, size) or (size, size, 3) and notes, or why not.
-
-    Fills what a case learns by reading: the hashes of its pixels and its PatientID.
-    """
+    """Read and resize one case, and fill what it learns by that; or why it cannot be used."""
     if CONTROL.search(case.source):
         return DataError(f"{case.source}: control characters, or no UTF-8, in the name: rename it")
     try:
@@ -1018,42 +955,31 @@ def prepare_image(picture: Picture, size: int, fit: str, channels: int) -> Noted
 
 
 def read_image(path: Path) -> Picture:
-    """Read any supported file as it is meant to be shown, whatever its suffix.
-
-    Raises DataError that names the file for whatever keeps it from being one gray picture with
-    content.
-    """
+    """Read any file as it is meant to be shown; DataError if it is not one picture with content."""
     try:
         if not path.is_file():
             raise DataError(f"{path}: not a file")
         kind = image_kind(path)
         if not kind:
             raise DataError(f"{path}: neither DICOM nor JPEG, PNG or TIFF, by its first bytes")
-        picture = read_dicom(path) if kind == "DICOM" else read_raster(path, kind)
+        picture = read_dicom(path) if kind == "DICOM" else read_raster(path)
     except DataError:
         raise
     except Exception as error:  # anything that Pillow or pydicom raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        if "plugin" in reason:
-            reason += "; try: pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
-        raise DataError(f"{path}: {reason}") from error
+        reason = " ".join(str(error).split())  # pydicom names the decoder that lacks
+        raise DataError(f"{path}: {type(error).__name__}: {reason}") from error
     if not picture.gray.min() < picture.gray.max():  # also true for NaN
         raise DataError(f"{path}: no contrast, all pixels have one value (or some are NaN)")
     return picture
 
 
 def read_dicom(path: Path) -> Picture:
-    """Read a single-frame DICOM image as it is meant to be shown (PS3.3 C.7.6.3, C.11.1, C.11.2).
-
-    Modality LUT or rescale, then VOI LUT or window. Without a window, up to 8 bits keep their range
-    and deeper data are stretched from the 0.5 to the 99.5 percentile, padding left out.
-    """
+    """Read a single-frame DICOM image as it is meant to be shown (PS3.3 C.7.6.3, C.11)."""
     ds = open_dicom(path)
     check_header(ds, path)  # before pixels are decoded
     pixels, padding = stored_pixels(ds)
     if pixels.shape[:2] != (ds.Rows, ds.Columns):
-        expected = (ds.Rows, ds.Columns)
-        raise DataError(f"{path}: pixels {pixels.shape}, expected a single image {expected}")
+        raise DataError(f"{path}: pixels {pixels.shape}, expected a single image")
     digest = hash_pixels(pixels)
     highest = 2**ds.BitsStored - 1
     if ds.PhotometricInterpretation == "PALETTE COLOR":
@@ -1161,9 +1087,9 @@ def stored_pixels(ds: Dataset) -> tuple[np.ndarray, np.ndarray]:
 def find_padding(ds: Dataset, pixels: np.ndarray, container: np.ndarray) -> np.ndarray:
     """Where gray pixels (H, W) are padding (PS3.3 C.7.5.1.1.2), bool (H, W).
 
-    The VR is "US or SS", and files have the wrong one of them: the same bits are read again with
-    the sign of the pixels (65535 stored as -1, or -2000 stored as 63536). They may use bits that an
-    image may not, so that they are looked for in the `container` as well.
+    The VR is "US or SS", and files have the wrong one: the same bits are read with the sign of the
+    pixels (65535 stored as -1, or -2000 stored as 63536). They may use bits that an image may not,
+    so that they are looked for in the `container` as well.
     """
     nowhere = np.zeros(pixels.shape[:2], bool)
     value = number(ds, "PixelPaddingValue", math.nan)
@@ -1215,11 +1141,10 @@ def stored_range(ds: Dataset) -> np.ndarray:
 def read_lut(
     ds: Dataset, keyword: str, inputs: np.ndarray, path: Path
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Inputs and outputs of a sequence's first LUT (PS3.3 C.11.1.1.1, C.11.2.1.1), for np.interp.
+    """Inputs and outputs of a sequence's first LUT (PS3.3 C.11.1.1.1, C.11.2.1.1), None without.
 
     By hand: pydicom 3.0.2 wraps with 8-bit entries and more than 256 of them. `inputs` are the
-    values that it can be asked for. Returns None without a LUT; raises DataError for one that lacks
-    more than one entry, which repeats the last.
+    values that it can be asked for. Raises DataError if more than the last entry lacks.
     """
     item = (ds.get(keyword) or [{}])[0]  # some leave it empty
     if not (item.get("LUTDescriptor") and item.get("LUTData")):
@@ -1235,12 +1160,9 @@ def read_lut(
         entries = entries.view(np.uint8)  # two entries a word
     if len(entries) < count - 1:
         raise DataError(f"{path}: {keyword} has {len(entries)} entries, expected {count}")
-    # The VR is "US or SS" as well: the same bits with the sign of the inputs, then with the other.
-    unsigned = first % 2**16
-    signed = (unsigned + 2**15) % 2**16 - 2**15
-    first, other = (signed, unsigned) if inputs.min() < 0 else (unsigned, signed)
-    if first > inputs.max() or first + count <= inputs.min():
-        first = other
+    first %= 2**16
+    if inputs.min() < 0 and first >= 2**15:  # "US or SS" as well: it has the sign of the inputs
+        first -= 2**16
     return np.arange(first, first + count), np.append(entries, entries[-1])[:count]
 
 
@@ -1254,9 +1176,9 @@ def display_values(
     center = number(ds, "WindowCenter", math.nan)
     width = number(ds, "WindowWidth", math.nan)
     function = str(ds.get("VOILUTFunction") or "").strip().upper()
-    # C.11.2.1.2.1 wants a width of at least 1, C.11.2.1.3.2 one above 0.
-    narrowest = 1e-9 if function in ("LINEAR_EXACT", "SIGMOID") else 1
-    has_window = not math.isnan(center) and width >= narrowest
+    # In a linear window (C.11.2.1.2.1) 1 is a threshold: one gray level would be left.
+    narrowest = 0 if function in ("LINEAR_EXACT", "SIGMOID") else 1
+    has_window = not math.isnan(center) and width > narrowest
     if not has_window and ds.get("WindowCenter") is not None:
         notes.append("window passed over: no number, or too narrow")
     is_plain = table is None and not has_window
@@ -1293,8 +1215,6 @@ def apply_window(values: np.ndarray, center: float, width: float, function: str)
         return 1 / (1 + np.exp(-scaled.clip(-80, 80)))  # exp(89) overflows
     if function == "LINEAR_EXACT":
         return stretch(values, center - width / 2, center + width / 2)
-    if width == 1:
-        return (values > center - 0.5).astype(np.float32)
     # Half a pixel and one value less: the lowest and the highest of `width` whole numbers
     return stretch(values, center - width / 2, center + width / 2 - 1)
 
@@ -1322,14 +1242,11 @@ def pixel_spacing(ds: Dataset) -> tuple[float, ...]:
     return ()
 
 
-def read_raster(path: Path, kind: str) -> Picture:
-    """Read a JPEG, PNG or TIFF, turned as its orientation tag says: what viewers show.
-
-    Up to 8 bits keep their range, deeper data are stretched from the 0.5 to the 99.5 percentile.
-    """
+def read_raster(path: Path) -> Picture:
+    """Read a JPEG, PNG or TIFF, turned as its orientation tag says: what viewers show."""
     notes = []
     # As a file object: opened by path, Pillow >= 11 scrambles an uncompressed TIFF that it turns.
-    with open(path, "rb") as file, Image.open(file, formats=[kind]) as image:
+    with open(path, "rb") as file, Image.open(file, formats=["JPEG", "PNG", "TIFF"]) as image:
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":  # phones add a preview
             raise DataError(f"{path}: {frames} frames, expected a single image")
@@ -1338,7 +1255,7 @@ def read_raster(path: Path, kind: str) -> Picture:
         bits = 16 if ";16" in str(image.tile) else max(tags.get(Tag.BitsPerSample, (8,)))
         sample = tags.get(Tag.SampleFormat, (1,))[0]
         if (bits > 8 and image.mode[0] not in "IF") or (bits, sample) in ((8, 2), (32, 1)):
-            found = f"{kind} with {image.mode} of {bits} bits (sample format {sample})"
+            found = f"{image.format} with {image.mode} of {bits} bits (sample format {sample})"
             raise DataError(f"{path}: {found}, expected 8, or 16 of gray")
         # WhiteIsZero, which Pillow heeds in 8 bits only
         is_inverse = tags.get(Tag.PhotometricInterpretation) == 0
@@ -1363,8 +1280,7 @@ def read_raster(path: Path, kind: str) -> Picture:
 def resize(picture: np.ndarray, size: int, fit: str) -> np.ndarray:
     """Resize (H, W), uint8 or float32 in 0..1, with antialiasing to uint8 (size, size).
 
-    What is not square: "crop" takes the middle square, "pad" keeps the proportions between black
-    bars, "squash" does not.
+    "crop" takes the middle square, "pad" adds black bars, "squash" changes the proportions.
     """
     height, width = picture.shape
     new_height = new_width = size
@@ -1402,16 +1318,15 @@ def choose_patients(cases: list[Case]) -> list[str]:
     is_placeholder = len(ids) == 1 < ids.total()
     if is_placeholder:
         print("note: one PatientID stands in every file, so it names no patient: each is one")
-    stems = Counter(strip_suffix(case.source).rpartition("/")[2] for case in cases)
+    files = [strip_suffix(case.source) for case in cases]
+    names = [file.rpartition("/")[2] for file in files]
+    counts = Counter(names)
     patients = []
     alone = 0  # images that nothing says the patient of
-    for case in cases:
-        stem = strip_suffix(case.source)
-        name = stem.rpartition("/")[2]
-        file = name if stems[name] == 1 else stem
+    for case, file, name in zip(cases, files, names, strict=True):
         patient = case.patient or ("" if is_placeholder else case.patient_id)
         alone += not patient
-        patients.append(patient or file)
+        patients.append(patient or (name if counts[name] == 1 else file))
     if alone:
         print(f"note: {alone} images name no patient, so each is one (or use --patient-regex)")
     largest = max(Counter(patients).values())
@@ -1483,25 +1398,14 @@ def assign_folds(
     return [given[split] if split in given else fold_of[group] for group, split in pairs]
 
 
-def note_small_validation(folds: list[str]) -> None:
-    """Say that the official validation set, fold 0, is too small to choose by, if it is.
-
-    The paediatric X-rays of Kermany et al. come with one of 16 images, beside 5,216 to train on.
-    """
-    counts = Counter(folds)
-    if 0 < 4 * counts["0"] < counts["1"]:
-        few = f"fold 0 has, as given, only {counts['0']} of {len(folds)}: too few to choose by"
-        print(f"note: {few}; train.py --fold 1 validates on {counts['1']}")
-
-
 def list_strata(cases: list[Case]) -> list[str]:
     """What folds are balanced for: the label, of several the rarest that an image has."""
     if not isinstance(cases[0].label, tuple):
         return [case.label for case in cases]
-    counts = np.sum([np.equal(case.label, 1) for case in cases], axis=0)
+    counts = np.sum([np.array(case.label) == "1" for case in cases], axis=0)
     strata = []
     for case in cases:
-        positive = [k for k, value in enumerate(case.label) if value == 1]
+        positive = [k for k, value in enumerate(case.label) if value == "1"]
         strata.append(str(min(positive, key=counts.__getitem__, default="none")))
     return strata
 
@@ -1541,12 +1445,11 @@ def write_index(
         # The order is that of images.npy: row k is image k.
         for case, fold, patient in zip(cases, folds, patients, strict=True):
             split = case.split if case.split in SPLITS else ""
-            labels = map(LABEL_TEXT.get, case.label) if multi_label else [case.label]
+            labels = case.label if multi_label else [case.label]
             place = (case.id, patient, fold, split, case.digest)
             writer.writerow((*place, *labels, *case.more.values(), case.source))
-            values = case.label if multi_label else [name == case.label for name in classes]
-            pairs = zip(classes, values, strict=True)
-            counts[fold].update(name for name, value in pairs if value == 1)
+            present = [name for name, value in zip(columns, labels, strict=True) if value == "1"]
+            counts[fold].update(present if multi_label else labels)
     for fold in sorted(counts):
         cells = [f"{counts[fold][name]:8d} {name}" for name in classes]
         print(f"fold {fold:5}" + "".join(cells))
@@ -1554,6 +1457,10 @@ def write_index(
         lacking = [fold for fold in sorted(counts) if not counts[fold][name]]
         if lacking:
             print(f"note: no image of {name} in fold {', '.join(lacking)}")
+    sizes = Counter(folds)
+    if 0 < 4 * sizes["0"] < sizes["1"]:  # 16 of 5,232 paediatric X-rays (Kermany et al.)
+        few = f"fold 0 has, as given, only {sizes['0']} of {len(folds)}: too few to choose by"
+        print(f"note: {few}; train.py --fold 1 validates on {sizes['1']}")
     return {fold: dict(counts[fold]) for fold in sorted(counts)}
 
 

@@ -41,11 +41,11 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -76,12 +76,8 @@ PHOTOMETRIC = ["MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "RGB"]
 PHOTOMETRIC += ["YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"]
 # Their modality LUT leads to X-ray intensity, and not to what is shown (PS3.3 C.8.7.1.1.2).
 ANGIOGRAPHY = (uid.XRayAngiographicImageStorage, uid.XRayRadiofluoroscopicImageStorage)
-# The first bytes of a file
-MAGIC = {
-    "JPEG": b"\xff\xd8\xff",
-    "PNG": b"\x89PNG\r\n\x1a\n",
-    "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
-}
+# How a JPEG, PNG or TIFF begins
+PICTURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".dcm", ".dicom"}
 UNREAD = {".bmp", ".gif", ".heic", ".jp2", ".pgm", ".ppm", ".webp"}
 TABLES = (".csv", ".tsv", ".csv.gz")
@@ -119,8 +115,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("data").add_argument
     add("--data", type=Path, required=True, metavar="RAW", help="the raw images and boxes")
     add("--out", type=Path, required=True, metavar="DIR", help="the cache to write")
-    columns = "what a table calls otherwise, such as image=file xmin=x1"
-    add("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help=columns)
+    add("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="such as xmin=x1")
     add("--size", type=int, help="pixels per side (default: 224)")
     add("--patient-regex", type=regex, metavar="REGEX", help="finds it in a file's name, or path")
     add("--site-regex", type=regex, metavar="REGEX", help="finds the site (a hospital, say) there")
@@ -268,10 +263,7 @@ class Case:
 
 
 def find_cases(raw: Path, columns: list[str]) -> tuple[str, list[Case], list[tuple[str, str]]]:
-    """Recognise the layout of RAW: its name, the cases, and (source, reason) of what cannot be one.
-
-    Raises DataError if there is none, or if the boxes are fractions.
-    """
+    """Recognise the layout of RAW: its name, the cases, and (source, reason) of what is none."""
     if not raw.exists():
         raise DataError(f"{raw}: not found")
     table = find_table(raw, "boxes")
@@ -286,8 +278,9 @@ def find_cases(raw: Path, columns: list[str]) -> tuple[str, list[Case], list[tup
     rows = read_rows(table, columns, ("image", *BOX))
     numbers = [read_number(row[name]) for row in rows for name in BOX]
     if all(0 <= number <= 1 for number in numbers):
-        problem = "all boxes lie within 0 to 1, so these are fractions"
-        raise DataError(f"{table}: {problem}: multiply them by width and height of the images")
+        raise DataError(
+            f"{table}: all boxes within 0 to 1 are fractions: multiply them by the size"
+        )
     if (table.parent / "images").is_dir():  # in other folders no images can be meant
         inside = [image for image in listing.images if image.startswith("images/")]
         listing = listing._replace(images=inside)
@@ -337,39 +330,38 @@ def find_table(path: Path, stem: str) -> Path | None:
 def read_rows(path: Path, columns: list[str], needed: tuple[str, ...] = ()) -> list[Row]:
     """The rows of a CSV table; `columns` are those of --columns.
 
-    Commas, semicolons or tabs separate them: what Excel's sep= says, or what the first line has
-    most of. nan, NA, None and null are empty. Raises DataError that names the line: for an open
-    quote, which would swallow all rows below, and for more fields than columns.
+    What Excel's sep= says separates them, or what the first line has most of. Strict: an open quote
+    would swallow all rows below.
     """
     text = read_text(path)
-    first, _, others = text.partition("\n")
+    first = text.partition("\n")[0]
     separator = max(",;\t", key=first.count)
-    line = 1  # where the current row begins
     if first.startswith("sep="):
         separator = first[4:5] or ","
-        text = others
-        line = 2
-    above = line - 1
     lines = io.StringIO(text, newline="")  # splitlines would cut at U+2028
     reader = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
     names = []
     rows = []
+    line = 0  # where the row above ends
     try:
         for cells in reader:
+            place = f"{path}:{line + 1}"
+            line = reader.line_num
             values = [CONTROL.sub(" ", cell).strip() for cell in cells]
+            if not any(values) or (line == 1 and values[0] == "sep="):
+                continue
             if not names:
                 names = rename_columns(path, values, columns, needed)
-                values = []
+                continue
             if any(values[len(names) :]):
-                problem = f"{len(values)} fields for {len(names)} columns"
-                raise DataError(f"{path}:{line}: {problem}; decimal commas? expected points")
+                found = f"{len(values)} fields for {len(names)} columns"
+                raise DataError(f"{place}: {found}; decimal commas? expected points")
             values = ["" if value.casefold() in BLANKS else value for value in values]
             if any(values):
-                pairs = zip_longest(names, values[: len(names)], fillvalue="")
-                rows.append(dict(pairs) | {"": f"{path}:{line}"})
-            line = above + reader.line_num + 1
+                values += [""] * len(names)
+                rows.append(dict(zip(names, values, strict=False)) | {"": place})
     except csv.Error as error:
-        raise DataError(f"{path}:{line}: {error}, expected a closing quote") from error
+        raise DataError(f"{path}:{line + 1}: {error}, expected a closing quote") from error
     if not rows:
         raise DataError(f"{path}: no rows below the names of the columns")
     return rows
@@ -377,8 +369,6 @@ def read_rows(path: Path, columns: list[str], needed: tuple[str, ...] = ()) -> l
 
 def read_text(path: Path) -> str:
     """The text of a table, plain or .gz: UTF-8, or UTF-16 by its mark. Letters are composed."""
-    if path.suffix.lower() == ".xlsx":
-        raise DataError(f"{path}: a workbook of Excel: save it as CSV UTF-8")
     data = path.read_bytes()
     if path.suffix.lower() == ".gz":
         data = gzip.decompress(data)
@@ -388,8 +378,7 @@ def read_text(path: Path) -> str:
         text = data.decode("utf-16" if is_utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
         line = 1 + data.count(b"\n", 0, error.start)
-        problem = "letters that are not UTF-8: save the table as CSV UTF-8"
-        raise DataError(f"{path}:{line}: {problem}") from error
+        raise DataError(f"{path}:{line}: not UTF-8: save the table as CSV UTF-8") from error
     return unicodedata.normalize("NFC", text).replace("\0", "")
 
 
@@ -398,10 +387,10 @@ def rename_columns(
 ) -> list[str]:
     """The columns of a table by the names of --columns; another one so called is table_NAME."""
     new = {}
-    for text in columns:
-        name, is_pair, column = unicodedata.normalize("NFC", text).partition("=")
-        if not is_pair:
-            raise DataError(f"--columns {text}: expected NAME=COLUMN")
+    for pair in columns:
+        name, _, column = unicodedata.normalize("NFC", pair).partition("=")
+        if not column:  # the empty name is that of pandas' row numbers
+            raise DataError(f"--columns {pair}: expected NAME=COLUMN")
         new[column] = name
     names = [new.get(name, f"table_{name}" if name in new.values() else name) for name in names]
     missing = [name for name in (*new.values(), *needed) if name not in names]
@@ -441,7 +430,7 @@ def choose_split(row: Row) -> str:
     split = row.get("split", "")
     is_known = fold in ("", "0", "1", "2", "3", "4", "test") and (not split or split_of(split))
     if not is_known or (fold and split):
-        expected = "expected a fold of 0 to 4 or test, or a split of train, val or test"
+        expected = "expected fold 0 to 4 or test, or split train, val or test"
         raise DataError(f"{row['']}: fold {fold!r} and split {split!r}, {expected}")
     return fold or split_of(split)
 
@@ -459,7 +448,7 @@ def match_rows(rows: list[Row], decisive: tuple[str, ...], listing: Listing) -> 
     """The row of every image that their column `image` names, by the image's path.
 
     Raises DataError for a name that fits several images, and for rows of one image that differ in
-    the `decisive` columns. Rows without an image and repeated ones are left out, with a note.
+    the `decisive` columns.
     """
     places = locate({row["image"] for row in rows}, listing.images)
     matched = {}
@@ -537,7 +526,7 @@ def list_folder(folder: Path) -> Listing:
 
     def walk(below: Path, above: tuple[str, ...]) -> None:
         kind = listing.closed
-        try:
+        with suppress(OSError):  # no permission
             if below.is_file():
                 is_image = below.suffix.lower() in SUFFIXES or image_kind(below)
                 kind = listing.images if is_image else listing.others
@@ -547,8 +536,6 @@ def list_folder(folder: Path) -> Listing:
                     if not name.startswith(".") and name != "__MACOSX":
                         walk(below / name, above)
                 return
-        except OSError:  # no permission
-            kind = listing.closed
         kind.append(below.relative_to(folder).as_posix())
 
     walk(folder, ())
@@ -562,10 +549,7 @@ def list_folder(folder: Path) -> Listing:
 
 
 def list_images(paths: list[Path]) -> dict[str, Path]:
-    """Files, and all images below folders, by their paths below what was given; others are counted.
-
-    Raises DataError for a folder without any image, and for two of one name.
-    """
+    """Files, and all images below folders, by their paths below what was given."""
     files = {}
     for path in paths:
         images = {path.name: path}
@@ -582,17 +566,14 @@ def list_images(paths: list[Path]) -> dict[str, Path]:
 
 
 def image_kind(path: Path) -> str:
-    """What a file is by its first bytes: DICOM, JPEG, PNG, TIFF, or "" for anything else."""
-    if path.name.upper() == "DICOMDIR":  # the contents of an export
-        return ""
+    """What a file is by its first bytes: DICOM, picture (JPEG, PNG, TIFF), or "" for others."""
     with open(path, "rb") as file:
         head = file.read(132)
     # PS3.10 7.1: 128 bytes, which may begin a TIFF, then DICM. Some writers leave the former out.
     if b"DICM" in (head[128:], head[:4]):
         return "DICOM"
-    for kind, starts in MAGIC.items():
-        if head.startswith(starts):
-            return kind
+    if head.startswith(PICTURES):
+        return "picture"
     # A bare data set (older archives) begins with group 0002 or 0008 and a VR or a short length.
     starts_a_group = head[:2] in (b"\x02\0", b"\x08\0", b"\0\x08")
     has_vr = head[4:6].isalpha() and head[4:6].isupper()
@@ -625,22 +606,20 @@ def report_left_out(listing: Listing, used: Collection[str]) -> None:
 
 
 def set_by_path(cases: list[Case], name: str, regex: re.Pattern | None) -> None:
-    """Set the patient, or the site, of every case to what --NAME-regex finds: group 1, or all.
-
-    In the file's name, or else in its path. Raises DataError for a path in which it finds nothing.
-    """
-    for case in cases if regex else []:
+    """Set the patient, or the site, to what --NAME-regex finds in a file's name, else its path."""
+    if not regex:
+        return
+    for case in cases:
         match = regex.search(case.source.rpartition("/")[2]) or regex.search(case.source)
-        value = (match.groups() or (match.group(),))[0] if match else None
+        value = match and match[min(1, regex.groups)]
         if not value:
             raise DataError(f"--{name}-regex {regex.pattern} finds nothing in {case.source}")
         setattr(case, name, value)
-    if regex:
-        values = [getattr(case, name) for case in cases]
-        print(f"--{name}-regex: {len(set(values))}, such as {values[0]} in {cases[0].source}")
+    values = {getattr(case, name) for case in cases}
+    print(f"--{name}-regex: {len(values)}, such as {getattr(cases[0], name)} in {cases[0].source}")
 
 
-# --- read: the loop ---
+# --- read: the loop, and one case ---
 
 
 def write_images(
@@ -654,8 +633,10 @@ def write_images(
     good = []
     bad = []
     notes = []
+    header = {"descr": "|u1", "fortran_order": False}
+    write_header = np.lib.format.write_array_header_1_0
     with open(path, "wb") as file:
-        write_header(file, (len(cases), *shape))
+        write_header(file, header | {"shape": (len(cases), *shape)})
         for case, result in zip(cases, in_threads(load_case, cases, workers), strict=True):
             if isinstance(result, DataError):
                 bad.append((case.source, str(result)))
@@ -664,16 +645,10 @@ def write_images(
             file.write(image.tobytes())
             good.append(case)
             notes.extend((case.source, note) for note in image_notes)
-        write_header(file, (len(good), *shape))  # some may have been bad
+        file.seek(0)  # numpy leaves room for another count: some may have been bad
+        write_header(file, header | {"shape": (len(good), *shape)})
     report_notes(notes)
     return good, bad
-
-
-def write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
-    """Write the header of an .npy file of uint8: numpy leaves room for another count."""
-    file.seek(0)
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
 
 
 def in_threads(function: Callable, items: list, workers: int) -> Iterator:
@@ -700,19 +675,16 @@ def refuse_bad(folder: Path, bad: list[tuple[str, str]], total: int, skip_bad: b
 
 
 def report_bad(bad: list[tuple[str, str]]) -> None:
-    """Print why each file cannot be used; of more than 5 alike the first, and their number.
-
-    `bad` are pairs of source and a message that begins with the path.
-    """
+    """Print why each (source, reason) cannot be used; of more than 5 alike the first."""
     for alike in group_alike(bad):
-        lines = [one_line(message) for _, message in alike]
+        lines = [one_line(reason) for _, reason in alike]
         if len(lines) > 5:
             lines = [f"{lines[0]} (and {len(lines) - 1} more files)"]
         print(*lines, sep="\n", file=sys.stderr)
 
 
 def report_notes(notes: list[tuple[str, str]]) -> None:
-    """Print what was passed over in reading, once for each kind: `notes` are (source, note)."""
+    """Print (source, note) of what was changed in reading, once for each kind."""
     for alike in group_alike(notes):
         source, note = alike[0]
         print(f"note: {len(alike)} images: {note}, such as {source}")
@@ -726,15 +698,8 @@ def group_alike(messages: list[tuple[str, str]]) -> list[list[tuple[str, str]]]:
     return list(alike.values())
 
 
-# --- read: one case ---
-
-
 def load(case: Case, raw: Path, size: int) -> Noted | DataError:
-    """Read and resize one case: uint8 (size, size) and notes, or why it cannot be used.
-
-    Fills what a case learns by reading: size, spacing, the hashes of its pixels and its PatientID,
-    the moments. The box becomes one in pixels of the original image as it is shown.
-    """
+    """Read and resize one case, and fill what it learns by that; or why it cannot be used."""
     if CONTROL.search(case.source):
         return DataError(f"{case.source}: control characters, or no UTF-8, in the name: rename it")
     try:
@@ -760,59 +725,40 @@ def load(case: Case, raw: Path, size: int) -> Noted | DataError:
 
 
 def prepare(picture: np.ndarray, size: int) -> np.ndarray:
-    """What the network sees of a picture (H, W), uint8 or float32: stretched, then resized.
-
-    To uint8 (size, size). Scanners differ in range far more than hearts do: 1 % of the pixels on
-    either side (borders, labels) clip.
-    """
-    low, high = np.percentile(picture, (1, 99))
-    if picture.dtype == np.uint8:
-        gray = stretch(np.arange(256.0), low, high)[picture]
-    else:
-        gray = stretch(picture, low, high)
-    return resize(gray, size, "squash")
+    """What the network sees of a picture (H, W), uint8 or float32: uint8 (size, size)."""
+    # Scanners differ in range far more than hearts do: 1 % on either side (borders, labels) clip.
+    return resize(stretch(picture, *np.percentile(picture, (1, 99))), size, "squash")
 
 
 # --- read: one file. The same text in classification/ and detection/ ---
 
 
 def read_image(path: Path) -> Picture:
-    """Read any supported file as it is meant to be shown, whatever its suffix.
-
-    Raises DataError that names the file for whatever keeps it from being one gray picture with
-    content.
-    """
+    """Read any file as it is meant to be shown; DataError if it is not one picture with content."""
     try:
         if not path.is_file():
             raise DataError(f"{path}: not a file")
         kind = image_kind(path)
         if not kind:
             raise DataError(f"{path}: neither DICOM nor JPEG, PNG or TIFF, by its first bytes")
-        picture = read_dicom(path) if kind == "DICOM" else read_raster(path, kind)
+        picture = read_dicom(path) if kind == "DICOM" else read_raster(path)
     except DataError:
         raise
     except Exception as error:  # anything that Pillow or pydicom raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        if "plugin" in reason:
-            reason += "; try: pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg"
-        raise DataError(f"{path}: {reason}") from error
+        reason = " ".join(str(error).split())  # pydicom names the decoder that lacks
+        raise DataError(f"{path}: {type(error).__name__}: {reason}") from error
     if not picture.gray.min() < picture.gray.max():  # also true for NaN
         raise DataError(f"{path}: no contrast, all pixels have one value (or some are NaN)")
     return picture
 
 
 def read_dicom(path: Path) -> Picture:
-    """Read a single-frame DICOM image as it is meant to be shown (PS3.3 C.7.6.3, C.11.1, C.11.2).
-
-    Modality LUT or rescale, then VOI LUT or window. Without a window, up to 8 bits keep their range
-    and deeper data are stretched from the 0.5 to the 99.5 percentile, padding left out.
-    """
+    """Read a single-frame DICOM image as it is meant to be shown (PS3.3 C.7.6.3, C.11)."""
     ds = open_dicom(path)
     check_header(ds, path)  # before pixels are decoded
     pixels, padding = stored_pixels(ds)
     if pixels.shape[:2] != (ds.Rows, ds.Columns):
-        expected = (ds.Rows, ds.Columns)
-        raise DataError(f"{path}: pixels {pixels.shape}, expected a single image {expected}")
+        raise DataError(f"{path}: pixels {pixels.shape}, expected a single image")
     digest = hash_pixels(pixels)
     highest = 2**ds.BitsStored - 1
     if ds.PhotometricInterpretation == "PALETTE COLOR":
@@ -920,9 +866,9 @@ def stored_pixels(ds: Dataset) -> tuple[np.ndarray, np.ndarray]:
 def find_padding(ds: Dataset, pixels: np.ndarray, container: np.ndarray) -> np.ndarray:
     """Where gray pixels (H, W) are padding (PS3.3 C.7.5.1.1.2), bool (H, W).
 
-    The VR is "US or SS", and files have the wrong one of them: the same bits are read again with
-    the sign of the pixels (65535 stored as -1, or -2000 stored as 63536). They may use bits that an
-    image may not, so that they are looked for in the `container` as well.
+    The VR is "US or SS", and files have the wrong one: the same bits are read with the sign of the
+    pixels (65535 stored as -1, or -2000 stored as 63536). They may use bits that an image may not,
+    so that they are looked for in the `container` as well.
     """
     nowhere = np.zeros(pixels.shape[:2], bool)
     value = number(ds, "PixelPaddingValue", math.nan)
@@ -974,11 +920,10 @@ def stored_range(ds: Dataset) -> np.ndarray:
 def read_lut(
     ds: Dataset, keyword: str, inputs: np.ndarray, path: Path
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Inputs and outputs of a sequence's first LUT (PS3.3 C.11.1.1.1, C.11.2.1.1), for np.interp.
+    """Inputs and outputs of a sequence's first LUT (PS3.3 C.11.1.1.1, C.11.2.1.1), None without.
 
     By hand: pydicom 3.0.2 wraps with 8-bit entries and more than 256 of them. `inputs` are the
-    values that it can be asked for. Returns None without a LUT; raises DataError for one that lacks
-    more than one entry, which repeats the last.
+    values that it can be asked for. Raises DataError if more than the last entry lacks.
     """
     item = (ds.get(keyword) or [{}])[0]  # some leave it empty
     if not (item.get("LUTDescriptor") and item.get("LUTData")):
@@ -994,12 +939,9 @@ def read_lut(
         entries = entries.view(np.uint8)  # two entries a word
     if len(entries) < count - 1:
         raise DataError(f"{path}: {keyword} has {len(entries)} entries, expected {count}")
-    # The VR is "US or SS" as well: the same bits with the sign of the inputs, then with the other.
-    unsigned = first % 2**16
-    signed = (unsigned + 2**15) % 2**16 - 2**15
-    first, other = (signed, unsigned) if inputs.min() < 0 else (unsigned, signed)
-    if first > inputs.max() or first + count <= inputs.min():
-        first = other
+    first %= 2**16
+    if inputs.min() < 0 and first >= 2**15:  # "US or SS" as well: it has the sign of the inputs
+        first -= 2**16
     return np.arange(first, first + count), np.append(entries, entries[-1])[:count]
 
 
@@ -1013,9 +955,9 @@ def display_values(
     center = number(ds, "WindowCenter", math.nan)
     width = number(ds, "WindowWidth", math.nan)
     function = str(ds.get("VOILUTFunction") or "").strip().upper()
-    # C.11.2.1.2.1 wants a width of at least 1, C.11.2.1.3.2 one above 0.
-    narrowest = 1e-9 if function in ("LINEAR_EXACT", "SIGMOID") else 1
-    has_window = not math.isnan(center) and width >= narrowest
+    # In a linear window (C.11.2.1.2.1) 1 is a threshold: one gray level would be left.
+    narrowest = 0 if function in ("LINEAR_EXACT", "SIGMOID") else 1
+    has_window = not math.isnan(center) and width > narrowest
     if not has_window and ds.get("WindowCenter") is not None:
         notes.append("window passed over: no number, or too narrow")
     is_plain = table is None and not has_window
@@ -1052,8 +994,6 @@ def apply_window(values: np.ndarray, center: float, width: float, function: str)
         return 1 / (1 + np.exp(-scaled.clip(-80, 80)))  # exp(89) overflows
     if function == "LINEAR_EXACT":
         return stretch(values, center - width / 2, center + width / 2)
-    if width == 1:
-        return (values > center - 0.5).astype(np.float32)
     # Half a pixel and one value less: the lowest and the highest of `width` whole numbers
     return stretch(values, center - width / 2, center + width / 2 - 1)
 
@@ -1081,14 +1021,11 @@ def pixel_spacing(ds: Dataset) -> tuple[float, ...]:
     return ()
 
 
-def read_raster(path: Path, kind: str) -> Picture:
-    """Read a JPEG, PNG or TIFF, turned as its orientation tag says: what viewers show.
-
-    Up to 8 bits keep their range, deeper data are stretched from the 0.5 to the 99.5 percentile.
-    """
+def read_raster(path: Path) -> Picture:
+    """Read a JPEG, PNG or TIFF, turned as its orientation tag says: what viewers show."""
     notes = []
     # As a file object: opened by path, Pillow >= 11 scrambles an uncompressed TIFF that it turns.
-    with open(path, "rb") as file, Image.open(file, formats=[kind]) as image:
+    with open(path, "rb") as file, Image.open(file, formats=["JPEG", "PNG", "TIFF"]) as image:
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":  # phones add a preview
             raise DataError(f"{path}: {frames} frames, expected a single image")
@@ -1097,7 +1034,7 @@ def read_raster(path: Path, kind: str) -> Picture:
         bits = 16 if ";16" in str(image.tile) else max(tags.get(Tag.BitsPerSample, (8,)))
         sample = tags.get(Tag.SampleFormat, (1,))[0]
         if (bits > 8 and image.mode[0] not in "IF") or (bits, sample) in ((8, 2), (32, 1)):
-            found = f"{kind} with {image.mode} of {bits} bits (sample format {sample})"
+            found = f"{image.format} with {image.mode} of {bits} bits (sample format {sample})"
             raise DataError(f"{path}: {found}, expected 8, or 16 of gray")
         # WhiteIsZero, which Pillow heeds in 8 bits only
         is_inverse = tags.get(Tag.PhotometricInterpretation) == 0
@@ -1122,8 +1059,7 @@ def read_raster(path: Path, kind: str) -> Picture:
 def resize(picture: np.ndarray, size: int, fit: str) -> np.ndarray:
     """Resize (H, W), uint8 or float32 in 0..1, with antialiasing to uint8 (size, size).
 
-    What is not square: "crop" takes the middle square, "pad" keeps the proportions between black
-    bars, "squash" does not.
+    "crop" takes the middle square, "pad" adds black bars, "squash" changes the proportions.
     """
     height, width = picture.shape
     new_height = new_width = size
@@ -1161,16 +1097,15 @@ def choose_patients(cases: list[Case]) -> list[str]:
     is_placeholder = len(ids) == 1 < ids.total()
     if is_placeholder:
         print("note: one PatientID stands in every file, so it names no patient: each is one")
-    stems = Counter(strip_suffix(case.source).rpartition("/")[2] for case in cases)
+    files = [strip_suffix(case.source) for case in cases]
+    names = [file.rpartition("/")[2] for file in files]
+    counts = Counter(names)
     patients = []
     alone = 0  # images that nothing says the patient of
-    for case in cases:
-        stem = strip_suffix(case.source)
-        name = stem.rpartition("/")[2]
-        file = name if stems[name] == 1 else stem
+    for case, file, name in zip(cases, files, names, strict=True):
         patient = case.patient or ("" if is_placeholder else case.patient_id)
         alone += not patient
-        patients.append(patient or file)
+        patients.append(patient or (name if counts[name] == 1 else file))
     if alone:
         print(f"note: {alone} images name no patient, so each is one (or use --patient-regex)")
     largest = max(Counter(patients).values())
@@ -1246,10 +1181,7 @@ def assign_folds(
 
 
 def write_index(path: Path, cases: list[Case], folds: list[str], patients: list[str]) -> dict:
-    """Write index.csv; returns and prints the counts per fold and site.
-
-    Boxes and sizes are in pixels of the original image as it is shown, spacing in mm.
-    """
+    """Write index.csv, in pixels of the original and mm; prints the counts per fold and site."""
     counts: dict[str, Counter] = defaultdict(Counter)
     columns = (*INDEX_COLUMNS[:-1], *cases[0].more, "source")
     with open(path, "w", newline="", encoding="utf-8") as file:

@@ -13,22 +13,19 @@ from classification import eval as evaluation
 from classification.dataset import open_cache
 from common.checkpoint import FORMAT, load_checkpoint
 from common.metrics import auroc, best_threshold, classification_metrics
-from tests.caches import (
-    change_rows,
-    copy,
-    evaluate,
-    predict,
-    refusal,
-    report,
-    small_network,
-    train,
-    write_index,
-)
+from tests import caches
+from tests.caches import predict, refusal, report, train
 from tests.conftest import read_table
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick")]
 SCORES = torch.tensor([[0.9, 0.2, 0.3], [0.6, 0.7, 0.3], [0.4, 0.6, 0.3], [0.1, 0.8, 0.3]])
 TRUTH = torch.tensor([[1, 0, 0], [0, 1, 0], [1, -1, 0], [0, 0, -1]])
+KNOWN = TRUTH[:, 1] >= 0
+
+
+def pair(scores: torch.Tensor) -> torch.Tensor:
+    """Probabilities of two classes (N, 2)."""
+    return torch.stack([1 - scores, scores], 1)
 
 
 def test_metrics_of_each_label_are_those_of_its_known_images_and_means_leave_out_constant_ones():
@@ -39,29 +36,20 @@ def test_metrics_of_each_label_are_those_of_its_known_images_and_means_leave_out
     assert (metrics["sensitivity_b"], metrics["specificity_b"]) == (1, 0.5)
     assert metrics["accuracy"] == pytest.approx((2 / 4 + 2 / 3) / 2)
     assert metrics["accuracy_c"] == 1 and metrics["brier_c"] == pytest.approx(0.09)
-    known = TRUTH[:, 1] >= 0
-    pair = torch.stack([1 - SCORES[known, 1], SCORES[known, 1]], 1)
-    alone = classification_metrics(TRUTH[known, 1], pair)
+    alone = classification_metrics(TRUTH[KNOWN, 1], pair(SCORES[KNOWN, 1]))
     assert all(metrics[f"{name}_b"] == value for name, value in alone.items() if value == value)
 
 
 def test_thresholds_are_tuned_for_each_label():
-    def pair(scores: torch.Tensor) -> torch.Tensor:
-        return torch.stack([1 - scores, scores], 1)
-
-    known = TRUTH[:, 1] >= 0
     thresholds = best_threshold(TRUTH, SCORES)
     assert thresholds[0] == best_threshold(TRUTH[:, 0], pair(SCORES[:, 0]))
-    assert thresholds[1] == best_threshold(TRUTH[known, 1], pair(SCORES[known, 1]))
+    assert thresholds[1] == best_threshold(TRUTH[KNOWN, 1], pair(SCORES[KNOWN, 1]))
     assert math.isnan(thresholds[2])
     given = torch.tensor([[0.35, 0.75, 0.5]], dtype=torch.float64).expand(4, 3)
     metrics = classification_metrics(TRUTH, SCORES, given, ["a", "b", "c"])
     assert metrics["sensitivity_tuned_a"] == 1 and metrics["specificity_tuned_a"] == 0.5
     assert metrics["sensitivity_tuned_b"] == 0 and metrics["specificity_tuned_b"] == 0.5
-
-
-def test_a_label_that_is_unknown_everywhere_is_no_number():
-    labels = torch.tensor([[1, -1], [0, -1]])
+    labels = torch.tensor([[1, -1], [0, -1]])  # a label that is unknown everywhere is no number
     metrics = classification_metrics(labels, SCORES[:2, :2], names=["a", "b"])
     assert metrics["auroc"] == metrics["auroc_a"] == auroc(labels[:, 0], SCORES[:2, 0])
     assert math.isnan(metrics["auroc_b"]) and math.isnan(metrics["accuracy_b"])
@@ -81,8 +69,8 @@ def cache(tmp_path_factory) -> Path:
         images[k, 20:30, 2:30] += 150 * low
         row = {"id": f"i{k}", "patient": f"p{k // 4}", "fold": ("0", "1", "2", "test")[k // 4 % 4]}
         row |= {"split": "", "digest": f"digest{k}", "top": top, "low": "" if k % 5 == 0 else low}
-        rows.append(row | {"never": 0, "sex": "fm"[k % 3 == 0], "source": f"i{k}.png"})
-    write_index(folder, rows)
+        rows.append(row | {"never": 0, "source": f"i{k}.png"})
+    caches.write_index(folder, rows)
     np.save(folder / "images.npy", images)
     meta = {"format": FORMAT, "task": "classification", "n": 120, "positive_class": None}
     meta |= {"classes": ["top", "low", "never"], "multi_label": True}
@@ -98,45 +86,42 @@ SMALL = "--batch-size 8 --lr 0.02"
 def run(cache, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run") / "a"
     options = "--epochs 8 --class-weights balanced --loss smooth_ce --augment 0.1"
-    with small_network():
+    with caches.small_network():
         train("classification", cache, out, SMALL, options)
     return out
 
 
 def test_labels_are_learned_and_measured_each_by_itself(cache, run, tmp_path, capsys):
     out = tmp_path / "out"
-    evaluate("classification", cache, f"--checkpoint {run}/best.pt --out {out}")
-    summary = report(out)["summary"]
-    assert summary["auroc_top"]["value"] > 0.95 and summary["auroc_low"]["value"] > 0.95
-    expected = (summary["auroc_top"]["value"] + summary["auroc_low"]["value"]) / 2
-    assert summary["auroc"]["value"] == pytest.approx(expected)
-    assert summary["auroc_never"]["value"] is None
-    best = load_checkpoint(run / "best.pt")
-    for name, value in best["metrics"].items():  # the score that train.py printed
-        assert summary[name]["value"] == (None if math.isnan(value) else value), name
+    caches.evaluate("classification", cache, f"--checkpoint {run}/best.pt --out {out}")
+    summary = {name: entry["value"] for name, entry in report(out)["summary"].items()}
+    top, low = summary["auroc_top"], summary["auroc_low"]
+    assert top > 0.95 and low > 0.95 and summary["auroc_never"] is None
+    assert summary["auroc"] == pytest.approx((top + low) / 2)
+    for name, value in load_checkpoint(run / "best.pt")["metrics"].items():  # as train.py printed
+        assert summary[name] == (None if math.isnan(value) else value), name
     assert report(out)["run"]["positive_class"] is None
     printed = capsys.readouterr().out
     assert "note: images of one kind only, left out of the means: never\n" in printed
     assert "auroc_low " in printed and "f1_low" not in printed and "positive class" not in printed
     index = {row["id"]: row for row in read_table(cache / "index.csv")}
     for row in read_table(out / "predictions.csv"):
-        for name in ("top", "low"):
+        for name in ("top", "low", "never"):
             assert row[f"label_{name}"] == index[row["id"]][name]
-        names = ("top", "low", "never")
-        likely = [name for name in names if float(row[f"probability_{name}"]) >= 0.5]
-        assert row["prediction"] == "|".join(likely)
+            is_likely = float(row[f"probability_{name}"]) >= 0.5
+            assert is_likely == (name in row["prediction"].split("|"))
     files = {path.name for path in out.iterdir()}
     assert {"roc.png", "roc.csv"} <= files and "confusion_matrix.png" not in files
     points = [row for row in read_table(out / "roc.csv") if row["class"] == "low"]
-    fpr, tpr = (torch.tensor([float(row[name]) for row in points]) for name in ("fpr", "tpr"))
+    tpr, fpr = (torch.tensor([float(row[name]) for row in points]) for name in ("tpr", "fpr"))
     area = torch.trapezoid(tpr, fpr).item()
-    assert area == pytest.approx(summary["auroc_low"]["value"]) and len(points) > 3
+    assert area == pytest.approx(low, abs=1e-6) and len(points) > 3
 
 
 def test_folds_and_thresholds_of_several_labels(cache, run, tmp_path):
     train("classification", cache, tmp_path / "b", "--fold 1", SMALL)
     paths = [run / "best.pt", tmp_path / "b" / "best.pt"]
-    evaluate("classification", cache, "--checkpoint", *paths, f"--out {tmp_path}/both")
+    caches.evaluate("classification", cache, "--checkpoint", *paths, f"--out {tmp_path}/both")
     thresholds = report(tmp_path / "both")["run"]["thresholds_tuned"]
     for fold, path in (("0", paths[1]), ("1", paths[0])):  # that of the other one
         validation = load_checkpoint(path)["validation"]
@@ -167,9 +152,9 @@ def test_the_worst_mistakes_of_each_label_come_first():
     assert [(k, target) for k, target, _ in worst] == [(1, 0), (2, 0), (0, 0), (2, 1)]
     assert worst[0][2] == "a: 0, predicted 0.900"
     meta = {"multi_label": False, "classes": ["no", "yes"], "positive_class": "yes"}
-    pair = torch.tensor([[0.4, 0.6], [0.8, 0.2]])
-    decided = evaluation.decide(pair, False)
-    worst = evaluation.choose_worst(torch.tensor([0, 1]), pair, decided, meta)
+    scores = torch.tensor([[0.4, 0.6], [0.8, 0.2]])
+    decided = evaluation.decide(scores, False)
+    worst = evaluation.choose_worst(torch.tensor([0, 1]), scores, decided, meta)
     # The map of a missed one is that of the class that was missed.
     assert worst == [(1, 1, "yes, predicted no 0.800"), (0, 1, "no, predicted yes 0.600")]
 
@@ -189,9 +174,9 @@ def test_labels_of_one_value_are_noted_and_none_with_two_refused(cache, tmp_path
     train("classification", cache, tmp_path / "run", SMALL)
     note = "note: fold 0 leaves no training images of never, or none without"
     assert note in capsys.readouterr().out
-    copied = copy(cache, tmp_path / "cache")
-    change_rows(copied, lambda k, row: row.update(low="2" if k == 5 else row["low"]))
+    copied = caches.copy(cache, tmp_path / "cache")
+    caches.change_rows(copied, lambda k, row: row.update(low="2" if k == 5 else row["low"]))
     assert "row 6: low '2', expected one of" in refusal(open_cache, copied)
-    change_rows(copied, lambda k, row: row.update(top="1", low="", never="0"))
+    caches.change_rows(copied, lambda k, row: row.update(top="1", low="", never="0"))
     found = refusal(train, "classification", copied, tmp_path / "none", SMALL)
     assert "leaves no training images of top, low, never" in found

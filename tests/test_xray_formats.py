@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.raw import draw, run
+from tests.raw import draw, noise, run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -19,27 +19,20 @@ def recipes(task: str) -> dict[str, str]:
     text = (ROOT / task / "README.md").read_text(encoding="utf-8")
     section = text.split("## From other formats\n")[1].split("\n## ")[0]
     found = {}
-    name = ""
     for block in re.split(r"\n(?=\S)", section):
         name = "".join(re.findall(r"^\*\*(.+?)\*\*", block)[:1])
-        code = "\n".join(
-            line[4:] for line in block.split("\n")[1:] if line.startswith("    ") or not line
-        )
-        if code.strip():
-            found[name] = code
+        lines = [line for line in block.split("\n")[1:] if line.startswith("    ") or not line]
+        if any(lines):
+            found[name] = "\n".join(line[4:] for line in lines)
     return found
 
 
-def write(raw: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        (raw / name).parent.mkdir(parents=True, exist_ok=True)
-        (raw / name).write_bytes(
-            gzip.compress(text.encode()) if name.endswith(".gz") else text.encode()
-        )
-    return raw
-
-
-def convert(task: str, name: str, raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def convert(task: str, name: str, raw: Path, files: dict[str, str], monkeypatch) -> None:
+    """Write the files and run a recipe beside them."""
+    for file, text in files.items():
+        path = raw / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
     monkeypatch.chdir(raw)
     blocks = recipes(task)
     assert len(blocks[name].strip().splitlines()) <= 8
@@ -51,12 +44,16 @@ MIMIC = {
     "mimic-cxr-2.0.0-split.csv.gz": "dicom_id,study_id,subject_id,split\na-1,70,7,train\na-2,70,7,train\nb-1,80,8,validate\nc-1,90,9,test\n",
 }
 PADCHEST = "ImageID,PatientID,Labels\n1.png,p1,\"['cardiomegaly', 'pleural effusion']\"\n2.png,p2,['normal']\n3.png,p2,['minor cardiomegaly']\n"
-VINDR = "image_id,class_name,rad_id\n" + "".join(
-    f"{image},{name},{reader}\n" for image, name, reader in (
-        ("u1", "Cardiomegaly", "R1"), ("u1", "Cardiomegaly", "R2"), ("u1", "Pleural effusion", "R3"), ("u1", "Cardiomegaly", "R2"),
-        ("u2", "No finding", "R1"), ("u2", "Pleural effusion", "R2"), ("u2", "Pleural effusion", "R3"), ("u3", "Cardiomegaly", "R1")))  # fmt: skip
-
-
+VINDR = """image_id,class_name,rad_id
+u1,Cardiomegaly,R1
+u1,Cardiomegaly,R2
+u1,Pleural effusion,R3
+u1,Cardiomegaly,R2
+u2,No finding,R1
+u2,Pleural effusion,R2
+u2,Pleural effusion,R3
+u3,Cardiomegaly,R1
+"""
 NIH = "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age\na.png,Mass|Edema,0,1,50\nb.png,No Finding,1,2,40\nc.png,Mass,0,1,30\n"
 CHEXPERT = "Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Edema\n"
 VIEW = "CheXpert-v1.0/{}/patient0000{}/study1/view1.jpg,F,50,Frontal,AP,{}\n"
@@ -85,22 +82,17 @@ CHEXPERTS = {
      {"I1.jpg": ("I1", "", "NV"), "I2.jpg": ("I2", "", "MEL")}),
 ])  # fmt: skip
 def test_labels(tmp_path, name, files, images, expected, monkeypatch):
-    raw = write(draw(tmp_path / "raw", images), files)
-    convert("classification", name, raw, monkeypatch)
+    raw = draw(tmp_path / "raw", images)
+    convert("classification", name, raw, files, monkeypatch)
     _, rows, meta = run(raw)
-    labels = meta["classes"] if meta["multi_label"] else ["label"]
-    found = {
-        row["patient"] if name == "CheXpert" else Path(row["source"]).name: (
-            row["patient"],
-            row["split"],
-            *(row[label] for label in labels),
-        )
-        for row in rows
-    }
+    columns = ["patient", "split", *(meta["classes"] if meta["multi_label"] else ["label"])]
+    found = {}
+    for row in rows:
+        key = row["patient"] if name == "CheXpert" else Path(row["source"]).name
+        found[key] = tuple(row[column] for column in columns)
     assert found == expected
 
 
-BOX = ("a.png", "2.0", "3.0", "10.0", "11.0")
 COCO = {
     "images": [{"id": 5, "file_name": "a.png"}],
     "annotations": [{"image_id": 5, "bbox": [2, 3, 8, 8]}],
@@ -116,22 +108,18 @@ CVAT = '<annotations><image name="a.png"><box xtl="2" ytl="3" xbr="10" ybr="11"/
     ("CVAT", {"annotations.xml": CVAT}), ("Masks", {}),
 ])  # fmt: skip
 def test_boxes(tmp_path, name, files, monkeypatch):
-    raw = write(tmp_path / "raw", files)
-    (raw / "images").mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 256, (16, 12), dtype=np.uint8)).save(
-        raw / "images/a.png"
-    )  # 12 wide, 16 high
+    raw = tmp_path / "raw"
+    pictures = {"images": noise("a", 16, 12)}  # 12 wide, 16 high
     if name == "Masks":
-        mask = np.zeros((16, 12), np.uint8)
-        mask[3:11, 2:10] = 255
-        (raw / "masks").mkdir()
-        Image.fromarray(mask).save(raw / "masks/a.png")
-    convert("detection", name, raw, monkeypatch)
-    _, rows, _ = run(raw, "--size 32", "detection")
-    assert [tuple(row[key] for key in ("id", "xmin", "ymin", "xmax", "ymax")) for row in rows] == [
-        BOX
-    ]
+        pictures["masks"] = np.zeros((16, 12), np.uint8)
+        pictures["masks"][3:11, 2:10] = 255
+    for folder, picture in pictures.items():
+        (raw / folder).mkdir(parents=True)
+        Image.fromarray(picture).save(raw / folder / "a.png")
+    convert("detection", name, raw, files, monkeypatch)
+    _, (row,), _ = run(raw, "--size 32", "detection")
+    box = [row[key] for key in ("id", "xmin", "ymin", "xmax", "ymax")]
+    assert box == ["a.png", "2.0", "3.0", "10.0", "11.0"]
 
 
 def test_every_recipe_is_run():
