@@ -38,6 +38,7 @@ import re
 import shlex
 import sys
 import unicodedata
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -371,7 +372,10 @@ def read_text(path: Path) -> str:
     """The text of a table, plain or .gz: UTF-8, or UTF-16 by its mark. Letters are composed."""
     data = path.read_bytes()
     if path.suffix.lower() == ".gz":
-        data = gzip.decompress(data)
+        try:
+            data = gzip.decompress(data)
+        except (EOFError, OSError, zlib.error) as error:
+            raise DataError(f"{path}: {error}; copy or download it again") from error
     is_utf16 = data[:2] in (b"\xff\xfe", b"\xfe\xff")
     # Never by replacing what is wrong: names of classes that differ there would become one.
     try:
@@ -567,6 +571,8 @@ def list_images(paths: list[Path]) -> dict[str, Path]:
 
 def image_kind(path: Path) -> str:
     """What a file is by its first bytes: DICOM, picture (JPEG, PNG, TIFF), or "" for others."""
+    if path.name.upper() == "DICOMDIR":  # the table of contents of an export
+        return ""
     with open(path, "rb") as file:
         head = file.read(132)
     # PS3.10 7.1: 128 bytes, which may begin a TIFF, then DICM. Some writers leave the former out.

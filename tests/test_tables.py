@@ -22,6 +22,10 @@ def values(path: Path, content: bytes, *columns: str) -> list[dict]:
     ]
 
 
+def table_name(content: bytes) -> str:
+    return "t.csv.gz" if content.startswith(b"\x1f\x8b") else "t.csv"
+
+
 def decomposed(text: str) -> str:
     return unicodedata.normalize("NFD", text)
 
@@ -46,8 +50,7 @@ TEXT = "image,label\na,é\n"
     (b"image,label\na,nan\na,NaN\na,NA\na,N/A\na,None\na,null\na,<NA>\n", [{"image": "a", "label": ""}] * 7),
 ])  # fmt: skip
 def test_tables_as_programs_write_them(tmp_path, content, expected):
-    name = "t.csv.gz" if content.startswith(b"\x1f\x8b") else "t.csv"
-    assert values(tmp_path / name, content) == expected
+    assert values(tmp_path / table_name(content), content) == expected
 
 
 @pytest.mark.parametrize("content, columns, words", [
@@ -59,12 +62,13 @@ def test_tables_as_programs_write_them(tmp_path, content, expected):
     (b"image,label,label\na,x,y\n", "", "two columns are called label"),
     (b"image,label\n", "", "no rows below the names of the columns"),
     (b"", "", "no rows below the names of the columns"),
+    (gzip.compress(TEXT.encode())[:-9], "", "t.csv.gz: .*end-of-stream .*; copy or download it again"),
     (b"image_id,dx\na,nv\n", "label=dy", "no column label, found .*: use --columns image=image_id label=dx"),
     (b",image,label\n0,a,x\n", "label", "--columns label: expected NAME=COLUMN"),
 ])  # fmt: skip
 def test_tables_that_are_refused_name_the_line(tmp_path, content, columns, words):
     with pytest.raises(DataError, match=words):
-        values(tmp_path / "t.csv", content, *columns.split())
+        values(tmp_path / table_name(content), content, *columns.split())
 
 
 @pytest.mark.parametrize("names, files, expected", [
@@ -117,13 +121,14 @@ def test_links_are_followed_and_what_is_passed_over_is_counted(tmp_path, capsys)
     (raw / "deep/loop").symlink_to(raw)
     (raw / "gone.png").symlink_to(tmp_path / "nothing")
     (raw / "notes.txt").write_text("x")
+    (raw / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
     Image.fromarray(noise("bmp")).save(raw / "old.bmp")
     os.mkfifo(raw / "pipe.png")
     listing = preprocess.list_folder(raw)
     images = "a.png b.png deep/e.png linked/x.png linked/y.png notes_mask.png"
     assert listing.images == images.split()
     assert listing.masks == ["b_mask.png", "deep/e_seg-1.png"]
-    assert listing.others == ["notes.txt", "old.bmp"]
+    assert listing.others == ["DICOMDIR", "notes.txt", "old.bmp"]
     assert listing.closed == ["deep/loop", "gone.png", "pipe.png"]
     # What is named is read.
     assert (
