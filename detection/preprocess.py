@@ -67,7 +67,7 @@ from common.checkpoint import (
     run_command,
 )
 
-Row = dict[str, str]  # of a table, by column; under "" stands its place, file:line
+Row = dict[str, str]  # a row of a table by column; under "" stands its place, file:line
 Noted = tuple[np.ndarray, tuple[str, ...]]  # an image, and notes
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as in Pillow's convert("L")
 # What a DICOM header has to say of its pixels
@@ -227,7 +227,7 @@ class Listing(NamedTuple):
     """What lies below a folder, as sorted paths relative to it, without hidden files."""
 
     images: list[str]
-    others: list[str]  # no images, by suffix and content
+    non_images: list[str]  # by suffix and content
     masks: list[str]  # NAME_mask beside NAME
     closed: list[str]  # dangling links, loops, pipes, unreadable folders
 
@@ -355,8 +355,8 @@ def read_rows(path: Path, columns: list[str], needed: tuple[str, ...] = ()) -> l
                 names = rename_columns(path, values, columns, needed)
                 continue
             if any(values[len(names) :]):
-                found = f"{len(values)} fields for {len(names)} columns"
-                raise DataError(f"{place}: {found}; decimal commas? expected points")
+                problem = f"{len(values)} fields for {len(names)} columns"
+                raise DataError(f"{place}: {problem}; decimal commas? expected points")
             values = ["" if value.casefold() in BLANKS else value for value in values]
             if any(values):
                 values += [""] * len(names)
@@ -456,27 +456,27 @@ def match_rows(rows: list[Row], decisive: tuple[str, ...], listing: Listing) -> 
     """
     places = locate({row["image"] for row in rows}, listing.images)
     matched = {}
-    lost = []
+    unmatched = []
     for row in rows:
         image = row["image"]
-        found = places.get(image, [])
-        if len(found) > 1:
-            raise DataError(f"{row['']}: {image} may be {' or '.join(found)}: give its path")
-        if not found:
-            lost.append(image)
+        candidates = places.get(image, [])
+        if len(candidates) > 1:
+            raise DataError(f"{row['']}: {image} may be {' or '.join(candidates)}: give its path")
+        if not candidates:
+            unmatched.append(image)
             continue
-        first = matched.setdefault(found[0], row)
+        first = matched.setdefault(candidates[0], row)
         for name in decisive:
             if row.get(name) != first.get(name):
                 problem = f"{name} {row.get(name)!r} of {image}, but {first.get(name)!r}"
                 raise DataError(f"{row['']}: {problem} in {first['']}, expected one row an image")
     table = rows[0][""].rpartition(":")[0]
     if not matched:
-        problem = f"no image of its {len(rows)} rows lies beside it or below, such as {lost[0]!r}"
+        problem = f"none of its {len(rows)} images lies beside it or below: {unmatched[0]!r}, ..."
         raise DataError(f"{table}: {problem}; found {describe_files(listing)}")
-    if lost:
-        print(f"note: {len(lost)} rows without a file left out, such as {min(lost)!r}")
-    repeated = len(rows) - len(lost) - len(matched)
+    if unmatched:
+        print(f"note: {len(unmatched)} rows without a file left out, such as {min(unmatched)!r}")
+    repeated = len(rows) - len(unmatched) - len(matched)
     if repeated:
         print(f"note: {repeated} rows repeat an image, which is read once")
     report_left_out(listing, matched.keys() | {PurePosixPath(table).name})
@@ -493,7 +493,7 @@ def locate(names: set[str], images: list[str]) -> dict[str, list[str]]:
     paths = {name: split_path(name) for name in names if name}
     stems = {name: split_path(strip_suffix(name)) for name in paths}
     ends = [(image, {split_path(image), split_path(strip_suffix(image))}) for image in images]
-    found = {}
+    places = {}
     for depth in range(max(map(len, paths.values()), default=0), 0, -1):
         by_end = defaultdict(list)
         for image, ways in ends:
@@ -504,12 +504,12 @@ def locate(names: set[str], images: list[str]) -> dict[str, list[str]]:
         for name, path in paths.items():
             same = by_end.get(path[-depth:], [])
             is_alone = len(path) == depth or claims[stems[name][-depth:]] == 1
-            if name not in found and len(path) >= depth and same and is_alone:
+            if name not in places and len(path) >= depth and same and is_alone:
                 exact = strip_suffix(name.replace("\\", "/").removeprefix("./"))
                 whole = [image for image in same if strip_suffix(image) == exact]
                 beside = [image for image in same if strip_suffix(image) == f"images/{exact}"]
-                found[name] = whole or beside or same
-    return found
+                places[name] = whole or beside or same
+    return places
 
 
 def split_path(path: str) -> tuple[str, ...]:
@@ -533,7 +533,7 @@ def list_folder(folder: Path) -> Listing:
         with suppress(OSError):  # no permission
             if below.is_file():
                 is_image = below.suffix.lower() in SUFFIXES or image_kind(below)
-                kind = listing.images if is_image else listing.others
+                kind = listing.images if is_image else listing.non_images
             elif below.is_dir() and os.path.realpath(below) not in above:
                 above = (*above, os.path.realpath(below))
                 for name in sorted(os.listdir(below)):
@@ -589,7 +589,7 @@ def image_kind(path: Path) -> str:
 def describe_files(listing: Listing, used: Collection[str] = ()) -> str:
     """How many files of each kind a folder holds besides the used ones, for a message."""
     kinds = defaultdict(list)
-    for path in listing.images + listing.others:
+    for path in listing.images + listing.non_images:
         suffix = PurePosixPath(path).suffix.lower()
         # Of IM.0001 and a UID the last number is no suffix.
         kind = suffix if re.fullmatch(r"\.[a-z]\w*", suffix) else "without a suffix"
@@ -1040,8 +1040,8 @@ def read_raster(path: Path) -> Picture:
         bits = 16 if ";16" in str(image.tile) else max(tags.get(Tag.BitsPerSample, (8,)))
         sample = tags.get(Tag.SampleFormat, (1,))[0]
         if (bits > 8 and image.mode[0] not in "IF") or (bits, sample) in ((8, 2), (32, 1)):
-            found = f"{image.format} with {image.mode} of {bits} bits (sample format {sample})"
-            raise DataError(f"{path}: {found}, expected 8, or 16 of gray")
+            problem = f"{image.format} with {image.mode} of {bits} bits (sample format {sample})"
+            raise DataError(f"{path}: {problem}, expected 8, or 16 of gray")
         # WhiteIsZero, which Pillow heeds in 8 bits only
         is_inverse = tags.get(Tag.PhotometricInterpretation) == 0
         ImageOps.exif_transpose(image, in_place=True)

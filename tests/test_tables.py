@@ -128,7 +128,7 @@ def test_links_are_followed_and_what_is_passed_over_is_counted(tmp_path, capsys)
     images = "a.png b.png deep/e.png linked/x.png linked/y.png notes_mask.png"
     assert listing.images == images.split()
     assert listing.masks == ["b_mask.png", "deep/e_seg-1.png"]
-    assert listing.others == ["DICOMDIR", "notes.txt", "old.bmp"]
+    assert listing.non_images == ["DICOMDIR", "notes.txt", "old.bmp"]
     assert listing.closed == ["deep/loop", "gone.png", "pipe.png"]
     # What is named is read.
     assert (
@@ -164,7 +164,7 @@ SLIP = " ".join(["image,edema,mass 0,2,0", *(f"{k},{k % 2},1" for k in range(1, 
     ("a b", "labels.csv", "image,label,split a,x,train b,y,holdout", "split 'holdout', expected"),
     ("a b", "labels.csv", "image,label,fold,split a,x,1,train b,y,2,", "fold '1' and split 'train', expected fold .*, or split"),
     ("a b", "labels.csv", "image,label,fold a,x,7 b,y,2", "fold '7'"),
-    ("a b", "labels.csv", "image,label q,x r,y", "no image of its 2 rows lies beside it or below, such as 'q'; found 2 .png"),
+    ("a b", "labels.csv", "image,label q,x r,y", "none of its 2 images lies beside it or below: 'q', ...; found 2 .png"),
     ("a b", "labels.csv", "image,label a,x b,x", "1 classes .'x'., expected 2 to 256"),
     ("a b", "labels.csv", "image,label a, b,nan", "none of the 2 rows has a label"),
     ("a b c", "labels.csv", "image,label a,No_find b,no-find c,z", "two of .*No_find.* look like one class: merge or rename"),
@@ -176,7 +176,7 @@ SLIP = " ".join(["image,edema,mass 0,2,0", *(f"{k},{k % 2},1" for k in range(1, 
     (SCAN, RSNA, "patientId,Target a,0 a,1", "labels.csv:3: label 'pneumonia' of .*a, but 'no_pneumonia'"),
     (SCAN, RSNA, "patientId,Target a,2", "labels.csv:2: 'a' has Target '2', expected 0 or 1"),
     (SCAN, RSNA, "patientId,Target a", "has Target ''"), (SCAN, RSNA, "patientId,label a,1", "no column Target"),
-    (SCAN, RSNA, "patientId,Target b,0", "no image of its 1 rows"),
+    (SCAN, RSNA, "patientId,Target b,0", "none of its 1 images"),
     (SCAN, "", "", f"expected {RSNA} and stage_1_train_images/ side by side"),
     # folders of classes
     ("No_Finding/1 ill/2 nofinding/3", "", "", "two of .*No_Finding.* look like one class"),
@@ -199,7 +199,7 @@ SLIP = " ".join(["image,edema,mass 0,2,0", *(f"{k},{k % 2},1" for k in range(1, 
     ("a b c", "boxes.csv", f"{BOXES} a,1,2,8,1.2.3 b,1,2,8,9 c,1,2,8,9", "1 of 3 images cannot be used"),
     ("a b c", "boxes.csv", f"{BOXES} a,1,2,1_0,9 b,1,2,8,9 c,1,2,8,9", "1 of 3 images cannot be used"),
     ("a b c", "boxes.csv", f"{BOXES} a,1,2,13,9 b,1,2,12,9 c,1,2,8,9", "1 of 3 images cannot be used"),  # beyond the picture
-    ("a b", "boxes.csv", f"{BOXES} x,1,2,8,9 y,1,2,8,9", "no image of its 2 rows"),
+    ("a b", "boxes.csv", f"{BOXES} x,1,2,8,9 y,1,2,8,9", "none of its 2 images"),
     ("a", "boxes.csv", "file,l,t,r,b a,1,2,8,9", r"no column image, xmin, ymin, xmax, ymax, found \['file', 'l', 't', 'r', 'b'\]: use --columns"),
     ("u_1", "boxes.csv --test-site x --site-regex [a-z]", f"{BOXES} u_1,1,1,9,9", "--test-site x, found the sites .'u'."),
     ("u_1", "boxes.csv --site-regex ^(x)?", f"{BOXES} u_1,1,1,9,9", "--site-regex .* finds nothing in u_1.png"),
