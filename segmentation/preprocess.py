@@ -14,7 +14,6 @@ labels/), perhaps in train/, val/ and test/: volumes, or pictures (PNG, JPEG, TI
 volumes of one slice with three channels, in pixels.
 
 RAW may hold cases.csv: id and, optionally, patient, fold or split, and columns to keep.
-
 Written to OUT, a new folder: index.csv (id, patient, fold, official split, digest of the voxels,
 image, mask), meta.json, and for each case in volumes/
   ID.image.npy     float16 (C, X, Y, Z) in RAS (right, front, top), resampled, normalised
@@ -24,8 +23,8 @@ image, mask), meta.json, and for each case in volumes/
 While it runs, OUT's disk also holds the voxels as they were read, 2 to 5 bytes each.
 
 The sections of this file, in the order of execution:
-  find   the cases of RAW, and in dataset.json the names of classes and channels
-  read   every case once, NIfTI files, DICOM series or pictures, and refuse what contradicts itself
+  find   the cases of RAW, and the names of classes and channels
+  read   every case once, and refuse what contradicts itself
   split  the patients into folds, and choose the common grid by the training cases
   write  the arrays on that grid, index.csv and meta.json
   new    images without masks, and the way back to a file's grid, for eval.py
@@ -42,15 +41,14 @@ import os
 import re
 import shutil
 import sys
-import zlib
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice, product, zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 
 # Cases are read side by side, and BLAS threads would only wait for each other: 1.7 times as long on
@@ -128,12 +126,11 @@ QUIET = logging.Logger("repairs", logging.CRITICAL + 1)  # nibabel reports every
 CT_NAMES = "CT CTA CTPA CCTA CBCT CECT NCCT HRCT LDCT MDCT MSCT DECT"  # whole words
 # The functional groups that place a frame of an enhanced file and scale its pixels. Others, private
 # ones above all (Philips), hold attributes of the same names with other values.
-MACROS = (
-    "PlanePositionSequence PlaneOrientationSequence PixelMeasuresSequence FrameContentSequence "
-    "PixelValueTransformationSequence MREchoSequence"
-)
+MACROS = "PlanePositionSequence PlaneOrientationSequence PixelMeasuresSequence "
+MACROS += "FrameContentSequence PixelValueTransformationSequence MREchoSequence"
 
 Shape = tuple[int, ...]
+Labels = dict[int, str]  # class names by mask value
 Header = Nifti1Header | None  # None for DICOM and pictures
 Notes = list[tuple[str, str]]  # what is odd, in the same words each time, and details
 Reasons = list[tuple[str, str]]  # what cannot be used, and why
@@ -170,12 +167,10 @@ class Case:
     foreground: np.ndarray | None = None  # in the mask, float32 (N, C)
     digest: str = ""  # hash of the voxels
 
-    # Set by `split_cases`
+    # Set by `split_cases` and `convert`
     group: str = ""
     fold: str = ""
-
-    # Set by `convert`: voxels of each class on the grid, (K,)
-    seen: np.ndarray | None = None
+    seen: np.ndarray | None = None  # voxels of each class on the grid, (K,)
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
@@ -184,10 +179,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--data", type=Path, required=True, metavar="RAW", help="the raw volumes")
     add("--out", type=Path, required=True, metavar="DIR", help="the cache, a new folder")
     add("--spacing", nargs="+", default=["median"], metavar="MM", help="X Y Z, median or keep")
-    add(
-        "--patient-regex",
-        help="finds the patient in file names or paths, by its first group if any",
-    )
+    add("--patient-regex", help="finds the patient in file names or paths, by its first group")
     add("--test-fraction", type=float, default=0.0, help="of the cases (default: %(default)s)")
     add("--like", type=Path, metavar="CACHE", help="a test set for the models of this cache")
     add = parser.add_argument_group("run").add_argument
@@ -240,38 +232,35 @@ def preprocess(args: Namespace) -> None:
 
         # Read what has to be known of all cases before the first is written.
         (folder / AS_READ).mkdir()
-        count = len(channels) if isinstance(channels, list) else 0
-        for_each(partial(inspect, count=count, folder=folder), cases, args.workers, "read")
-        labels, channels = complete_names(cases, labels, channels)
+        one = partial(inspect, count=len(channels or []), folder=folder)
+        for_each(one, cases, args.workers, "read")
+        read = [case for case in cases if not case.error]
+        labels, channels = complete_names(read, labels, channels)
+        for_each(partial(check_names, labels=labels, channels=channels), read, 1, "checked")
         cases = drop_bad(cases, bad, args.skip_bad)
 
         # Split into folds, and choose the common grid by the training cases.
         split_cases(cases, args)
         meta = like or describe(cases, args.spacing, labels, channels)
-        note_patients(cases, args)
         print_plan(cases, meta)
 
         # Write the arrays, and then index.csv and meta.json.
         (folder / "volumes").mkdir()
         for_each(partial(convert, folder=folder, meta=meta), cases, args.workers, "written")
-        shutil.rmtree(folder / AS_READ)  # cases that complete_names refused
-        if any(case.error for case in cases):
-            cases = drop_bad(cases, bad, args.skip_bad)
-            split_cases(cases, args)
+        shutil.rmtree(folder / AS_READ)  # with what was refused
+        cases = drop_bad(cases, bad, args.skip_bad)
+        split_cases(cases, args)
         if bad:
-            write_skipped(folder / "skipped.csv", bad)
+            # A name that is not UTF-8 is one of the reasons.
+            how = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+            with open(folder / "skipped.csv", "w", **how) as file:
+                csv.writer(file).writerows([("source", "reason"), *bad])
         print_classes(cases, meta)
-        print_copies(cases)
         counts = Counter(case.fold for case in cases)
         print("  ".join(f"fold {fold}: {counts[fold]}" for fold in sorted(counts)))
         write_index(folder / "index.csv", args.data, cases)
-        meta |= {
-            "format": FORMAT,
-            "task": "segmentation",
-            "n": len(cases),
-            "counts": dict(counts),
-            "skipped": len(bad),
-        }
+        meta |= {"format": FORMAT, "task": "segmentation", "n": len(cases)}
+        meta |= {"counts": dict(counts), "skipped": len(bad)}
         (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
@@ -284,9 +273,15 @@ def find_cases(raw: Path, bad: Reasons) -> list[Case]:
         raise DataError(f"{raw}: {'not a folder' if raw.exists() else 'not found'}")
     folders = find_folders(raw)
     cases = []
+    beside = set(raw.iterdir())
     for images, masks, split in folders:
         cases += pair_masks(raw, images, masks, split, bad)
-    note_folders(raw, folders)
+        beside |= set(images.parent.iterdir())
+    beside -= {path for images, masks, _ in folders for path in (images, masks, images.parent)}
+    for folder in sorted(beside):  # nothing is left out in silence
+        example = next((path for path in list_files(folder) if kind_of(path) in IMAGES), None)
+        if example:
+            print(f"note: {folder}: left out, images such as {example.relative_to(folder)}")
     if not cases:
         print_reasons(bad)
         for below in raw.iterdir():
@@ -306,10 +301,10 @@ def find_folders(raw: Path) -> list[tuple[Path, Path, str]]:
     """Folders of images that are there, those of their masks, and the official split or ""."""
     folders = [(raw / f"images{end}", raw / f"labels{end}", FOLDERS[end]) for end in FOLDERS]
     for parent in [raw, *sorted(raw.iterdir())]:
-        split = SPLITS.get(parent.name.lower(), "") if parent != raw else ""
-        if parent.is_dir() and (split or parent == raw):
+        if parent.is_dir() and (parent == raw or parent.name.lower() in SPLITS):
             inside = {path.name.lower(): path for path in parent.iterdir()}
             masks = inside.get("masks", inside.get("labels", parent / "masks"))
+            split = "" if parent == raw else SPLITS[parent.name.lower()]
             folders.append((inside.get("images", parent / "images"), masks, split))
     return [found for found in folders if found[0].is_dir()]
 
@@ -327,17 +322,6 @@ def list_files(top: Path) -> Iterator[Path]:
         for name in sorted(files):
             if not name.upper().startswith((".", "DICOMDIR")):
                 yield Path(folder, name)
-
-
-def note_folders(raw: Path, folders: list[tuple[Path, Path, str]]) -> None:
-    """Note the folders of images that belong to no layout: nothing is left out in silence."""
-    used = {path for images, masks, _ in folders for path in (images, masks)}
-    parents = {raw, *(images.parent for images, *_ in folders)}
-    inside = {path for parent in parents for path in parent.iterdir()}
-    for folder in sorted(inside - used - parents):
-        example = next((path for path in list_files(folder) if kind_of(path) in IMAGES), None)
-        if example:
-            print(f"note: {folder}: left out, images such as {example.relative_to(folder)}")
 
 
 def kind_of(path: Path) -> str:
@@ -364,8 +348,9 @@ def name_format(head: bytes) -> str:
     for first, kind in FORMATS.items():
         if start.startswith(first):
             return kind
-    is_text = all(byte >= 32 or byte in b"\t\n\r" for byte in head)
-    return ("text" if is_text else "") if head else "zero bytes"
+    if not head:
+        return "zero bytes"
+    return "text" if all(byte >= 32 or byte in b"\t\n\r" for byte in head) else ""
 
 
 def case_name(path: Path) -> str:
@@ -376,42 +361,42 @@ def case_name(path: Path) -> str:
     return re.sub(r"\.[A-Za-z]+$", "", name)  # but not the end of 1.2.840.5
 
 
-def pair_masks(
-    raw: Path, image_folder: Path, mask_folder: Path, split: str, bad: Reasons
-) -> list[Case]:
+def pair_masks(raw: Path, images_in: Path, masks_in: Path, split: str, bad: Reasons) -> list[Case]:
     """The cases of two folders. Files of none go to `bad`, with the reason."""
 
     def refuse(paths: Iterable[Path], reason: str) -> None:
         for path in paths:
             bad.append((path.relative_to(raw).as_posix(), f"{path}: {reason}"))
 
-    images = list_by_name(image_folder, refuse)
-    if split in ("val", "test") and not mask_folder.is_dir():
-        print(f"note: {len(images)} images in {image_folder} have no masks and are left out")
+    images = list_by_name(images_in)
+    if split in ("val", "test") and not masks_in.is_dir():
+        print(f"note: {len(images)} images in {images_in} have no masks and are left out")
         return []
     masks = defaultdict(list)
     stems = {split_channel(name)[0] for name in images} | images.keys()
-    for name, path in list_by_name(mask_folder, refuse).items():
-        masks[name if name in stems else MASK_ENDING.sub("", name)].append(path)
+    for name, paths in list_by_name(masks_in).items():
+        masks[name if name in stems else MASK_ENDING.sub("", name)] += paths
 
-    # The files of each image by channel number. A name may end in four digits by itself.
-    channels = defaultdict(dict)
-    for name, path in images.items():
+    # Channel numbers and files of each image. A name may end in four digits by itself.
+    channels = defaultdict(list)
+    for name, paths in images.items():
         stem, number = split_channel(name)
         if number is None or name in masks or stem in images or stem not in masks:
             stem, number = name, 0
-        channels[stem][number] = path
+        channels[stem] += [(number, path) for path in paths]
     cases = []
-    for name, by_number in sorted(channels.items()):
-        paths = [by_number[number] for number in sorted(by_number)]
-        if len(masks.get(name, [])) != 1:
-            refuse(paths, f"no mask of that name in {mask_folder.name}, or several")
-        elif sorted(by_number) != list(range(len(by_number))):
-            refuse(paths, f"its channel files are {sorted(by_number)}, expected 0, 1, ...")
+    for name, files in sorted(channels.items()):
+        numbers = [number for number, _ in sorted(files)]
+        paths = [path for _, path in sorted(files)]
+        own = masks.pop(name, [])
+        if len(own) != 1 or not name.isprintable():
+            refuse(paths, f"{len(own)} masks of that (printable) name in {masks_in.name}")
+        elif numbers != list(range(len(numbers))):
+            refuse(paths, f"files of this name for channels {numbers}, expected 0, 1, ...")
         else:
-            cases.append(Case(name, paths, masks[name][0], split))
-    for name in sorted(masks.keys() - channels.keys()):
-        refuse(masks[name], f"no image of that name in {image_folder.name}")
+            cases.append(Case(name, paths, own[0], split))
+    for paths in masks.values():
+        refuse(paths, f"no image of that name in {images_in.name}")
     return cases
 
 
@@ -421,28 +406,21 @@ def split_channel(name: str) -> tuple[str, int | None]:
     return (match[1], int(match[2])) if match else (name, None)
 
 
-def list_by_name(folder: Path, refuse: Callable) -> dict[str, Path]:
+def list_by_name(folder: Path) -> dict[str, list[Path]]:
     """Images or masks of a folder by name: volumes, or else pictures. What is none is noted."""
     inside = sorted(folder.iterdir()) if folder.is_dir() else []
     kinds = {path: kind_of(path) for path in inside if not path.name.startswith(".")}
     wanted = [kind for kind in ("NIfTI", "DICOM") if kind in kinds.values()] or PICTURES
     by_name = defaultdict(list)  # a.nii and a.NII.gz: a
-    others = []
+    others = defaultdict(list)
     for path, kind in kinds.items():
         if kind in wanted:
             by_name[case_name(path)].append(path)
-        elif NIFTI.search(path.name) or any(kind_of(file) in IMAGES for file in list_files(path)):
-            refuse([path], f"a {kind}, expected a file, or one DICOM series in it; {RECIPES}")
         else:
-            others.append(path)
-    if others:
-        found = Counter(kinds[path] for path in others).most_common()
-        listed = ", ".join(f"{count} {kind}" for kind, count in found)
-        print(f"note: {folder}: left out: {listed}, such as {others[0].name}")
-    for name, paths in list(by_name.items()):
-        if len(paths) > 1 or not name.isprintable():
-            refuse(by_name.pop(name), f"{len(paths)} files of this name, expected one, printable")
-    return {name: path for name, (path,) in by_name.items()}
+            others[kind].append(path.name)
+    for kind, names in others.items():
+        print(f"note: {folder}: left out, {kind}: {len(names)}, such as {names[0]}")
+    return by_name
 
 
 # --- find: cases.csv, dataset.json ---
@@ -456,32 +434,27 @@ def read_cases_table(raw: Path, cases: list[Case]) -> None:
     if not table.is_file():
         return
     rows = {}
-    splits = {"": ""} | SPLITS
-    folds = ("", "test", *map(str, range(FOLDS)))
+    splits = {"": ""} | SPLITS | {str(fold): str(fold) for fold in range(FOLDS)}
     for place, row in read_table(table):
-        name = NIFTI.sub("", row["id"])
-        fold = row.get("fold", "")
-        split = row.get("split", "").lower()
-        if fold not in folds or split not in splits or (fold and split):
+        name = NIFTI.sub("", row.pop("id"))
+        split = row.pop("fold", "") + row.pop("split", "").lower()
+        if split not in splits:
             expected = "one of the two: fold 0 to 4 or test, split train, val or test"
-            raise DataError(f"{place}: fold {fold!r}, split {split!r}, expected {expected}")
+            raise DataError(f"{place}: fold or split {split!r}, expected {expected}")
         if name in rows:
             raise DataError(f"{place}: {name} stands there twice, expected one row")
-        rows[name] = row | {"split": fold or splits[split]}
+        rows[name] = (splits[split], row.pop("patient", ""), row)
     without = [case.id for case in cases if case.id not in rows]
     lost = sorted(rows.keys() - {case.id for case in cases})
     if len(lost) == len(rows):
         raise DataError(f"{table}: no id of its rows is a case, expected such as {cases[0].id}")
-    columns = sorted(next(iter(rows.values())).keys() - {"id", "patient", "fold", "split", ""})
-    taken = {name: f"table_{name}" for name in INDEX_COLUMNS}
+    blank = ("", "", dict.fromkeys(row, ""))
     for case in cases:
-        row = rows.get(case.id, {})
-        case.patient = row.get("patient", "")
-        case.split = row.get("split") or case.split
-        case.more = {taken.get(column, column): row.get(column, "") for column in columns}
-    for names, problem in ((without, "cases without a row in it"), (lost, "rows without a case")):
-        if names:
-            print(f"note: {table}: {len(names)} {problem}, such as {names[0]}")
+        split, case.patient, case.more = rows.get(case.id, blank)
+        case.split = split or case.split
+    if without or lost:
+        counts = f"{len(without)} cases without a row, {len(lost)} rows without a case"
+        print(f"note: {table}: {counts}, such as {(without + lost)[0]}")
 
 
 def read_table(table: Path) -> Iterator[tuple[str, dict[str, str]]]:
@@ -494,21 +467,22 @@ def read_table(table: Path) -> Iterator[tuple[str, dict[str, str]]]:
         separator = max(",;\t", key=text.partition("\n")[0].count)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
         (_, names), *rows = [(reader.line_num, [one.strip() for one in row]) for row in reader]
-    if "id" not in names or len(set(names)) < len(names):
-        raise DataError(f"{table}: columns {names}, expected different ones, id too")
+    taken = INDEX_COLUMNS[4:]
+    if "id" not in names or len(set(names)) < len(names) or {*names} & {*taken}:
+        expected = f"id and different others, none of {', '.join(taken)}"
+        raise DataError(f"{table}: columns {names}, expected {expected}")
     for line, row in rows:
         if len(row) > len(names):
             fields = f"{len(row)} fields for {len(names)} columns; decimal commas?"
             raise DataError(f"{table}:{line}: {fields} expected points")
         if any(row):
-            yield f"{table}:{line}", dict(zip_longest(names, row, fillvalue=""))
+            values = dict(zip_longest(names, row, fillvalue=""))
+            values.pop("", None)  # the row numbers of pandas
+            yield f"{table}:{line}", values
 
 
-def read_description(raw: Path) -> tuple[dict[int, str] | None, list[str] | str | None]:
-    """Class names by mask value, and channel names, of dataset.json; None for what it lacks.
-
-    A string instead of channel names ("modality": "MRI") is what all channels are.
-    """
+def read_description(raw: Path) -> tuple[Labels | None, list[str] | None]:
+    """Class names by mask value, and channel names, of dataset.json; None for what it lacks."""
     path = raw / "dataset.json"
     if not path.is_file():
         return None, None
@@ -518,13 +492,12 @@ def read_description(raw: Path) -> tuple[dict[int, str] | None, list[str] | str 
         labels = description.get("labels")
         channels = description.get("channel_names", description.get("modality"))
         if isinstance(channels, dict):
-            channels = [str(channels[key]) for key in sorted(channels, key=int)]
-        if not isinstance(channels, (list, str, type(None))):
-            raise ValueError(f"channel names {channels}")
-        return read_labels(labels) if labels else None, channels or None
+            channels = [channels[key] for key in sorted(channels, key=int)]
+        elif isinstance(channels, str):
+            channels = [channels]
+        return read_labels(labels) if labels else None, list(map(str, channels or [])) or None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        expected = "labels and modality as in the Decathlon"
-        raise DataError(f"{path}: {error}, expected {expected}") from error
+        raise DataError(f"{path}: labels and modality as in the Decathlon? {error}") from error
 
 
 def refuse_doubles(pairs: list[tuple[str, object]]) -> dict:
@@ -535,28 +508,25 @@ def refuse_doubles(pairs: list[tuple[str, object]]) -> dict:
     return dict(pairs)
 
 
-def read_labels(labels: dict) -> dict[int, str]:
+def read_labels(labels: dict) -> Labels:
     """Class names by mask value, of {"0": "background"} or, newer, {"background": 0}.
 
     Raises ValueError unless they are one to one: a class would be left out of the mean Dice.
     """
+    pairs = list(labels.items())
     # Decided once for all of them: names can be numbers, too, as those of teeth.
-    is_number = all(key.isdecimal() for key in labels)
-    by_number = is_number and not all(type(value) is int for value in labels.values())
-    names: dict[int, str] = {}
-    for key, value in labels.items():
-        name, number = (value, key) if by_number else (key, value)
-        name = str(name).strip()
-        if not re.fullmatch(r"\d{1,9}", str(number)) or name.lower() == "ignore":
-            problem = "no whole number: regions and nnU-Net's ignore are not supported"
-            raise ValueError(f"label {key!r}: {value!r}: {problem}")
-        if int(number) > 255:
-            raise ValueError(f"label {key!r}: give the classes numbers up to 255; {RECIPES}")
-        if int(number) in names or name in names.values():
-            raise ValueError(f"label {key!r}: another label has this name or this number")
-        names[int(number)] = name
-    if 0 not in names or len(names) < 2:
-        raise ValueError(f"labels {names} without 0 = background and others")
+    if all(type(value) is int for value in labels.values()):
+        pairs = [(number, name) for name, number in pairs]
+    names = {}
+    for number, name in pairs:
+        if not str(number).isdecimal() or str(name).lower() == "ignore":
+            raise ValueError(f"{labels}: regions and nnU-Net's ignore are not supported")
+        names[int(number)] = str(name).strip()
+    if len(set(names.values())) < len(labels):
+        raise ValueError(f"{labels}: two of them have one name or one number")
+    if 0 not in names or len(names) < 2 or max(names) > 255:
+        expected = "0 = background and others; give the classes numbers up to 255"
+        raise ValueError(f"{labels}, expected {expected}; {RECIPES}")
     return dict(sorted(names.items()))
 
 
@@ -564,10 +534,21 @@ def read_labels(labels: dict) -> dict[int, str]:
 
 
 def for_each(function: Callable, cases: list[Case], workers: int, done: str) -> None:
-    """Call function(case) for all cases in threads: reading and NumPy release Python's lock."""
+    """Call function(case) for all cases in threads: reading and NumPy release Python's lock.
+
+    What makes a case unusable becomes its `error`, with its notes: the others go on.
+    """
+
+    def attempt(case: Case) -> None:
+        try:
+            function(case)
+        except (DataError, MemoryError) as error:
+            notes = "; ".join(f"{what} {detail}".strip() for what, detail in case.notes)
+            case.error = f"{explain(case.images[0], error)}{notes and f' (note: {notes})'}"
+
     pool = ThreadPoolExecutor(max(1, workers))
     try:
-        for number, _ in enumerate(pool.map(function, cases), 1):
+        for number, _ in enumerate(pool.map(attempt, cases), 1):
             progress(f"{done} {number}/{len(cases)}")
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # for Ctrl-C
@@ -583,32 +564,21 @@ def default_workers() -> int:
 
 def inspect(case: Case, count: int, folder: Path) -> None:
     """Read and check a case of `count` channels (0: not known); its voxels go to `folder`."""
-    with keeping_error(case):
-        case.image = read_channels(case.images, count, case.notes)
-        volume = case.image.voxels  # (X, Y, Z, C) of the file
-        mask = read_mask(case.mask, case.image)  # (X, Y, Z)
-        case.image.voxels = None
-        counts = sum(np.bincount(plane.ravel(), minlength=256) for plane in mask.T)
-        case.values = np.flatnonzero(counts).tolist()
-        _, case.spacing, case.shape = orient(case.image.affine, mask.shape)
-        inside = np.flatnonzero(mask)
-        inside = inside[:: len(inside) // SAMPLE + 1]
-        case.foreground = volume[np.unravel_index(inside, mask.shape)].astype(np.float32)  # (N, C)
-        case.digest = hash_pixels(volume.T)  # NIfTI has x innermost
-        # For `convert`: to decompress them again would take longer.
-        with open(folder / AS_READ / case.id, "wb") as file:
-            np.save(file, volume)
-            np.save(file, mask)
-
-
-@contextmanager
-def keeping_error(case: Case) -> Iterator[None]:
-    """Keep what makes a case unusable in its `error`, with its notes: the other cases go on."""
-    try:
-        yield
-    except (DataError, MemoryError) as error:
-        notes = "; ".join(f"{what} {detail}".strip() for what, detail in case.notes)
-        case.error = f"{explain(case.images[0], error)}{notes and f' (note: {notes})'}"
+    case.image = read_channels(case.images, count, case.notes)
+    volume = case.image.voxels  # (X, Y, Z, C) of the file
+    mask = read_mask(case.mask, case.image)  # (X, Y, Z)
+    case.image.voxels = None
+    counts = sum(np.bincount(plane.ravel(), minlength=256) for plane in mask.T)
+    case.values = np.flatnonzero(counts).tolist()
+    _, case.spacing, case.shape = orient(case.image.affine, mask.shape)
+    inside = np.flatnonzero(mask)
+    inside = inside[:: len(inside) // SAMPLE + 1]
+    case.foreground = volume[np.unravel_index(inside, mask.shape)].astype(np.float32)  # (N, C)
+    case.digest = hash_pixels(volume.T)  # NIfTI has x innermost
+    # For `convert`: to decompress them again would take longer.
+    with open(folder / AS_READ / case.id, "wb") as file:
+        np.save(file, volume)
+        np.save(file, mask)
 
 
 @contextmanager
@@ -627,8 +597,6 @@ def explain(path: Path, error: Exception) -> DataError:
         return error
     if isinstance(error, MemoryError):
         return DataError(f"{path}: not enough memory for it ({reason or 'MemoryError'})")
-    if isinstance(error, (EOFError, gzip.BadGzipFile, zlib.error)):
-        return DataError(f"{path}: cut or damaged ({reason})")
     if "plugins" in reason:  # pydicom lists them
         reason += '; more decoders: pip install "pylibjpeg[all]"'
     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
@@ -644,8 +612,6 @@ def read_channels(paths: list[Path], count: int, notes: Notes) -> Volume:
             image.voxels = gray if (gray == image.voxels).all() else image.voxels
         with reading(path):
             check_same_grid(image.voxels.shape[:3], image.affine, images[0])
-            if len(paths) > 1 and image.voxels.shape[3] > 1:
-                raise ValueError("several channels in a channel file, expected one")
     if len(paths) > 1:
         images[0].voxels = np.concatenate([image.voxels for image in images], 3)
     return images[0]
@@ -668,9 +634,7 @@ def read_volume(path: Path, notes: Notes, files: list[Path] | None = None) -> Vo
             image = Volume(*read_nifti(path, notes, np.float32))
         else:
             raise ValueError("not a file" if path.exists() else "not found")
-        volume = image.voxels
-        if volume.ndim == 3:
-            volume = volume[..., None]
+        volume = image.voxels if image.voxels.ndim == 4 else image.voxels[..., None]
         low = np.array([channel.min() for channel in np.moveaxis(volume, 3, 0)])
         high = np.array([channel.max() for channel in np.moveaxis(volume, 3, 0)])
         if not np.isfinite([low, high]).all():
@@ -710,8 +674,7 @@ def check_same_grid(shape: Shape, affine: np.ndarray, image: Volume) -> None:
 
 def corner_distance(first: np.ndarray, second: np.ndarray, shape: Shape) -> float:
     """How far, along one axis of the world, two affines (4, 4) put a corner of a volume apart."""
-    ends = [(0, length) for length in shape]
-    corners = np.array(list(product(*ends, [1])))  # (8, 4), homogeneous
+    corners = np.array([[*corner, 1] for corner in np.ndindex(2, 2, 2)]) * [*shape, 1]  # (8, 4)
     return float(np.abs(corners @ (first - second).T).max())
 
 
@@ -823,28 +786,21 @@ def choose_affine(header: Nifti1Header, pixdim: np.ndarray, notes: Notes) -> np.
     `header` is repaired, `pixdim` (3,) is what it was before. Raises ValueError if neither can be
     used, or if they contradict each other about the size of a voxel.
     """
-    has_sizes = np.isfinite(pixdim).all() and pixdim.min() > 0
-    forms = {name: read_form(header, name) for name in ("sform", "qform")}
-    if not has_sizes:
-        forms["qform"] = None
-    unusable = [name for name in forms if header[f"{name}_code"] and forms[name] is None]
-    sform = forms["sform"]
-    qform = forms["qform"]
+    if not (np.isfinite(pixdim).all() and pixdim.min() > 0):
+        raise ValueError(f"pixdim {pixdim.tolist()}, expected the sizes of a voxel: set them")
+    sform = read_form(header, "sform", notes)
+    qform = read_form(header, "qform", notes)
     if sform is None and qform is None:
-        if unusable or not has_sizes:
-            raise ValueError(f"no usable sform or qform, pixdim {pixdim.tolist()}: set them")
+        if header["sform_code"] or header["qform_code"]:
+            raise ValueError("no usable sform or qform: set one")
         notes.append(("no sform and no qform: axes point left, front and top", ""))
         return header.get_base_affine()
-    if unusable:
-        notes.append((f"the {unusable[0]} is unusable: the other form is taken", ""))
     if sform is None:
         return qform
 
     # The sform is taken; does it agree with pixdim and with the qform?
     sizes = voxel_sizes(sform)
-    if not has_sizes:
-        header["pixdim"][1:4] = sizes  # masks get this header
-    elif not np.allclose(sizes, pixdim, rtol=0.01):
+    if not np.allclose(sizes, pixdim, rtol=0.01):
         detail = f"sform {sizes.round(4).tolist()}, pixdim {pixdim.round(4).tolist()}"
         # Voxels of 1 x 1 x 1 beside other ones are written by programs that know no better.
         is_unit = np.allclose(sizes, 1, atol=1e-3) and qform is not None
@@ -852,27 +808,26 @@ def choose_affine(header: Nifti1Header, pixdim: np.ndarray, notes: Notes) -> np.
             raise ValueError(f"voxels by {detail}: set the wrong one right, by nibabel")
         taken = "qform" if is_unit else "sform"
         notes.append((f"voxel sizes contradict each other: the {taken} is taken", detail))
-        return forms[taken]
+        return qform if is_unit else sform
     if qform is not None:
         apart = corner_distance(sform, qform, header.get_data_shape()[:3]) / pixdim.min()  # voxels
         if apart > SHIFT:
-            detail = f"by up to {apart:.3g} voxels"
-            notes.append(("sform and qform differ: the sform is taken", detail))
+            what = "sform and qform differ: the sform is taken"
+            notes.append((what, f"by up to {apart:.3g} voxels"))
     return sform
 
 
-def read_form(header: Nifti1Header, name: str) -> np.ndarray | None:
+def read_form(header: Nifti1Header, name: str, notes: Notes) -> np.ndarray | None:
     """The sform or qform (4, 4); None if it is not coded, or cannot be inverted."""
-    try:
-        affine, _ = getattr(header, f"get_{name}")(coded=True)
-    except (HeaderDataError, ValueError):  # a quaternion longer than 1
+    if not header[f"{name}_code"]:
         return None
-    if affine is None or not np.isfinite(affine).all():
-        return None
-    sizes = voxel_sizes(affine)
-    # The volume of a cube of unit edges along the axes is 0 if they lie in one plane.
-    is_usable = sizes.min() > 0 and abs(det(affine[:3, :3] / sizes)) >= 1e-3
-    return affine if is_usable else None
+    with suppress(HeaderDataError, ValueError), np.errstate(all="ignore"):  # quaternion beyond 1
+        affine = getattr(header, f"get_{name}")()
+        # The volume of a cube of unit edges along the axes: 0 if they lie in one plane, or NaN
+        if np.isfinite(affine).all() and abs(det(affine[:3, :3] / voxel_sizes(affine))) > 1e-3:
+            return affine
+    notes.append((f"the {name} is unusable: the other form is taken", ""))
+    return None
 
 
 # --- read: a DICOM series ---
@@ -920,11 +875,6 @@ def read_series(path: Path, files: list[Path], notes: Notes) -> Volume:
         what = "PixelPaddingValue: these voxels get the lowest value of the others"
         notes.append((what, f"{padded.sum()} voxels"))
 
-    acquisitions = Counter(str(one.plane.get("AcquisitionNumber")) for one in slices)
-    if 1 < len(acquisitions) < len(slices):
-        counts = ", ".join(f"{count} of {number}" for number, count in acquisitions.items())
-        notes.append(("one volume of several acquisitions, by AcquisitionNumber", counts))
-
     # Transform voxels to DICOM's axes in mm, and those to RAS.
     affine = np.eye(4)
     affine[:3, :3] = axes.T * [*spacing, step]
@@ -942,11 +892,10 @@ def list_slices(files: list[Path], notes: Notes) -> list[Slice]:
         is_usable = ds is not None and all(ds.get(k) for k in ("PixelData", "Rows", "Columns"))
         (images if is_usable else others)[file] = ds
     lost = [file for file, ds in others.items() if is_cut_image(file, ds, images)]
-    if lost:
+    if lost or not images:
         names = ", ".join(f"{file.name} ({file.stat().st_size} bytes)" for file in lost[:3])
-        raise ValueError(f"{len(lost)} of {len(files)} files are cut, empty or damaged: {names}")
-    if not images:
-        raise ValueError("0 DICOM images, expected those of one series")
+        counts = f"{len(images)} of {len(files)} files are DICOM images"
+        raise ValueError(f"{counts}, {len(lost)} are cut, empty or damaged: {names}")
     if others:
         such = f"{len(others)}, such as {next(iter(others)).name}"
         notes.append(("files that are no images are left out", such))
@@ -954,6 +903,10 @@ def list_slices(files: list[Path], notes: Notes) -> list[Slice]:
     slices = []
     for file, ds in images.items():
         slices += list_planes(file.relative_to(shared).as_posix(), ds)
+    acquisitions = Counter(str(one.plane.get("AcquisitionNumber")) for one in slices)
+    if 1 < len(acquisitions) < len(slices):
+        counts = ", ".join(f"{count} of {number}" for number, count in acquisitions.items())
+        notes.append(("one volume of several acquisitions, by AcquisitionNumber", counts))
     return slices
 
 
@@ -961,8 +914,6 @@ def read_dataset(path: Path, **options: bool) -> Dataset | None:
     """The data set of a file, with or without the DICOM preamble; None if it holds none."""
     try:
         ds = dcmread(path, force=True, **options)
-    except MemoryError:
-        raise
     except Exception:  # bytes may mean anything
         return None
     known = ("SOPClassUID", "PixelData", "DirectoryRecordSequence")
@@ -993,8 +944,8 @@ def list_planes(name: str, ds: Dataset) -> list[Slice]:
     shared = ds.get("SharedFunctionalGroupsSequence") or [Dataset()]
     slices = []
     for k, group in enumerate(groups):
-        plane = Dataset()
         # What some scanners write outside of the groups
+        plane = Dataset()
         for keyword in ("RescaleSlope", "RescaleIntercept", "ImageType"):
             if keyword in ds:
                 plane[keyword] = ds[keyword]
@@ -1006,19 +957,17 @@ def list_planes(name: str, ds: Dataset) -> list[Slice]:
 
 
 def check_slices(slices: list[Slice]) -> None:
-    """Raise DataError unless all planes are slices of one CT, MR or PET series, of one size."""
+    """Raise ValueError unless all planes are slices of one CT, MR or PET series, of one size."""
     series = {str(one.ds.get("SeriesInstanceUID")): one.name for one in slices}
     if len(series) > 1:
         names = ", ".join(list(series.values())[:4])
         raise ValueError(f"{len(series)} DICOM series, such as of {names}; {UID_HINT}")
     for one in slices:
-        ds = one.ds
-        kind = UID(str(ds.get("SOPClassUID") or "")).name
-        frames = int(ds.get("NumberOfFrames") or 1)
-        colours = str(ds.get("PhotometricInterpretation") or "MONOCHROME2")
-        is_gray = colours.upper() == "MONOCHROME2" and int(ds.get("SamplesPerPixel") or 1) == 1
-        is_other = "RT Dose" in kind or "Segmentation" in kind
-        if is_other or not is_gray or (one.plane is ds and frames > 1):
+        kind = UID(str(one.ds.get("SOPClassUID") or "")).name
+        frames = int(one.ds.get("NumberOfFrames") or 1)
+        colours = str(one.ds.get("PhotometricInterpretation") or "MONOCHROME2").upper()
+        is_other = "RT Dose" in kind or "Segmentation" in kind or colours != "MONOCHROME2"
+        if is_other or (one.plane is one.ds and frames > 1):
             found = f"{kind}, {colours}, {frames} frames"
             expected = "expected MONOCHROME2 of CT or MR (dcm2niix converts others)"
             raise ValueError(f"{one.name} is no slice ({found}), {expected}")
@@ -1076,32 +1025,21 @@ def fit_line(
     # Of all neighbours the two whose distance is least like that of the others
     gaps = np.column_stack([np.diff(along), np.diff(aside, axis=0)])  # (N - 1, 3)
     odd = int(np.argmax(norm(gaps - np.median(gaps, 0), axis=1)))
-    pair = f"{slices[odd].name} and {slices[odd + 1].name}"
     places = 1 + np.count_nonzero(gaps[:, 0] > 0.01)
     raise ValueError(
-        f"{len(slices)} slices at {places} positions are no box: {pair} are "
-        f"{gaps[odd, 0]:.4g} mm apart and {norm(gaps[odd, 1:]):.4g} mm aside, "
-        f"mostly {np.median(gaps[:, 0]):.4g} mm apart: missing, doubled, moved aside, tilted, two "
-        "stacks, mosaics, a time series or echoes (see dcm2niix)"
+        f"{len(slices)} slices at {places} positions are no box: {slices[odd].name} and "
+        f"{slices[odd + 1].name} are {gaps[odd, 0]:.4g} mm apart and {norm(gaps[odd, 1:]):.4g} mm "
+        f"aside, mostly {np.median(gaps[:, 0]):.4g} mm apart: missing, doubled, moved aside, "
+        "tilted, two stacks, mosaics, a time series or echoes (see dcm2niix)"
     )
 
 
 def read_plane(path: Path, one: Slice) -> np.ndarray:
     """Modality values float32 (X, Y) of a plane, NaN where it is padded."""
-    where = path / one.name if path.is_dir() else path
     ds = one.ds
     plane = one.plane
-    with reading(where):
+    with reading(path / one.name if path.is_dir() else path):
         pixels = pixel_array(ds, index=one.frame)  # (rows, columns)
-        padded = np.zeros(pixels.shape, bool)
-        if isinstance(ds.get("PixelPaddingValue"), int):  # PS3.3 C.7.5.1.1.2
-            # They may have the wrong sign: both 63536 and -2000 stand for the same bits.
-            limit = ds.get("PixelPaddingRangeLimit")
-            ends = [ds.PixelPaddingValue, ds.PixelPaddingValue if limit is None else limit]
-            lowest = -(2 ** (ds.BitsAllocated - 1)) if ds.PixelRepresentation else 0
-            low, high = sorted((end - lowest) % 2**ds.BitsAllocated + lowest for end in ends)
-            padded = (low <= pixels) & (pixels <= high)
-
         # apply_modality_lut fails on attributes that are there and empty.
         for keyword, default in (("RescaleSlope", 1), ("RescaleIntercept", 0)):
             if plane.get(keyword) in (None, ""):
@@ -1109,7 +1047,13 @@ def read_plane(path: Path, one: Slice) -> np.ndarray:
         values = apply_modality_lut(pixels, plane).astype(np.float32)
         if float(plane.RescaleSlope) == 0 or not np.isfinite(values).all():
             raise ValueError(f"RescaleSlope {plane.RescaleSlope} gives no values")
-    values[padded] = np.nan
+        if isinstance(ds.get("PixelPaddingValue"), int):  # PS3.3 C.7.5.1.1.2
+            # They may have the wrong sign: both 63536 and -2000 stand for the same bits.
+            limit = ds.get("PixelPaddingRangeLimit")
+            ends = [ds.PixelPaddingValue, ds.PixelPaddingValue if limit is None else limit]
+            lowest = -(2 ** (ds.BitsAllocated - 1)) if ds.PixelRepresentation else 0
+            low, high = sorted((end - lowest) % 2**ds.BitsAllocated + lowest for end in ends)
+            values[(low <= pixels) & (pixels <= high)] = np.nan
     return values.T  # (columns, rows), which is (X, Y)
 
 
@@ -1117,16 +1061,12 @@ def read_plane(path: Path, one: Slice) -> np.ndarray:
 
 
 def complete_names(
-    cases: list[Case], labels: dict[int, str] | None, channels: list[str] | str | None
-) -> tuple[dict[int, str], list[str]]:
-    """Class names by mask value, and channel names: those given, or else by what the cases hold.
-
-    Sets the error of the cases that differ.
-    """
-    good = [case for case in cases if not case.error]
+    cases: list[Case], labels: Labels | None, channels: list[str] | None
+) -> tuple[Labels, list[str]]:
+    """Class names by mask value, and channel names: those given, or else by what the cases hold."""
     if labels is None:
         # More values up to 255 are those of a mask that JPEG or resizing has smeared.
-        clean = [case.values for case in good if case.values[2:] == [] or case.values[-1] < 255]
+        clean = [case.values for case in cases if case.values[2:] == [] or case.values[-1] < 255]
         seen = {value for values in clean for value in values}
         labels = {0: "background"}
         while len(labels) in seen:
@@ -1134,24 +1074,26 @@ def complete_names(
         if seen == {0, 255}:
             print("note: the masks hold 0 and 255: 255 is taken as class 1, also in predictions")
             labels[255] = "1"
-    if not isinstance(channels, list) and good:  # None, or one name for all
+    if channels is None and cases:
         # What most cases have: the others are the odd ones out.
-        count = Counter(case.foreground.shape[1] for case in good).most_common(1)[0][0]
-        modalities = {case.image.modality for case in good}  # of DICOM: CT, MR
-        name = channels or (modalities.pop() if len(modalities) == 1 else "") or "channel"
+        count = Counter(case.foreground.shape[1] for case in cases).most_common(1)[0][0]
+        modalities = {case.image.modality or "channel" for case in cases}  # of DICOM: CT, MR
+        name = modalities.pop() if len(modalities) == 1 else "channel"
         channels = [name] if count == 1 else [f"{name} {k}" for k in range(count)]
-        if count == 3 and kind_of(good[0].images[0]) in PICTURES:
+        if count == 3 and kind_of(cases[0].images[0]) in PICTURES:
             channels = COLOURS
-    for case in good:
-        with keeping_error(case):
-            if not set(case.values) <= set(labels):
-                expected = f"{sorted(labels)} without gaps, or a dataset.json with the others"
-                raise DataError(f"{case.mask}: mask values {case.values}, expected {expected}")
-            check_channels(" and ".join(map(str, case.images)), case.foreground.shape[1], channels)
     return labels, channels
 
 
-def check_channels(path: object, count: int, channels: list[str]) -> None:
+def check_names(case: Case, labels: Labels, channels: list[str]) -> None:
+    """Raise DataError for a value of the mask without a name, or a channel too many or too few."""
+    if not set(case.values) <= set(labels):
+        expected = f"{sorted(labels)} without gaps, or a dataset.json with the others"
+        raise DataError(f"{case.mask}: mask values {case.values}, expected {expected}")
+    check_channels(case.images[0], case.foreground.shape[1], channels)
+
+
+def check_channels(path: Path, count: int, channels: list[str]) -> None:
     """Raise DataError unless an image has as many channels as there are names."""
     if count != len(channels):
         hint = f"; time points? write a file each; {RECIPES}" if count > 3 else ""
@@ -1185,19 +1127,14 @@ def print_reasons(pairs: Reasons, start: str = "") -> None:
 
 def split_cases(cases: list[Case], args: Namespace) -> None:
     """Set patient group and fold of each case; with --like all are test."""
-    patients = []
-    for case in cases:
-        patient = case.patient or case.id
-        if args.patient_regex:  # it overrules cases.csv
-            image = case.images[0]
-            below = image.relative_to(args.data).as_posix()
-            match = re.search(args.patient_regex, image.name)
-            match = match or re.search(args.patient_regex, below)
-            patient = (match[1 if match.re.groups else 0] or "") if match else ""
-        patients.append(patient)
-    if "" in patients:
-        problem = f"finds nothing in {patients.count('')} names: {cases[patients.index('')].id}"
-        raise DataError(f"--patient-regex {args.patient_regex!r} {problem}")
+    patients = [case.patient or case.id for case in cases]
+    for k, case in enumerate(cases if args.patient_regex else []):  # it overrules cases.csv
+        image = case.images[0]
+        match = re.search(args.patient_regex, image.name)
+        match = match or re.search(args.patient_regex, image.relative_to(args.data).as_posix())
+        patients[k] = match and match[1 if match.re.groups else 0]
+        if not patients[k]:
+            raise DataError(f"--patient-regex {args.patient_regex!r} finds nothing in {image}")
     groups = group_patients(patients, [case.digest for case in cases])
     strata = [str(case.values) for case in cases]
     splits = ["test" if args.like else case.split for case in cases]
@@ -1271,28 +1208,10 @@ def assign_folds(
     return [given[split] if split in given else fold_of[group] for group, split in pairs]
 
 
-def note_patients(cases: list[Case], args: Namespace) -> None:
-    """Note patients in several folds or splits, as given, and names like several scans of one."""
-    folds = defaultdict(set)
-    for case in cases:
-        folds[case.group].add((case.fold, case.split if case.split in SPLITS else ""))
-    apart = [patient for patient, own in folds.items() if len(own) > 1]
-    if apart:
-        print(f"note: {len(apart)} patients in several splits or folds, such as {min(apart)}")
-    starts = [re.match(r".*?\d+(?=[_-])", case.id) for case in cases]
-    patients = {start.group() for start in starts if start}
-    is_alike = all(starts) and 1 < len(patients) < len(cases)
-    if is_alike and not args.patient_regex and not args.like:
-        print(
-            f"note: {len(cases)} cases look like {len(patients)} patients, such as {min(patients)};"
-        )
-        print('      to keep those in one fold: --patient-regex "^.*?[0-9]+(?=[_-])"')
-
-
 # --- split: the common grid ---
 
 
-def describe(cases: list[Case], spacing: list, labels: dict[int, str], channels: list[str]) -> dict:
+def describe(cases: list[Case], spacing: list, labels: Labels, channels: list[str]) -> dict:
     """What meta.json says of grid, classes and normalisation, by the training cases."""
     training = [case for case in cases if case.fold != "test"]
     median = np.median([case.spacing for case in training], 0).round(4).tolist()
@@ -1317,24 +1236,21 @@ def describe(cases: list[Case], spacing: list, labels: dict[int, str], channels:
     meta["shape"] = np.median(shapes, 0).astype(int).tolist()
     meta["normalisation"] = []
     for name, values in zip(channels, foreground.T, strict=True):
-        constants = None
-        if is_ct(name):  # as in nnU-Net
-            low, high = np.percentile(
-                values, (0.5, 99.5)
-            ).tolist()  # beyond: metal, slips of the mask
-            clipped = values.clip(low, high).astype(np.float64)
-            constants = {"low": low, "high": high, "mean": float(clipped.mean())}
-            constants["std"] = float(clipped.std()) or 1.0
-        meta["normalisation"].append(constants)
+        meta["normalisation"].append(ct_constants(name, values))
     return meta
 
 
-def is_ct(channel: str) -> bool:
-    """Whether a modality or channel name is one of CT: CT, "CT scan", CTA, CBCT, ..."""
-    # Words and not parts of them: "CT1" is contrast-enhanced T1.
+def ct_constants(channel: str, values: np.ndarray) -> dict[str, float] | None:
+    """How CT is normalised, by its foreground, as in nnU-Net; None if a channel is no CT."""
+    # Whole words: CT, "CT scan", CTA, CBCT, ..., but "CT1" is contrast-enhanced T1.
     words = set(re.split(r"[^A-Z0-9]+", channel.upper()))
     is_named = words & {*CT_NAMES.split()} or words >= {"COMPUTED", "TOMOGRAPHY"}
-    return bool(is_named) and not words & {"PET", "SPECT"}
+    if not is_named or words & {"PET", "SPECT"}:
+        return None
+    low, high = np.percentile(values, (0.5, 99.5)).tolist()  # beyond: metal, slips of the mask
+    clipped = values.clip(low, high).astype(np.float64)
+    std = float(clipped.std()) or 1.0
+    return {"low": low, "high": high, "mean": float(clipped.mean()), "std": std}
 
 
 def check_grid(path: Path, shape: Shape, spacing: np.ndarray, meta: dict) -> None:
@@ -1384,9 +1300,8 @@ def print_plan(cases: list[Case], meta: dict) -> None:
     print(f"classes {' '.join(meta['classes'])}; channels {' '.join(names)}; {grid}")
     # Of long-axis views among short-axis ones slices are lines of a few thick voxels.
     axis = "xyz"[meta["slice_axis"]]
-    spacings = [case.spacing for case in cases]
-    spacings = [mm for mm in spacings if max(mm) > 1.5 * np.median(mm)]
-    counts = Counter("xyz"[np.argmax(mm)] for mm in spacings)
+    thick = [case.spacing for case in cases if max(case.spacing) > 1.5 * np.median(case.spacing)]
+    counts = Counter("xyz"[np.argmax(mm)] for mm in thick)
     if set(counts) - {axis}:
         listed = ", ".join(f"{axis} in {count}" for axis, count in counts.most_common())
         print(f"note: thickest axis {listed}, but slices (--dims 2) are cut across {axis}")
@@ -1396,24 +1311,23 @@ def print_plan(cases: list[Case], meta: dict) -> None:
 
 
 def convert(case: Case, folder: Path, meta: dict) -> None:
-    """Write the four files of a case, from the voxels that `inspect` has left, or set its error."""
-    path = folder / AS_READ / case.id
+    """Write the four files of a case, from the voxels that `inspect` has left."""
     affine = case.image.affine
-    with keeping_error(case):
-        check_grid(case.images[0], case.shape, case.spacing, meta)
-        with open(path, "rb") as file:
-            volume = np.load(file)  # (X, Y, Z, C) of the file
-            mask = np.load(file)  # (X, Y, Z) of the file
-        labels = mask_to_grid(mask, affine, meta)  # (X, Y, Z) of the grid
-        image = to_grid(case.images[0], volume, affine, meta)  # (C, X, Y, Z) of the grid
-        start = folder / "volumes" / case.id
-        write_mask(Path(f"{start}.truth.nii.gz"), mask, affine, case.image.header)
-        np.save(f"{start}.image.npy", image)
-        np.save(f"{start}.mask.npy", labels)
-        classes = len(meta["classes"])
-        np.save(f"{start}.points.npy", draw_points(labels, classes))
-        case.seen = sum(np.bincount(plane.ravel(), minlength=classes) for plane in labels)
+    check_grid(case.images[0], case.shape, case.spacing, meta)
+    path = folder / AS_READ / case.id
+    with open(path, "rb") as file:
+        volume = np.load(file)  # (X, Y, Z, C) of the file
+        mask = np.load(file)  # (X, Y, Z) of the file
     path.unlink()  # or the disk holds all volumes twice
+    labels = mask_to_grid(mask, affine, meta)  # (X, Y, Z) of the grid
+    image = to_grid(case.images[0], volume, affine, meta)  # (C, X, Y, Z) of the grid
+    start = folder / "volumes" / case.id
+    write_mask(Path(f"{start}.truth.nii.gz"), mask, affine, case.image.header)
+    np.save(f"{start}.image.npy", image)
+    np.save(f"{start}.mask.npy", labels)
+    classes = len(meta["classes"])
+    np.save(f"{start}.points.npy", draw_points(labels, classes))
+    case.seen = sum(np.bincount(plane.ravel(), minlength=classes) for plane in labels)
 
 
 def to_grid(path: Path, volume: np.ndarray, affine: np.ndarray, meta: dict) -> np.ndarray:
@@ -1539,9 +1453,8 @@ def write_mask(
 
 
 def print_classes(cases: list[Case], meta: dict) -> None:
-    """What the network will see of each class: a class that no mask has, or that the grid loses."""
-    for k in range(1, len(meta["classes"])):
-        value = meta["values"][k]
+    """What the network will see of each class, and what is odd about the cases as a whole."""
+    for k, value in enumerate(meta["values"][1:], 1):
         seen = [int(case.seen[k]) for case in cases if value in case.values]  # voxels, of each mask
         lost = f"lost on this grid in {seen.count(0)} cases; " if 0 in seen else ""
         voxels = f", median {np.median(seen):.0f} voxels on this grid" if seen else ""
@@ -1549,6 +1462,17 @@ def print_classes(cases: list[Case], meta: dict) -> None:
     empty = sum(case.values == [0] for case in cases)
     if empty:
         print(f"note: {empty} masks are empty")
+    names = defaultdict(list)
+    splits = defaultdict(set)
+    for case in cases:
+        names[case.digest].append(case.id)
+        splits[case.group].add((case.fold, case.split if case.split in SPLITS else ""))
+    for copies in names.values():
+        if len(copies) > 1:
+            print(f"note: {' and '.join(copies)} are one image: do their masks agree?")
+    apart = [patient for patient, own in splits.items() if len(own) > 1]
+    if apart:
+        print(f"note: {len(apart)} patients in several splits or folds, such as {min(apart)}")
 
 
 def write_index(path: Path, raw: Path, cases: list[Case]) -> None:
@@ -1562,23 +1486,6 @@ def write_index(path: Path, raw: Path, cases: list[Case]) -> None:
             mask = case.mask.relative_to(raw).as_posix()
             place = (case.id, case.group, case.fold, split, case.digest)
             writer.writerow((*place, images, mask, *case.more.values()))
-
-
-def print_copies(cases: list[Case]) -> None:
-    """Name the cases whose images are the same to the last voxel."""
-    names = defaultdict(list)
-    for case in cases:
-        names[case.digest].append(case.id)
-    for copies in names.values():
-        if len(copies) > 1:
-            print(f"note: {' and '.join(copies)} are one image: do their masks agree?")
-
-
-def write_skipped(path: Path, bad: list[tuple[str, str]]) -> None:
-    """skipped.csv: source and reason of every file that was left out."""
-    # A name that is not UTF-8 is one of the reasons.
-    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        csv.writer(file).writerows([("source", "reason"), *bad])
 
 
 # --- new: images without masks, for eval.py ---
@@ -1705,27 +1612,17 @@ def find_series(top: Path, files: list[Path]) -> tuple[list[NewImage], list[Path
     for uid, ds in headers.items():
         if len(series[uid]) == 1 and int(ds.get("NumberOfFrames") or 1) == 1:
             slices += series.pop(uid)
-    parents = {uid: {path.parent for path in own} for uid, own in series.items()}
-    used = set().union(*parents.values())
-    for folder, own in others.items():
-        # Cut files alone in their folder are named when they are read.
-        if folder not in used and any(kind_of(path) == "DICOM" for path in own):
-            parents[str(folder)] = {folder}
-    used.update(*parents.values())
-    left = [path for folder, own in others.items() if folder not in used for path in own]
-
-    by_folder = defaultdict(list)  # UIDs
-    for uid in parents:
-        by_folder[Path(os.path.commonpath(list(parents[uid])))].append(uid)
+    parents = {uid: sorted({path.parent for path in own}) for uid, own in series.items()}
+    folders = {uid: Path(os.path.commonpath(own)) for uid, own in parents.items()}
     images = []
-    for folder, uids in by_folder.items():
+    for uid, folder in folders.items():
         name = name_below(top, folder)
-        numbers = [str(headers[uid].get("SeriesNumber")) for uid in uids if uid in headers]
-        is_clear = len(set(numbers)) == len(uids)
-        for k, uid in enumerate(uids):
-            suffix = f"_{numbers[k] if is_clear else uid}" if len(uids) > 1 else ""
-            beside = [path for parent in sorted(parents[uid]) for path in others[parent]]
-            images.append(NewImage(f"{name}{suffix}", folder, series[uid] + beside, True))
+        if list(folders.values()).count(folder) > 1:
+            name = f"{name}_{headers[uid].get('SeriesNumber') or uid}"
+        beside = [path for parent in parents[uid] for path in others[parent]]
+        images.append(NewImage(name, folder, series[uid] + beside, True))
+    used = set().union(*parents.values())
+    left = [path for folder, own in others.items() if folder not in used for path in own]
     return images, slices, left
 
 
