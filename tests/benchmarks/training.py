@@ -1,43 +1,35 @@
-"""Seconds of an epoch of each training, beside the same steps on one batch that is there already.
+"""Seconds of an epoch of each training, on random images and volumes.
 
   python tests/benchmarks/training.py
   python tests/benchmarks/training.py --device cuda --amp bf16 --compile --steps 100
 
-Random images and volumes are trained on through the loop of each train.py, with its own loader,
-augmentation and validation. The same loop is then run on a batch that is loaded and augmented once:
-what the first takes longer is what loading and augmentation cost. The first epoch of each run warms
-up and does not count, of the others the fastest does. CPU seconds are those of the process itself,
-without its workers.
+Through train.py as it is, with its loader, augmentation and validation. The first epoch warms up and
+does not count, of the others the fastest does.
 """
 
 import argparse
 import contextlib
-import ctypes
 import importlib
 import io
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
-from unittest.mock import patch
 
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from common.checkpoint import load_checkpoint
 from tests.caches import change_rows, draw_images, draw_volumes
 
 SIZE = 224  # pixels per side of an image
-VOLUME = (128, 128, 80)  # voxels; the default patch in 3D is 57 x 57 x 80
-TRAININGS = {  # task, options, and the batch size of train.py
-    "ResNet-18": ("classification", "", 32),
-    "heart": ("detection", "", 32),
-    "U-Net 2D": ("segmentation", "--dims 2", 16),
-    "U-Net 3D": ("segmentation", "--dims 3", 2),
+VOLUME = (128, 128, 80)  # voxels
+# Task, options, batch size of train.py, and the patches that an epoch takes from a volume
+TRAININGS = {
+    "ResNet-18": ("classification", "", 32, 1),
+    "heart": ("detection", "", 32, 1),
+    "U-Net 2D": ("segmentation", "--dims 2", 16, VOLUME[2]),
+    "U-Net 3D": ("segmentation", "--dims 3", 2, 5),
 }
-PATCHES = {"U-Net 2D": VOLUME[2], "U-Net 3D": 5}  # that an epoch takes from a volume
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -50,180 +42,31 @@ def main(argv: list[str] | None = None) -> None:
     add("--compile", action="store_true", help="torch.compile the model")
     add("--workers", type=int, default=2, help="loading processes (default: %(default)s)")
     add("--steps", type=int, default=8, help="of an epoch (default: %(default)s)")
-    add("--batch-size", type=int, help="default: that of each train.py")
-    add("--epochs", type=int, default=3, help="with the one to warm up (default: %(default)s)")
     args = parser.parse_args(argv)
-    if args.epochs < 2:
-        parser.error(f"--epochs {args.epochs}, expected at least 2: the first does not count")
-    hardware = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
-    print(f"torch {torch.__version__}, {hardware}, {torch.get_num_threads()} threads, {vars(args)}")
-
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {vars(args)}")
     for name in args.only:
-        task, options, batch_size = TRAININGS[name]
-        batch_size = args.batch_size or batch_size
-        train = importlib.import_module(f"{task}.train")
+        task, options, batch_size, patches = TRAININGS[name]
         with tempfile.TemporaryDirectory() as folder:
-            draw_cache(Path(folder) / "cache", name, task, args.steps * batch_size)
-            command = f"--data {folder}/cache --device {args.device} --amp {args.amp} {options}"
-            command += f" --epochs {args.epochs} --workers {args.workers}"
-            command += f" --batch-size {batch_size}" + " --compile" * args.compile
-            report(name, train, command.split(), batch_size)
+            draw_cache(Path(folder) / "cache", task, max(1, args.steps * batch_size // patches))
+            command = f"--data {folder}/cache --out {folder}/run {options} --device {args.device}"
+            command += f" --amp {args.amp} --workers {args.workers} --batch-size {batch_size}"
+            command += " --epochs 3" + " --compile" * args.compile
+            with contextlib.redirect_stdout(io.StringIO()):
+                importlib.import_module(f"{task}.train").main(command.split())
+            log = load_checkpoint(Path(folder) / "run" / "last.pt")["log"]
+        seconds = min(row["seconds"] for row in log[1:])
+        speed = args.steps * batch_size / seconds
+        print(f"{name:10} {seconds:8.2f} s with validation, {speed:.1f} images/s", flush=True)
 
 
-def draw_cache(cache: Path, name: str, task: str, count: int) -> None:
-    """A cache that gives `count` images or patches an epoch, and a quarter to validate."""
-    count = max(1, count // PATCHES.get(name, 1))
+def draw_cache(cache: Path, task: str, count: int) -> None:
+    """A cache of `count` images or volumes to train on, and a quarter to validate."""
     total = count + max(1, count // 4)
     if task == "segmentation":
         draw_volumes(cache, total, VOLUME)
     else:
         draw_images(cache, task, total, SIZE)
     change_rows(cache, lambda k, row: row.update(fold="1" if k < count else "0"))
-
-
-# --- one training ---
-
-
-def report(name: str, train: ModuleType, command: list[str], batch_size: int) -> None:
-    """Run a training, and its steps on one batch alone; print what each part takes."""
-    clear_peak()
-    watch = Watch(train, command)
-    peak = peak_memory()
-    with resident_batch(train):
-        resident = Watch(train, command)
-    images = watch.steps * batch_size
-    start = time.perf_counter()
-    for _ in watch.loader:
-        pass
-    loading = time.perf_counter() - start
-    (epoch, cpu), (validation, validation_cpu) = watch.fastest()
-    (bare, bare_cpu), _ = resident.fastest()
-    share = validation / (epoch + validation)
-    for what, seconds, more in (
-        ("epoch, its training", epoch, f"{images / epoch:.1f} images/s"),
-        ("the same, CPU", cpu, f"{cpu / bare_cpu:.3f} of the resident batch's"),
-        ("one resident batch", bare, f"the epoch takes {epoch / bare:.3f} times as long"),
-        ("loading alone", loading, f"{images / loading:.0f} images/s"),
-        ("validation", validation, f"{share:.1%} of the whole, {validation_cpu:.3f} CPU"),
-    ):
-        print(f"{name:10} {what:22} {seconds:8.3f} s  {more}", flush=True)
-    print(f"{name:10} {'peak memory':22} {peak:8.0f} MB", flush=True)
-
-
-class Watch:
-    """Runs a training and times it at the calls that begin an epoch, end its steps and save it."""
-
-    def __init__(self, train: ModuleType, command: list[str]) -> None:
-        self.loader = None  # of the training set
-        self.steps = 0  # of an epoch
-        self.clocks = []  # wall and CPU seconds at each of these calls
-        self.end = train.mean_loss
-        self.make_loader = train.make_loader
-        save = train.Run.save
-
-        def on_save(*rest: object) -> None:
-            self.clock()
-            save(*rest)
-
-        torch._dynamo.reset()  # what a run before has compiled is for its own model
-        with (
-            patch.object(train, "mean_loss", self.on_end),
-            patch.object(train.Run, "save", on_save),
-            patch.object(train, "make_loader", self.on_loader),
-            tempfile.TemporaryDirectory() as out,
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
-            train.main([*command, "--out", f"{out}/run"])
-
-    def clock(self) -> None:
-        self.clocks.append((time.perf_counter(), time.process_time()))
-
-    def on_end(self, loss_sum: Tensor, steps: int, epoch: int, world_size: int = 0) -> float:
-        if not world_size:  # for the line of progress
-            return self.end(loss_sum, steps, epoch)
-        loss = self.end(loss_sum, steps, epoch, world_size)  # it reads the loss: all steps are done
-        self.clock()
-        self.steps = steps
-        return loss
-
-    def on_loader(self, *rest: object) -> object:
-        loader = self.make_loader(*rest)
-        if self.loader is not None:  # the one of the validation
-            return loader
-        self.loader = loader
-        return WatchedLoader(loader, self.clock)
-
-    def fastest(self) -> list[tuple[float, float]]:
-        """Wall and CPU seconds of the fastest training and validation, without the first epoch."""
-        parts = []
-        for first in (3, 4):  # three calls an epoch
-            pairs = zip(self.clocks[first::3], self.clocks[first + 1 :: 3], strict=True)
-            seconds = [(end[0] - start[0], end[1] - start[1]) for start, end in pairs]
-            parts.append(tuple(min(column) for column in zip(*seconds, strict=True)))
-        return parts
-
-
-class WatchedLoader:
-    """A loader that says when an epoch begins, and may give a single batch again and again."""
-
-    def __init__(self, loader: object, on_begin: Callable = int, batch: tuple = ()) -> None:
-        self.loader = loader
-        self.sampler = loader.sampler
-        self.dataset = loader.dataset
-        self.on_begin = on_begin
-        self.batch = batch
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator:
-        self.on_begin()
-        return iter([self.batch] * len(self.loader) if self.batch else self.loader)
-
-
-@contextlib.contextmanager
-def resident_batch(train: ModuleType) -> Iterator[None]:
-    """Let train.py train on one batch that is loaded and augmented once."""
-    make_loader = train.make_loader
-    to_input = train.to_input
-    loaders = []
-    inputs = []
-
-    def make(*rest: object) -> object:
-        loader = make_loader(*rest)
-        if not loaders:  # the first one is that of the training
-            images, targets = loader.dataset[next(iter(loader.sampler))]
-            loader = WatchedLoader(loader, batch=(images, targets.to(rest[-1])))
-        loaders.append(loader)
-        return loader
-
-    def prepare(images: Tensor, *rest: object) -> Tensor | tuple[Tensor, Tensor]:
-        if images is not loaders[0].batch[0]:
-            return to_input(images, *rest)
-        if not inputs:
-            inputs.append(to_input(images, *rest))
-        return inputs[0]
-
-    with patch.object(train, "make_loader", make), patch.object(train, "to_input", prepare):
-        yield
-
-
-def clear_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError, AttributeError):  # Linux: begin anew with what is in use
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory() -> float:
-    """MB of the GPU, or else of this process."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 2**20
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) / 1024
-    return float("nan")
 
 
 if __name__ == "__main__":
