@@ -97,7 +97,10 @@ def test_auroc_and_average_precision_by_their_definitions(k):
 
 def test_binary_metrics_by_hand():
     labels = torch.tensor([1, 1, 1, 0, 0, 0, 0, 0])
-    scores = torch.tensor([0.9, 0.5, 0.2, 0.6, 0.7, 0.1, 0.3, 0.4])  # tp 2, fn 1, fp 2, tn 3
+    # tp 2, fn 1, fp 2, tn 3; a score at the threshold is positive, one just below is not
+    scores = torch.tensor(
+        [0.9, 0.5, 0.2, 0.6, 0.7, 0.1, 0.3, math.nextafter(0.5, 0)], dtype=torch.float64
+    )
     assert binary_metrics(labels, scores) == approx(
         {
             "accuracy": 5 / 8,
@@ -113,12 +116,6 @@ def test_binary_metrics_by_hand():
     assert (metrics["sensitivity"], metrics["specificity"], metrics["f1"]) == (0, 1, 0)
 
 
-def test_a_score_at_the_threshold_is_positive():
-    half = torch.tensor(0.5)
-    scores = torch.stack([half, torch.nextafter(half, half * 0)])
-    assert binary_metrics(torch.tensor([1, 0]), scores)["accuracy"] == 1
-
-
 @pytest.mark.parametrize(("label", "undefined"), [(0, "sensitivity"), (1, "specificity")])
 def test_one_class_only_is_nan(label, undefined):
     labels = torch.full((4,), label)
@@ -129,28 +126,27 @@ def test_one_class_only_is_nan(label, undefined):
     assert metrics["accuracy"] == (1 / 4 if label == 0 else 3 / 4)
 
 
-def test_no_cases_at_all_is_nan():
-    empty = (torch.zeros(0, dtype=torch.long), torch.zeros(0))
-    assert all(map(math.isnan, classification_metrics(empty[0], torch.zeros(0, 2)).values()))
-    assert math.isnan(threshold_at(*empty))
-    boxes = torch.zeros(0, 4)
-    assert all(map(math.isnan, detection_metrics(boxes, boxes).values()))
-
-
-def test_a_score_that_is_nan_leaves_no_metric():
+def test_no_cases_and_a_score_that_is_nan_leave_no_metric():
     labels = torch.tensor([0, 1, 0, 1])
     scores = torch.tensor([0.1, 0.9, math.nan, 0.8])
-    for truth in (labels, 1 - labels):  # by the order of the cases it would be 1 or 0
-        assert math.isnan(auroc(truth, scores)) and math.isnan(average_precision(truth, scores))
-        assert math.isnan(threshold_at(truth, scores))
-    assert all(map(math.isnan, binary_metrics(labels, scores).values()))
-    assert all(map(math.isnan, binary_metrics(labels, torch.rand(4), math.nan).values()))
     broken = PROBABILITIES.clone()
     broken[3, 0] = math.nan
-    for truth, probabilities in ((labels, pair(scores)), (LABELS, broken)):
-        assert all(map(math.isnan, classification_metrics(truth, probabilities).values()))
+    values = [threshold_at(labels[:0], scores[:0])]
+    for truth in (labels, 1 - labels):  # by the order of the cases it would be 1 or 0
+        values += [auroc(truth, scores), average_precision(truth, scores)]
+        values.append(threshold_at(truth, scores))
     boxes = torch.tensor([[0.1, 0.1, 0.5, 0.5], [0.2, 0.2, 0.6, math.nan]])
-    assert all(map(math.isnan, detection_metrics(boxes, boxes[[0, 0]]).values()))
+    for metrics in (
+        binary_metrics(labels, scores),
+        binary_metrics(labels, torch.rand(4), math.nan),
+        classification_metrics(labels[:0], torch.zeros(0, 2)),
+        classification_metrics(labels, pair(scores)),
+        classification_metrics(LABELS, broken),
+        detection_metrics(boxes, boxes[[0, 0]]),
+        detection_metrics(boxes[:0], boxes[:0]),
+    ):
+        values += metrics.values()
+    assert all(map(math.isnan, values))
 
 
 def test_youden_threshold_lies_halfway_to_the_next_lower_score():
@@ -184,10 +180,13 @@ def test_a_threshold_keeps_its_promise(k):
 def test_the_threshold_of_an_operating_point_by_hand():
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
     scores = torch.tensor([0.1, 0.2, 0.3, 0.8, 0.25, 0.5, 0.6, 0.9])
-    assert threshold_at(labels, scores, "sensitivity", 0.75) == approx((0.5 + 0.3) / 2)
-    assert threshold_at(labels, scores, "sensitivity", 0.76) == approx((0.25 + 0.2) / 2)
-    assert threshold_at(labels, scores, "specificity", 0.75) == approx((0.5 + 0.3) / 2)
-    assert threshold_at(labels, scores, "specificity", 0.76) == approx((0.9 + 0.8) / 2)
+    for name, least, between in (
+        ("sensitivity", 0.75, (0.5, 0.3)),
+        ("sensitivity", 0.76, (0.25, 0.2)),
+        ("specificity", 0.75, (0.5, 0.3)),
+        ("specificity", 0.76, (0.9, 0.8)),
+    ):
+        assert threshold_at(labels, scores, name, least) == approx(sum(between) / 2)
     # Above the highest score, which a negative has: nothing is positive
     above = threshold_at(1 - labels, scores, "specificity", 1)
     assert binary_metrics(1 - labels, scores, above)["specificity"] == 1
@@ -197,16 +196,12 @@ def test_the_threshold_of_an_operating_point_by_hand():
 def test_sensitivity_at_specificity_by_hand():
     labels = torch.tensor([0] * 20 + [1] * 5)
     scores = torch.cat([torch.arange(20) / 20, torch.tensor([0.99, 0.93, 0.92, 0.85, 0.07])])
-    # Of 20 negatives (0.00 to 0.95) 95 % allow one above the threshold: 0.99, 0.93 and 0.92.
-    assert sensitivity_at_specificity(labels, scores, 0.95) == approx(3 / 5)
-    assert sensitivity_at_specificity(labels, scores, 0.951) == approx(1 / 5)
-    # At 0.07 two negatives are below; 1 - 18/20 is 0.09999999999999998 and is meant to be 0.1.
-    assert sensitivity_at_specificity(labels, scores, 0.1) == 1
-    assert sensitivity_at_specificity(labels, scores, 0.11) == approx(4 / 5)
+    # Of 20 negatives (0.00 to 0.95) 95 % allow one above the threshold: 0.99, 0.93 and 0.92. At 0.07
+    # two negatives are below; 1 - 18/20 is 0.09999999999999998 and is meant to be 0.1.
+    for least, expected in ((0.95, 3 / 5), (0.951, 1 / 5), (0.1, 1), (0.11, 4 / 5)):
+        assert sensitivity_at_specificity(labels, scores, least) == approx(expected)
+        assert specificity_at_sensitivity(1 - labels, -scores, least) == approx(expected)
     assert sensitivity_at_specificity(torch.tensor([0, 1]), torch.zeros(2), 0.95) == 0  # all tied
-    for least in (0.95, 0.951, 0.1, 0.11):
-        expected = sensitivity_at_specificity(labels, scores, least)
-        assert specificity_at_sensitivity(1 - labels, -scores, least) == expected
 
 
 def test_brier_by_hand():
@@ -217,22 +212,21 @@ def test_brier_by_hand():
     assert brier(torch.tensor([0, 2]), three) == approx(0.52 / 2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_metrics_of_two_classes_and_the_tuned_threshold(dtype):
+def test_metrics_of_two_classes_and_the_tuned_threshold():
     labels, scores = random_task(0)
-    probabilities = pair(scores.to(dtype))
+    probabilities = pair(scores)
     plain = classification_metrics(labels, probabilities)
-    expected = binary_metrics(labels, scores)
-    expected |= {"auroc": auroc(labels, scores), "brier": brier(labels, probabilities)}
-    expected["average_precision"] = average_precision(labels, scores)
-    at_95 = sensitivity_at_specificity(labels, scores, 0.95)
-    expected["sensitivity_at_95_specificity"] = at_95
-    at_95 = specificity_at_sensitivity(labels, scores, 0.95)
-    expected["specificity_at_95_sensitivity"] = at_95
-    assert plain == expected
+    assert plain == {
+        **binary_metrics(labels, scores),
+        "auroc": auroc(labels, scores),
+        "average_precision": average_precision(labels, scores),
+        "sensitivity_at_95_specificity": sensitivity_at_specificity(labels, scores, 0.95),
+        "specificity_at_95_sensitivity": specificity_at_sensitivity(labels, scores, 0.95),
+        "brier": brier(labels, probabilities),
+    }
     own = binary_metrics(labels, scores, 0.7)
-    tuned = classification_metrics(labels, probabilities, 0.7)
     assert own["f1"] != plain["f1"]
+    tuned = classification_metrics(labels, probabilities, 0.7)
     assert tuned == plain | {f"{name}_tuned": value for name, value in own.items()}
 
 
@@ -262,7 +256,6 @@ def test_an_absent_class_is_left_out_of_the_means():
     assert math.isnan(metrics["auroc_2"]) and math.isnan(metrics["sensitivity_2"])
     for name in ("auroc", "sensitivity", "precision", "f1", "average_precision"):
         assert metrics[name] == approx((metrics[f"{name}_0"] + metrics[f"{name}_1"]) / 2), name
-    assert metrics["sensitivity"] == approx((1 / 2 + 1) / 2)
 
 
 # --- intervals ---
@@ -277,16 +270,8 @@ def numbers(count: int, times: int = 1) -> list[str]:
     return [str(k // times) for k in range(count * times)]
 
 
-def test_no_interval_has_a_width_of_zero(capsys):
-    result = bootstrap(mean_of(torch.full((12,), 0.9)), numbers(12))["mean"]
-    assert math.isnan(result["low"]) and math.isnan(result["high"])
-    assert with_interval(result) == "0.9000"
-    print_notes({"auroc": {"value": 0.99}}, 12)
-    assert "near 1 the interval of AUROC lies too high" in capsys.readouterr().out
-
-
-def test_below_ten_patients_there_is_no_interval(capsys):
-    for count in (1, 3, 9, 10):
+def test_below_ten_patients_or_without_a_width_there_is_no_interval(capsys):
+    for count in (1, 9, 10):
         summary = bootstrap(mean_of(torch.arange(2 * count)), numbers(count) * 2, 50)["mean"]
         assert summary["value"] == count - 0.5
         has_interval = summary["low"] < summary["value"] < summary["high"]
@@ -294,16 +279,21 @@ def test_below_ten_patients_there_is_no_interval(capsys):
         print_notes({"mean": summary}, count)
         note = f"note: {count} patients, so no intervals: they take at least 10\n"
         assert capsys.readouterr().out == ("" if has_interval else note)
+    constant = bootstrap(mean_of(torch.full((12,), 0.9)), numbers(12))["mean"]
+    assert math.isnan(constant["low"]) and math.isnan(constant["high"])
+    assert with_interval(constant) == "0.9000"
+    print_notes({"auroc": {"value": 0.99}}, 12)
+    assert "near 1 the interval of AUROC lies too high" in capsys.readouterr().out
 
 
 def test_values_of_a_column_are_row_sets():
     values = ["10", "9", "9"] * 8
-    table = summarise_by(mean_of(torch.arange(24.0)), values, numbers(12, 2))
-    assert [(row["value"], row["n"]) for row in table] == [("9", 16), ("10", 8)]  # as numbers
-    assert table[1]["patients"] == 8 and table[0]["patients"] == 12
-    assert table[1]["summary"]["mean"]["value"] == torch.arange(24.0)[::3].mean().item()
-    assert math.isnan(table[1]["summary"]["mean"]["low"])  # 8 patients
-    assert table[0]["summary"]["mean"]["low"] < table[0]["summary"]["mean"]["high"]
+    nine, ten = summarise_by(mean_of(torch.arange(24.0)), values, numbers(12, 2))  # as numbers
+    assert (nine["value"], nine["n"], nine["patients"]) == ("9", 16, 12)
+    assert (ten["value"], ten["n"], ten["patients"]) == ("10", 8, 8)
+    assert ten["summary"]["mean"]["value"] == torch.arange(24.0)[::3].mean().item()
+    assert math.isnan(ten["summary"]["mean"]["low"])  # 8 patients
+    assert nine["summary"]["mean"]["low"] < nine["summary"]["mean"]["high"]
     words = summarise_by(lambda rows: {"n": len(rows)}, ["b", "", "10", "b"], list("abcd"))
     assert [row["value"] for row in words] == ["", "10", "b"]
 
@@ -320,23 +310,22 @@ def test_the_interval_of_a_mean_has_the_normal_width_of_independent_patients():
     assert copies["mean"] == approx(few["mean"])  # copies add no knowledge
 
 
-def test_bootstrap_draws_whole_groups():
-    drawn = []
-    bootstrap(lambda rows: drawn.append(rows.tolist()) or {}, numbers(10, 2), samples=200)
-    assert drawn[0] == list(range(20))  # the value itself
-    assert len(drawn) == 201
-    for rows in drawn[1:]:
+def test_bootstrap_draws_whole_groups_by_its_seed_alone():
+    def draw(seed: int) -> list[list[int]]:
+        torch.rand(seed + 1)  # what others draw does not matter
+        drawn = []
+        add = lambda rows: drawn.append(rows.tolist()) or {}  # noqa: E731
+        bootstrap(add, numbers(10, 2), samples=200, seed=seed)
+        return drawn
+
+    first, *samples = draw(1)
+    assert first == list(range(20))  # the value itself
+    assert len(samples) == 200
+    for rows in samples:
         counts = [rows.count(k) for k in range(20)]
         assert counts[::2] == counts[1::2] and sum(counts) == 20
-    assert len({tuple(sorted(rows)) for rows in drawn[1:]}) > 190
-
-
-def test_bootstrap_is_a_function_of_its_seed():
-    def interval(seed: int) -> dict:
-        torch.rand(seed + 1)  # what others draw does not matter
-        return bootstrap(mean_of(torch.arange(30.0)), numbers(15, 2), samples=50, seed=seed)
-
-    assert interval(1) == interval(1) != interval(2)
+    assert len({tuple(sorted(rows)) for rows in samples}) > 190
+    assert draw(1) == draw(1) != draw(2)
 
 
 def test_bootstrap_leaves_out_and_counts_undefined_samples():
@@ -444,17 +433,15 @@ def test_surface_distances_equal_brute_force(shape, density):
     spacing = torch.tensor([0.7, 2.0, 1.3], dtype=torch.float64)
     a, b = (torch.rand(shape, generator=generator) < density for _ in range(2))
     a[0, 0, 0] = b[-1, -1, -1] = True
+    # An axis of one voxel has no neighbours: the surface of a picture is its outline.
+    steps = [step for step in np.eye(3, dtype=int) if shape[step.argmax()] > 1]
+    steps += [-step for step in steps]
 
     def points(mask: torch.Tensor) -> torch.Tensor:
-        inside = set(map(tuple, mask.nonzero().tolist()))
-        steps = [(1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1)]
-        # An axis of one voxel has no neighbours: the surface of a picture is its outline.
-        steps = [step for step in steps if shape[np.flatnonzero(step)[0]] > 1]
-        found = []
-        for p in sorted(inside):
-            if any((p[0] + x, p[1] + y, p[2] + z) not in inside for x, y, z in steps):
-                found.append(p)
-        return torch.tensor(found, dtype=torch.float64) * spacing
+        voxels = mask.nonzero().numpy()
+        inside = set(map(tuple, voxels))
+        outline = [p for p in voxels if any(tuple(p + step) not in inside for step in steps)]
+        return torch.from_numpy(np.array(outline)) * spacing
 
     apart = (points(a)[:, None] - points(b)).square().sum(2).sqrt()
     expected = torch.cat([apart.amin(1), apart.amin(0)])
