@@ -11,28 +11,7 @@ from PIL import Image
 
 from common.checkpoint import list_trained_on, load_checkpoint, save_checkpoint
 from segmentation.eval import keep_largest
-from tests.caches import (
-    NAMES,
-    SCORES,
-    TASKS,
-    XRAYS,
-    change_meta,
-    change_rows,
-    copy,
-    draw_cache,
-    draw_images,
-    draw_volumes,
-    evaluate,
-    module,
-    predict,
-    preprocess,
-    read_rows,
-    refusal,
-    report,
-    small_network,
-    train,
-    write_raw,
-)
+from tests import caches as kit
 from tests.conftest import read_table
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick")]
@@ -67,9 +46,9 @@ def studies(tmp_path_factory) -> dict[str, tuple[Path, list[Path]]]:
     rows and the predictions that it keeps.
     """
     made = {}
-    for task in NAMES:
+    for task in kit.NAMES:
         folder = tmp_path_factory.mktemp(task)
-        cache = draw_cache(folder / "cache", task)
+        cache = kit.draw_cache(folder / "cache", task)
         labels = {fold: iter(values) for fold, values in LABELS.items()}
 
         def refold(k: int, row: dict, labels: dict = labels) -> None:
@@ -79,15 +58,15 @@ def studies(tmp_path_factory) -> dict[str, tuple[Path, list[Path]]]:
             if "label" in row:
                 row["label"] = ("no", "yes")[int(next(labels[row["fold"]]))]
 
-        change_rows(cache, refold)
-        with small_network():
-            train(task, cache, folder / "run")
+        kit.change_rows(cache, refold)
+        with kit.small_network():
+            kit.train(task, cache, folder / "run")
         base = load_checkpoint(folder / "run" / "best.pt")
         made[task] = (cache, [folder / f"fold{number}.pt" for number in range(5)])
         for number, path in enumerate(made[task][1]):
             checkpoint = base | {"settings": base["settings"] | {"fold": number}}
             checkpoint["model"] = constant_weights(task, base["model"], ANSWERS[number])
-            index = read_rows(cache)
+            index = kit.read_rows(cache)
             checkpoint["trained_on"] = list_trained_on(index, str(number), {})
             checkpoint["validation"] = validation(THRESHOLDS[number])
             save_checkpoint(path, checkpoint)
@@ -97,8 +76,8 @@ def studies(tmp_path_factory) -> dict[str, tuple[Path, list[Path]]]:
 def measure(studies: dict, task: str, out: Path, *options: object, paths: list = ()) -> dict:
     """metrics.json of all five checkpoints, or of these."""
     cache, all_paths = studies[task]
-    evaluate(task, cache, "--checkpoint", *(paths or all_paths), "--out", out, *options)
-    return report(out)
+    kit.evaluate(task, cache, "--checkpoint", *(paths or all_paths), "--out", out, *options)
+    return kit.report(out)
 
 
 def value(result: dict, name: str) -> float:
@@ -111,7 +90,7 @@ def value(result: dict, name: str) -> float:
 def test_every_image_is_predicted_by_the_network_that_left_it_out(studies, tmp_path):
     """Predicted positive at 0.5: folds 1, 2 and 4, which hold 3 + 3 + 1 positives of 10."""
     result = measure(studies, "classification", tmp_path / "out")
-    folds_of = {row["id"]: row["fold"] for row in read_rows(studies["classification"][0])}
+    folds_of = {row["id"]: row["fold"] for row in kit.read_rows(studies["classification"][0])}
     rows = read_table(tmp_path / "out" / "predictions.csv")
     assert {row["id"] for row in rows} == {id for id, fold in folds_of.items() if fold != "test"}
     for row in rows:
@@ -155,7 +134,7 @@ def test_boxes_and_masks_are_pooled_likewise(studies, tmp_path):
     assert [row["n"] for row in result["by"]["values"]] == [2, 2, 1, 1, 1]
 
 
-@TASKS
+@kit.TASKS
 def test_a_fold_in_the_pool_is_the_fold_alone(studies, tmp_path, task, capsys):
     paths = studies[task][1]
     alone = measure(studies, task, tmp_path / "alone", paths=paths[1:2])
@@ -188,7 +167,7 @@ def test_checkpoints_of_one_fold_are_averaged_for_it(studies, tmp_path):
 
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
 def test_boxes_and_masks_of_several_networks_are_averaged(studies, task, monkeypatch):
-    evaluation = module(task, "eval")
+    evaluation = kit.module(task, "eval")
     runs = evaluation.load_runs(studies[task][1][:2], torch.device("cpu"))
     answers = [torch.rand(2, 3, 3, 3).half() for _ in range(2)]
     found = iter([answer.clone() for answer in answers])
@@ -200,17 +179,17 @@ def test_boxes_and_masks_of_several_networks_are_averaged(studies, task, monkeyp
     assert torch.allclose(mean.float(), torch.stack(answers).float().mean(0), atol=2e-3)
 
 
-@TASKS
+@kit.TASKS
 def test_folds_of_another_cache_are_refused(studies, tmp_path, task):
     cache, paths = studies[task]
-    other = copy(cache, tmp_path / "cache")
-    change_rows(other, lambda k, row: row.update(patient=f"{row['patient']}b"))
+    other = kit.copy(cache, tmp_path / "cache")
+    kit.change_rows(other, lambda k, row: row.update(patient=f"{row['patient']}b"))
     options = f"--out {tmp_path}/out --checkpoint {paths[0]}"
-    found = refusal(evaluate, task, other, options, *paths[1:])
+    found = kit.refusal(kit.evaluate, task, other, options, *paths[1:])
     assert "not the cache of the training" in found and not (tmp_path / "out").exists()
     if task == "classification":
-        change_meta(other, fit="pad")
-        found = refusal(evaluate, task, other, options)
+        kit.change_meta(other, fit="pad")
+        found = kit.refusal(kit.evaluate, task, other, options)
         assert "fit pad, but" in found and "has squash" in found
 
 
@@ -238,7 +217,7 @@ def test_the_tuned_threshold_of_a_fold_is_that_of_the_others(studies, tmp_path):
     result = measure(studies, "classification", tmp_path / "val", paths=paths[3:4])
     assert not any(name.endswith("_tuned") for name in result["summary"])
     options = f"--checkpoint {paths[3]} --operating-point sensitivity=0.5"
-    found = refusal(evaluate, "classification", cache, options)
+    found = kit.refusal(kit.evaluate, "classification", cache, options)
     assert "--operating-point: no other fold to choose it on" in found
     result = measure(studies, "classification", tmp_path / "c", "--split test", paths=paths[3:4])
     assert result["run"]["thresholds_tuned"] == {"test": pytest.approx(THRESHOLDS[3])}
@@ -264,11 +243,11 @@ def test_an_operating_point_is_chosen_by_the_validation_predictions(studies, tmp
 # --- subgroups, intervals ---
 
 
-@TASKS
+@kit.TASKS
 def test_by_gives_every_metric_of_every_value(studies, tmp_path, task, capsys):
     result = measure(studies, task, tmp_path / "out", "--by sex")
     assert result["by"]["column"] == "sex"
-    sexes = {row["id"]: row["sex"] for row in read_rows(studies[task][0])}
+    sexes = {row["id"]: row["sex"] for row in kit.read_rows(studies[task][0])}
     metric = {"classification": "accuracy", "detection": "mean_iou", "segmentation": "dice"}[task]
     for row, sex in zip(result["by"]["values"], "FM", strict=True):
         cases = [case for case in result["cases"] if sexes[case["id"]] == sex]
@@ -284,27 +263,29 @@ def test_by_gives_every_metric_of_every_value(studies, tmp_path, task, capsys):
     assert f"{metric} by sex\n  F " in printed
     assert ("note: 7 patients, so no intervals" in printed) == (task == "segmentation")
     with pytest.raises(SystemExit):
-        module(task, "eval").main(["--checkpoint", "a", "--images", "a", "--by", "sex"])
+        kit.module(task, "eval").main(["--checkpoint", "a", "--images", "a", "--by", "sex"])
 
 
-@TASKS
+@kit.TASKS
 def test_patients_and_not_images_are_drawn_for_the_intervals(runs, tmp_path, task):
     """Many images or volumes of one patient have no interval."""
     cache = tmp_path / "cache"
-    cache = draw_volumes(cache, 12) if task == "segmentation" else draw_images(cache, task)
-    change_rows(cache, lambda k, row: row.update(fold="test", patient="one", digest=f"x{k}"))
-    evaluate(task, cache, f"--checkpoint {runs[task]}/best.pt --split test --out {tmp_path}/out")
-    assert {metric["low"] for metric in report(tmp_path / "out")["summary"].values()} == {None}
+    cache = kit.draw_volumes(cache, 12) if task == "segmentation" else kit.draw_images(cache, task)
+    kit.change_rows(cache, lambda k, row: row.update(fold="test", patient="one", digest=f"x{k}"))
+    kit.evaluate(
+        task, cache, f"--checkpoint {runs[task]}/best.pt --split test --out {tmp_path}/out"
+    )
+    assert {metric["low"] for metric in kit.report(tmp_path / "out")["summary"].values()} == {None}
 
 
-@TASKS
+@kit.TASKS
 def test_eval_gives_the_score_that_train_printed(caches, tmp_path, task):
-    train(task, caches[task], tmp_path / "run", "--amp bf16 --epochs 2 --lr 1e-2")
+    kit.train(task, caches[task], tmp_path / "run", "--amp bf16 --epochs 2 --lr 1e-2")
     metrics = load_checkpoint(tmp_path / "run" / "last.pt")["metrics"]
-    evaluate(task, caches[task], f"--checkpoint {tmp_path}/run/last.pt")
-    summary = report(tmp_path / "run" / "eval_val")["summary"]
+    kit.evaluate(task, caches[task], f"--checkpoint {tmp_path}/run/last.pt")
+    summary = kit.report(tmp_path / "run" / "eval_val")["summary"]
     names = {"dice": "dice_cache"} if task == "segmentation" else {name: name for name in metrics}
-    assert SCORES[task] in names
+    assert kit.SCORES[task] in names
     for name, evaluated in names.items():
         expected = pytest.approx(metrics[name], abs=1e-9, nan_ok=True)
         assert summary[evaluated]["value"] == expected, name
@@ -315,10 +296,12 @@ def test_eval_gives_the_score_that_train_printed(caches, tmp_path, task):
 
 def test_boxes_and_their_errors_by_hand(studies, tmp_path, monkeypatch, capsys):
     cache, (path, *_) = studies["detection"]
-    cache = copy(cache, tmp_path / "cache")
-    change_rows(cache, lambda k, row: row.update(fold="test", digest="", patient=f"x{k}"))
-    change_rows(cache, lambda k, row: row.update(spacing="0.5 0.25", fold="test" if k < 8 else "0"))
-    evaluation = module("detection", "eval")
+    cache = kit.copy(cache, tmp_path / "cache")
+    kit.change_rows(cache, lambda k, row: row.update(fold="test", digest="", patient=f"x{k}"))
+    kit.change_rows(
+        cache, lambda k, row: row.update(spacing="0.5 0.25", fold="test" if k < 8 else "0")
+    )
+    evaluation = kit.module("detection", "eval")
     real = evaluation.evaluate
 
     def evaluate_shifted(*args: object) -> tuple:
@@ -328,8 +311,8 @@ def test_boxes_and_their_errors_by_hand(studies, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(evaluation, "evaluate", evaluate_shifted)
     options = f"--checkpoint {path} --by site --split test --out {tmp_path}/out"
-    evaluate("detection", cache, options)
-    result = report(tmp_path / "out")
+    kit.evaluate("detection", cache, options)
+    result = kit.report(tmp_path / "out")
     iou = [(8 - k) / (8 + k) for k in range(8)]
     a, b = (row["summary"] for row in result["by"]["values"])
     for summary, rows in ((a, (0, 1, 4, 5)), (b, (2, 3, 6, 7)), (result["summary"], range(8))):
@@ -355,13 +338,13 @@ def test_masks_have_the_values_of_the_files_and_largest_tells_what_it_drops(
     probabilities[0] = 0.4
     probabilities[1, 1:5, 1:5, 1:5] = 1  # 64 voxels
     probabilities[1, 7, 7, 5:8] = 1  # and 3
-    script = module("segmentation", "eval")
+    script = kit.module("segmentation", "eval")
     monkeypatch.setattr(script, "predict_volume", lambda *_: probabilities.clone())
     for option, count in (("", 67), ("--largest", 64)):
         out = tmp_path / f"out{option}"
         options = f"--checkpoint {runs['segmentation']}/best.pt --out {out}"
-        evaluate("segmentation", caches["segmentation"], options, option)
-        for case in report(out)["cases"]:
+        kit.evaluate("segmentation", caches["segmentation"], options, option)
+        for case in kit.report(out)["cases"]:
             mask = np.asanyarray(nib.load(out / "predictions" / f"{case['id']}.nii.gz").dataobj)
             path = caches["segmentation"] / "volumes" / f"{case['id']}.truth.nii.gz"
             truth = np.asanyarray(nib.load(path).dataobj)
@@ -396,7 +379,7 @@ def test_the_largest_part_of_each_class_is_kept():
 # --- pictures ---
 
 
-@TASKS
+@kit.TASKS
 def test_the_pictures_of_an_evaluation_are_not_empty(studies, tmp_path, task):
     measure(studies, task, tmp_path / "out")
     names = {
@@ -410,7 +393,7 @@ def test_the_pictures_of_an_evaluation_are_not_empty(studies, tmp_path, task):
 
 
 def test_the_map_of_a_mistake_is_that_of_the_network_that_made_it(studies, tmp_path, monkeypatch):
-    evaluation = module("classification", "eval")
+    evaluation = kit.module("classification", "eval")
     draw = evaluation.draw_map
     drawn = []
 
@@ -425,24 +408,20 @@ def test_the_map_of_a_mistake_is_that_of_the_network_that_made_it(studies, tmp_p
     assert drawn == pytest.approx([0.1, 0.9, 0.8, 0.3, 0.3, 0.6, 0.6, 0.6])
 
 
-def flat_network(arch: str, meta: dict, *_: object) -> torch.nn.Module:
-    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(32 * 32, len(meta["classes"])))
-
-
 def test_a_network_of_another_kind_has_no_map_and_a_note(caches, tmp_path, monkeypatch, capsys):
+    flat = lambda *_: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(32 * 32, 2))  # noqa: E731
     for script in ("model", "train"):
-        monkeypatch.setattr(module("classification", script), "build_model", flat_network)
-    train("classification", caches["classification"], tmp_path / "run")
+        monkeypatch.setattr(kit.module("classification", script), "build_model", flat)
+    kit.train("classification", caches["classification"], tmp_path / "run")
     options = f"--checkpoint {tmp_path}/run/best.pt"
-    evaluate("classification", caches["classification"], options)
+    kit.evaluate("classification", caches["classification"], options)
     assert "not a torchvision ResNet, so there are no activation maps" in capsys.readouterr().out
-    assert (tmp_path / "run" / "eval_val" / "metrics.json").is_file()
 
 
 # --- new images ---
 
 
-@TASKS
+@kit.TASKS
 def test_new_images_have_a_row_each_and_only_the_first_ones_an_overlay(
     runs, tmp_path, task, monkeypatch, capsys
 ):
@@ -458,7 +437,7 @@ def test_new_images_have_a_row_each_and_only_the_first_ones_an_overlay(
         else:
             Image.fromarray(rng.integers(0, 256, (20, 60), np.uint8)).save(path)
     paths[2].write_bytes(b"nothing")
-    evaluation = module(task, "eval")
+    evaluation = kit.module(task, "eval")
     name = {"classification": "draw_map", "detection": "draw_boxes"}.get(task, "draw_panels")
     draw = getattr(evaluation, name)
     drawn = []
@@ -467,7 +446,7 @@ def test_new_images_have_a_row_each_and_only_the_first_ones_an_overlay(
     monkeypatch.setattr(evaluation, "OVERLAYS", 3)
     out = tmp_path / "out"
     again = [] if is_volume else [paths[0]]
-    found = refusal(predict, task, runs[task] / "best.pt", out, folder, *again)
+    found = kit.refusal(kit.predict, task, runs[task] / "best.pt", out, folder, *again)
     assert found == "1 files could not be read (named above)"
     captured = capsys.readouterr()
     assert paths[2].name in captured.err
@@ -481,34 +460,34 @@ def test_new_images_have_a_row_each_and_only_the_first_ones_an_overlay(
         overlays = ["0000_i0.png", "0001_i1.png", "0002_i3.png"]
         assert [row["overlay"] for row in rows] == [*overlays, "", "", "", ""]
         assert all((out / name).is_file() for name in overlays)
-    predict(task, runs[task] / "best.pt", tmp_path / "alone", paths[7])
+    kit.predict(task, runs[task] / "best.pt", tmp_path / "alone", paths[7])
     (alone,) = read_table(tmp_path / "alone" / table)
     for key in alone.keys() - {"image", "overlay", "prediction", "mask"}:
         assert float(rows[6][key]) == pytest.approx(float(alone[key]), abs=1e-3), key
 
 
-@XRAYS
+@kit.XRAYS
 def test_new_images_are_called_by_their_paths(runs, tmp_path, task):
     paths = [tmp_path / "new" / name for name in ("a/x.png", "b/x.png")]
     for path in paths:
         path.parent.mkdir(parents=True)
         Image.fromarray(np.eye(32, dtype=np.uint8)).save(path)
     best = runs[task] / "best.pt"
-    predict(task, best, tmp_path / "out", tmp_path / "new")
+    kit.predict(task, best, tmp_path / "out", tmp_path / "new")
     rows = read_table(tmp_path / "out" / "predictions.csv")
     assert [row["image"] for row in rows] == ["a/x.png", "b/x.png"]
-    assert "x.png" in refusal(predict, task, best, tmp_path / "two", *paths)
+    assert "x.png" in kit.refusal(kit.predict, task, best, tmp_path / "two", *paths)
     assert not (tmp_path / "two").exists()
 
 
-@XRAYS
+@kit.XRAYS
 def test_new_images_get_what_the_same_images_of_a_cache_get(tmp_path, task):
-    raw = write_raw(tmp_path / "raw", task)
-    preprocess(task, raw, tmp_path / "cache", "--size 32")
-    train(task, tmp_path / "cache", tmp_path / "run")
+    raw = kit.write_raw(tmp_path / "raw", task)
+    kit.preprocess(task, raw, tmp_path / "cache", "--size 32")
+    kit.train(task, tmp_path / "cache", tmp_path / "run")
     best = tmp_path / "run" / "best.pt"
-    evaluate(task, tmp_path / "cache", f"--checkpoint {best} --out {tmp_path}/known")
-    predict(task, best, tmp_path / "new", raw)
+    kit.evaluate(task, tmp_path / "cache", f"--checkpoint {best} --out {tmp_path}/known")
+    kit.predict(task, best, tmp_path / "new", raw)
     new = {Path(row["image"]).name: row for row in read_table(tmp_path / "new" / "predictions.csv")}
     columns = {"classification": ["probability_no"], "detection": ["xmin", "ymin", "xmax", "ymax"]}
     for row in read_table(tmp_path / "known" / "predictions.csv"):

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from contextlib import nullcontext
 from urllib.error import URLError
 
 import numpy as np
@@ -93,33 +92,18 @@ def test_the_summed_stem_equals_the_rgb_network(imagenet):
     assert torch.equal(detector.backbone.layer3[1].conv2.weight, imagenet.layer3[1].conv2.weight)
 
 
-@pytest.mark.parametrize("error", [URLError("no route to host"), KeyError("fc.weight")])
-def test_pretrained_weights_that_are_not_to_be_had_are_one_line(monkeypatch, error):
-    """Without a network, or in a file that was cut."""
-
+def test_pretrained_weights_that_are_not_to_be_had_are_one_line(monkeypatch):
     def fail(*_: object, **__: object) -> dict:
-        raise error
+        raise URLError("no route to host")
 
-    with pytest.raises(OSError, match="64"):
-        build_model("resnet18", meta(64), pretrained=True)
     monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", fail)
-    message = f"no weights of resnet18: {type(error).__name__}"
-    with pytest.raises(OSError, match=message):
+    with pytest.raises(OSError, match="more than 64 px"):
+        build_model("resnet18", meta(64), pretrained=True)
+    with pytest.raises(OSError, match="no weights of resnet18: URLError"):
         build_model("resnet18", meta(65), pretrained=True)
-    with pytest.raises(OSError, match=message):
+    with pytest.raises(OSError, match="no weights of resnet18: URLError"):
         boxes.build_model("resnet18", 64, pretrained=True)
     build_model("resnet18", meta(65))  # needs no network
-
-
-def test_all_channels_give_the_torchvision_network():
-    torch.manual_seed(0)
-    network = torchvision.models.resnet18().eval()
-    narrowed = torchvision.models.resnet18().eval()
-    images = torch.randn(2, 3, 64, 64)
-    boxes.narrow(narrowed, 1.0)
-    assert not torch.equal(network(images), narrowed.eval()(images))  # weights of its own
-    narrowed.load_state_dict(network.state_dict())
-    assert torch.equal(network(images), narrowed(images))
 
 
 @pytest.mark.parametrize(("arch", "channels"), [("resnet18", 32), ("resnet50", 20)])
@@ -233,14 +217,16 @@ def test_window_weights_add_up_to_one(length, size):
 
 @pytest.mark.parametrize("patch", [[8, 8, 8], [7, 5, 30], [16, 8]])
 @pytest.mark.parametrize("axis", [0, 2])
-def test_windows_of_a_pointwise_network_are_the_whole(patch, axis):
+def test_windows_of_a_pointwise_network_are_the_whole(patch, axis, monkeypatch):
     torch.manual_seed(0)
     model = (nn.Conv2d if len(patch) == 2 else nn.Conv3d)(2, 3, 1)
     image = np.random.default_rng(0).normal(size=(2, 19, 9, 11)).astype(np.float16)
     whole = torch.einsum("kc,cxyz->kxyz", model.weight.flatten(1), torch.from_numpy(image).float())
     whole = (whole + model.bias.view(-1, 1, 1, 1)).softmax(0)
-    found = predict_volume(model, image, patch, axis, CPU, None, 3)
-    assert found.dtype == torch.float16 and (found.float() - whole).abs().max() < 2e-3
+    for most in (2**30, 0):  # a large result is added up on the CPU
+        monkeypatch.setattr(volumes, "MAX_ON_DEVICE", most)
+        found = predict_volume(model, image, patch, axis, CPU, None, 3)
+        assert found.dtype == torch.float16 and (found.float() - whole).abs().max() < 2e-3
 
 
 def test_one_window_is_the_network_itself():
@@ -250,19 +236,3 @@ def test_one_window_is_the_network_itself():
     with torch.no_grad():
         expected = model(torch.from_numpy(image).float()[None]).softmax(1)[0].half()
     assert torch.equal(predict_volume(model, image, [13, 10, 8], 2, CPU, None, 2), expected)
-
-
-def test_windows_are_added_up_on_the_device_unless_the_result_is_large(monkeypatch):
-    known = VOLUMES | {"channels": ["MRI"], "classes": ["background", "cube"]}
-    model = volumes.build_model(known, 2, [8, 8, 8]).to("meta")
-    image = np.zeros((1, 20, 10, 8), np.float16)
-
-    def predict() -> torch.Tensor:
-        return predict_volume(model, image, [8, 8, 8], 2, torch.device("meta"), None, 2)
-
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
-    monkeypatch.setattr(volumes, "MAX_ON_DEVICE", 2 * 2 * image.size)
-    assert predict().device.type == "meta"
-    monkeypatch.setattr(volumes, "MAX_ON_DEVICE", 2 * 2 * image.size - 1)
-    with pytest.raises(NotImplementedError, match="meta tensor"):  # which has no values to copy
-        predict()

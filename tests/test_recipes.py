@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import inference, recipes, training
+from tests.benchmarks import recipes
 from tests.caches import NAMES, draw_cache, module, report
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick")]
@@ -52,10 +52,3 @@ def test_folds_are_trained_and_pooled_and_an_interrupted_call_resumes(tmp_path, 
     assert test == [*evaluation, "--split", "test"]
     by = report(Path(runs[0]) / "eval_val-2")["by"]
     assert [row["value"] for row in by["values"]] == ["0", "1"]
-
-
-def test_speeds_are_printed(capsys):
-    training.main(["--only", "heart", "--steps", "1", "--workers", "0"])
-    inference.main(["--shape", "10", "8", "8", "--patch", "8", "8", "8"])
-    printed = capsys.readouterr().out
-    assert "images/s" in printed and "2 windows" in printed and "of the network alone" in printed
