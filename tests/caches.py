@@ -180,6 +180,14 @@ def report(out: Path) -> dict:
     return json.loads((out / "metrics.json").read_text())
 
 
+def assert_evaluated_as_trained(metrics: dict, out: Path, most: float) -> None:
+    """metrics.json has the metrics of the checkpoint, to an error of `most`."""
+    summary = report(out)["summary"]
+    for name in ["dice"] if "dice" in metrics else metrics:
+        evaluated = summary["dice_cache" if name == "dice" else name]["value"]
+        assert evaluated == pytest.approx(metrics[name], abs=most, nan_ok=True), name
+
+
 class Stopped(Exception):
     """In place of a power cut."""
 

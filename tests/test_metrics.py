@@ -12,17 +12,8 @@ from common import metrics as m
 TIED = torch.tensor([1, 0, 1, 0, 1]), torch.tensor([0.9, 0.8, 0.8, 0.3, 0.3])
 # Seven cases, three classes; predictions 0 1 1 1 1 2 0, counts [[1, 1, 0], [0, 3, 0], [1, 0, 1]].
 LABELS = torch.tensor([0, 0, 1, 1, 1, 2, 2])
-PROBABILITIES = torch.tensor(
-    [
-        [0.6, 0.3, 0.1],
-        [0.3, 0.5, 0.2],
-        [0.2, 0.7, 0.1],
-        [0.1, 0.8, 0.1],
-        [0.4, 0.5, 0.1],
-        [0.1, 0.2, 0.7],
-        [0.48, 0.1, 0.42],
-    ]
-)
+ROWS = "60 30 10  30 50 20  20 70 10  10 80 10  40 50 10  10 20 70  48 10 42"
+PROBABILITIES = torch.tensor([int(percent) for percent in ROWS.split()]).view(7, 3) / 100
 
 
 def approx(value: object) -> object:
@@ -128,17 +119,6 @@ def test_no_cases_and_a_score_that_is_nan_leave_no_metric():
     assert all(map(math.isnan, values))
 
 
-def test_youden_threshold_lies_halfway_to_the_next_lower_score():
-    labels = torch.tensor([0, 0, 0, 1, 1, 1, 1])
-    scores = torch.tensor([0.1, 0.2, 0.4, 0.3, 0.6, 0.7, 0.8])
-    # at 0.6: 3/4 - 0; at 0.3: 1 - 1/3, which is less
-    assert threshold_at(labels, scores) == approx((0.6 + 0.4) / 2)
-    tied = torch.full((3,), 0.7)
-    assert threshold_at(torch.tensor([0, 1, 1]), tied) == tied[0].item()  # all or none: all
-    # the best is to call everything positive
-    assert threshold_at(torch.tensor([1, 0, 1]), torch.tensor([0.5, 0.9, 0.25])) == 0.25
-
-
 @pytest.mark.parametrize("k", range(8))
 def test_a_threshold_keeps_its_promise(k):
     labels, scores = random_task(k)
@@ -156,20 +136,23 @@ def test_a_threshold_keeps_its_promise(k):
         assert at["sensitivity"] == approx(m.sensitivity_at_specificity(labels, scores, least))
 
 
-def test_the_threshold_of_an_operating_point_by_hand():
+def test_thresholds_lie_halfway_to_the_next_lower_score():
     labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
     scores = torch.tensor([0.1, 0.2, 0.3, 0.8, 0.25, 0.5, 0.6, 0.9])
-    for name, least, between in (
-        ("sensitivity", 0.75, (0.5, 0.3)),
-        ("sensitivity", 0.76, (0.25, 0.2)),
-        ("specificity", 0.75, (0.5, 0.3)),
-        ("specificity", 0.76, (0.9, 0.8)),
+    for point, between in (
+        ((), (0.5, 0.3)),  # Youden's: 3/4 - 1/4; 1 - 1/2 at 0.25 is as much, but comes later
+        (("sensitivity", 0.75), (0.5, 0.3)),
+        (("sensitivity", 0.76), (0.25, 0.2)),
+        (("specificity", 0.75), (0.5, 0.3)),
+        (("specificity", 0.76), (0.9, 0.8)),
     ):
-        assert threshold_at(labels, scores, name, least) == approx(sum(between) / 2)
+        assert threshold_at(labels, scores, *point) == approx(sum(between) / 2)
     # Above the highest score, which a negative has: nothing is positive
     above = threshold_at(1 - labels, scores, "specificity", 1)
     assert m.binary_metrics(1 - labels, scores, above)["specificity"] == 1
     assert math.isnan(threshold_at(torch.ones(8), scores, "sensitivity", 0.9))
+    tied = torch.full((3,), 0.7)
+    assert threshold_at(torch.tensor([0, 1, 1]), tied) == tied[0].item()  # all or none: all
 
 
 def test_sensitivity_at_specificity_by_hand():
@@ -396,9 +379,9 @@ def test_distances_of_shifted_planes():
 
 
 def test_one_mask_empty_is_the_diagonal_and_both_is_nan():
-    mask = box((3, 4, 12), (0, 2), (0, 2), (0, 2))
+    mask = box((3, 2, 12), (0, 2), (0, 2), (0, 2))
     empty = torch.zeros_like(mask)
-    metrics = m.segmentation_metrics(mask, empty, [1.0, 1.0, 1.0])
+    metrics = m.segmentation_metrics(mask, empty, [1.0, 2.0, 1.0])
     assert metrics["hd95_mm"] == metrics["assd_mm"] == 13 and metrics["dice"] == 0
     both = m.segmentation_metrics(empty, empty, [1.0, 1.0, 1.0])
     assert all(math.isnan(both[name]) for name in ("dice", "iou", "hd95_mm", "assd_mm"))

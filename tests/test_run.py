@@ -215,11 +215,7 @@ def test_two_processes_resume_and_are_evaluated_as_one(caches, tmp_path, task):
     options = ["--checkpoint", "run/last.pt", "--out", "out"]
     done = run_scripts(kit.ROOT / task / "eval.py", *words, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    summary = kit.report(tmp_path / "out")["summary"]
-    names = {"dice": "dice_cache"} if task == "segmentation" else {k: k for k in last["metrics"]}
-    for name, evaluated in names.items():
-        expected = pytest.approx(last["metrics"][name], abs=1e-6, nan_ok=True)
-        assert summary[evaluated]["value"] == expected, name
+    kit.assert_evaluated_as_trained(last["metrics"], tmp_path / "out", 1e-6)
     found = kit.refusal(kit.train, task, caches[task], tmp_path / "run", "--resume")
     assert "world_size 2 (now 1)" in found
 
@@ -246,36 +242,30 @@ def set_row(cache: Path, **values: str) -> None:
     kit.change_rows(cache, lambda k, row: row.update(values) if k == 1 else None)
 
 
-@pytest.mark.parametrize(
-    ("task", "change", "message"),
-    [
-        ("classification", {"fit": "pad"}, "fit squash (now pad)"),
-        ("detection", {"mean": 0.1}, "mean 0.2 (now 0.1)"),
-        ("segmentation", {"spacing": [1, 1, 2]}, "spacing [1, 1, 1] (now [1, 1, 2])"),
-    ],
-)
-def test_resume_refuses_other_settings_and_another_cache(
-    caches, runs, tmp_path, task, change, message
-):
+CHANGES = {  # of meta.json
+    "classification": ({"fit": "pad"}, "fit squash (now pad)"),
+    "detection": ({"mean": 0.1}, "mean 0.2 (now 0.1)"),
+    "segmentation": ({"spacing": [1, 1, 2]}, "spacing [1, 1, 1] (now [1, 1, 2])"),
+}
+
+
+@kit.TASKS
+def test_resume_refuses_other_settings_and_another_cache(caches, runs, tmp_path, task):
     cache = kit.copy(caches[task], tmp_path / "cache")
     run = kit.copy(runs[task], tmp_path / "run")
-    for options, words in (
-        ("--lr 0.01", "lr 0.001 (now 0.01)"),
-        ("--channels 32", "(now 32)"),  # meta.json has channels as well
-        ("--epochs 9", "epochs 1 (now 9)"),
-    ):
-        found = kit.refusal(kit.train, task, cache, run, "--resume", options)
-        assert words in found and f"--init {run}" in found
+    resume = lambda *options: kit.refusal(kit.train, task, cache, run, "--resume", *options)  # noqa: E731
+    assert f"lr 0.001 (now 0.01); to continue from its weights: --init {run}" in resume("--lr 0.01")
+    assert "(now 32)" in resume("--channels 32")  # meta.json has channels as well
+    assert "epochs 1 (now 9)" in resume("--epochs 9")
+    change, message = CHANGES[task]
     kit.change_meta(cache, **change)
-    assert message in kit.refusal(kit.train, task, cache, run, "--resume")
-    other = kit.copy(caches[task], tmp_path / "other")
-    set_row(other, patient="other")
-    assert "index" in kit.refusal(kit.train, task, other, run, "--resume")
-    assert "no checkpoint here" in kit.refusal(
-        kit.train, task, cache, tmp_path / "none", "--resume"
-    )
+    assert message in resume()
+    set_row(cache, patient="other")
+    assert "index" in resume()
     (run / "last.pt").write_bytes((run / "best.pt").read_bytes())
-    assert "as in a copy of best.pt" in kit.refusal(kit.train, task, cache, run, "--resume")
+    assert "as in a copy of best.pt" in resume()
+    (run / "last.pt").unlink()
+    assert "no checkpoint here" in resume()
 
 
 # --- best.pt and validation ---
@@ -443,11 +433,6 @@ def test_eval_knows_what_init_was_trained_on(caches, runs, tmp_path, task, capsy
 # --- --init ---
 
 
-def three_classes(k: int, row: dict) -> None:
-    row["label"] = ("no", "yes", "perhaps")[k // 2 % 3]
-    row["fold"] = str(k % 2)
-
-
 @pytest.mark.parametrize(
     ("task", "prefix", "new"), [("classification", "", "fc"), ("detection", "backbone.", "out")]
 )
@@ -456,7 +441,13 @@ def test_init_takes_what_fits(caches, runs, tmp_path, capsys, task, prefix, new)
     cache = kit.copy(caches[task], tmp_path / "cache")
     if task == "classification":
         kit.change_meta(cache, classes=["no", "yes", "perhaps"])
-        kit.change_rows(cache, three_classes)
+        for k, label in enumerate(("no", "yes", "perhaps") * 2):
+            kit.change_rows(
+                cache,
+                lambda n, row, k=k, label=label: (
+                    n % 6 == k and row.update(label=label, fold=str(k // 3))
+                ),
+            )
     init = runs["classification"] / "best.pt"
     kit.train(task, cache, tmp_path / "run", f"--init {init} --lr 1e-12 --weight-decay 0")
     said = f"--init {init}: 7 of 9 arrays taken; at random: {new}.bias, {new}.weight"
@@ -561,29 +552,22 @@ def test_a_step_reads_nothing_from_the_device(caches, tmp_path, monkeypatch, tas
     script = kit.module(task, "train")
     generator = torch.Generator
     optimizer = script.AdamW
-    to_input = script.to_input
-    steps = []
-
-    def count(*args: object) -> object:
-        steps.append(1)
-        return to_input(*args)
 
     def stop(loss_sum: torch.Tensor, steps_per_epoch: int, *_: object) -> None:
-        assert loss_sum.device.type == "meta" and len(steps) == steps_per_epoch
+        assert loss_sum.device.type == "meta"
+        assert 2 <= steps_per_epoch < 20  # the loop reads the loss every 20 steps
         raise kit.Stopped
 
     def make_adamw(groups: list[dict], fused: bool, **rates: float) -> torch.optim.Optimizer:
         assert fused  # the other kernels read the number of the step
         return optimizer(groups, **rates)
 
-    monkeypatch.setattr(script, "to_input", count)
     monkeypatch.setattr(script, "mean_loss", stop)
     monkeypatch.setattr(script, "AdamW", make_adamw)
     monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator("cpu"))
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     with pytest.raises(kit.Stopped):
         kit.train(task, caches[task], tmp_path / "run", "--device meta --batch-size 2", options)
-    assert 2 <= len(steps) < 20  # the loop reads the loss every 20 steps
 
 
 # --- learning ---

@@ -60,26 +60,18 @@ def test_training_scripts_can_be_compared_line_by_line():
         assert difflib.SequenceMatcher(None, *lines, autojunk=False).ratio() >= 0.75, (a, b)
 
 
-def bodies(task: str) -> list[tuple[str, str]]:
-    """Name and body, without docstring, of every function that does more than one thing."""
-    found = []
-    for script in OWN:
-        for node in ast.walk(ast.parse((ROOT / task / f"{script}.py").read_text())):
-            if isinstance(node, ast.FunctionDef):
-                body = node.body[1:] if ast.get_docstring(node) else node.body
-                if len(body) > 1:
-                    found.append((f"{script}.{node.name}", "\n".join(map(ast.dump, body))))
-    return found
-
-
 def test_nothing_is_written_twice_in_a_folder():
     for task in TASKS:
         names = [name for script in OWN for name in definitions(task, script)]
         assert {n for n in names if names.count(n) > 1} <= {"parse_args", "main"}
-        seen = {}
-        for name, body in bodies(task):
-            assert body not in seen, (task, name, seen.get(body))
-            seen[body] = name
+        seen = {}  # the name of a function by its body, without docstring
+        for script in OWN:
+            for node in ast.walk(ast.parse((ROOT / task / f"{script}.py").read_text())):
+                if isinstance(node, ast.FunctionDef):
+                    body = node.body[1:] if ast.get_docstring(node) else node.body
+                    text = "\n".join(map(ast.dump, body))
+                    assert len(body) < 2 or text not in seen, (task, node.name, seen.get(text))
+                    seen[text] = node.name
 
 
 # Phrases that a native engineer would not write, each rewritten at least once

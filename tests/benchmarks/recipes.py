@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TASKS = ("classification", "detection", "segmentation")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
@@ -31,11 +31,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seeds", type=int, nargs="+", default=[0], help="(default: 0)")
     add("--amp", help="of trainings whose command does not say it, such as bf16")
     add("--out", type=Path, default=ROOT / "runs" / "recipes", help="(default: runs/recipes)")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     plain = []  # the evaluations that every training gets
     for script, options in read_recipes(args.task):
         words = relocate(options, args.raw, args.out)
