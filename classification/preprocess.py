@@ -1372,14 +1372,14 @@ def assign_folds(
     with the fewest rows of its stratum, so that a group is the most by which folds differ.
     Hashes of the names decide the rest: the order of rows changes nothing.
     """
-    given = {"test": "test", "val": "0"} | {str(k): str(k) for k in range(FOLDS)}
+    official = {"test": "test", "val": "0"} | {str(k): str(k) for k in range(FOLDS)}
     first = 1 if "val" in splits else 0
     folds = [str(k) for k in range(first, FOLDS)]
     stratum_sizes = Counter(strata)
     sizes: Counter = Counter()  # rows of each group
-    stratum_of = {}  # of each group: the rarest of its rows
+    stratum_of = {}  # each group's rarest one
     for group, stratum, split in zip(groups, strata, splits, strict=True):
-        if split not in given:
+        if split not in official:
             sizes[group] += 1
             rank = (stratum_sizes[stratum], stratum)
             stratum_of[group] = min(rank, stratum_of.get(group, rank))
@@ -1401,7 +1401,7 @@ def assign_folds(
             counts[fold, stratum] += sizes[group]
             counts[fold] += sizes[group]
     pairs = zip(groups, splits, strict=True)
-    return [given[split] if split in given else fold_of[group] for group, split in pairs]
+    return [official[split] if split in official else fold_of[group] for group, split in pairs]
 
 
 def list_strata(cases: list[Case]) -> list[str]:

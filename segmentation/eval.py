@@ -62,11 +62,11 @@ from segmentation.preprocess import (
     PREDICTION,
     NewImage,
     explain,
+    explaining,
     find_new,
     from_grid,
     read_new,
     read_nifti,
-    reading,
     write_mask,
 )
 from segmentation.train import AMP, check_finite, choose_device
@@ -415,7 +415,7 @@ def read_truth(
 ) -> tuple[np.ndarray, np.ndarray, nib.Nifti1Header]:
     """A mask as class numbers uint8 (X, Y, Z) on the grid of its file, affine and header."""
     path = cache / "volumes" / f"{name}.truth.nii.gz"
-    with reading(path):
+    with explaining(path):
         mask, affine, header = read_nifti(path, [])
     if mask.ndim != 3 or not np.isin(mask, values).all():
         raise DataError(f"{path}: expected a volume of the values {values}; preprocess again")

@@ -143,7 +143,7 @@ class Volume:
     voxels: np.ndarray  # (X, Y, Z, C) of the file, by `compact`
     affine: np.ndarray  # (4, 4) to RAS in mm, or pixels
     header: Header = None
-    modality: str = ""  # of DICOM: CT, MR, PT
+    modality: str = ""  # DICOM: CT, MR, PT
 
 
 @dataclass
@@ -155,7 +155,7 @@ class Case:
     mask: Path
     split: str = ""  # train, val, test, 0 to 4, or ""
     patient: str = ""  # by cases.csv
-    more: dict[str, str] = field(default_factory=dict)  # of cases.csv
+    more: dict[str, str] = field(default_factory=dict)  # columns of cases.csv
     error: str = ""  # why it cannot be used
     notes: Notes = field(default_factory=list)
 
@@ -221,10 +221,10 @@ def preprocess(args: Namespace) -> None:
     read_cases_table(args.data, cases)
     labels, channels = read_description(args.data)
     if like:
-        known = dict(zip(like["values"], like["classes"], strict=True))
-        if labels and labels != known:
-            raise DataError(f"{args.data}: labels {labels}, but {args.like} has {known}")
-        labels = known
+        trained = dict(zip(like["values"], like["classes"], strict=True))
+        if labels and labels != trained:
+            raise DataError(f"{args.data}: labels {labels}, but {args.like} has {trained}")
+        labels = trained
         channels = like["channels"]
     print(f"{args.data}: {len(cases)} cases with masks")
     with new_folder(args.out) as folder:
@@ -241,7 +241,7 @@ def preprocess(args: Namespace) -> None:
 
         # Split into folds, and choose the common grid by the training cases.
         split_cases(cases, args)
-        meta = like or describe(cases, args.spacing, labels, channels)
+        meta = like or plan_cache(cases, args.spacing, labels, channels)
         print_plan(cases, meta)
 
         # Write the arrays, and then index.csv and meta.json.
@@ -306,7 +306,7 @@ def find_folders(raw: Path) -> list[tuple[Path, Path, str]]:
             masks = inside.get("masks", inside.get("labels", parent / "masks"))
             split = "" if parent == raw else SPLITS[parent.name.lower()]
             folders.append((inside.get("images", parent / "images"), masks, split))
-    return [found for found in folders if found[0].is_dir()]
+    return [pair for pair in folders if pair[0].is_dir()]
 
 
 def list_files(top: Path) -> Iterator[Path]:
@@ -388,13 +388,13 @@ def pair_masks(raw: Path, images_in: Path, masks_in: Path, split: str, bad: Reas
     for name, files in sorted(channels.items()):
         numbers = [number for number, _ in sorted(files)]
         paths = [path for _, path in sorted(files)]
-        own = masks.pop(name, [])
-        if len(own) != 1 or not name.isprintable():
-            refuse(paths, f"{len(own)} masks of that (printable) name in {masks_in.name}")
+        mask_paths = masks.pop(name, [])
+        if len(mask_paths) != 1 or not name.isprintable():
+            refuse(paths, f"{len(mask_paths)} masks of that (printable) name in {masks_in.name}")
         elif numbers != list(range(len(numbers))):
             refuse(paths, f"files of this name for channels {numbers}, expected 0, 1, ...")
         else:
-            cases.append(Case(name, paths, own[0], split))
+            cases.append(Case(name, paths, mask_paths[0], split))
     for paths in masks.values():
         refuse(paths, f"no image of that name in {images_in.name}")
     return cases
@@ -412,13 +412,13 @@ def list_by_name(folder: Path) -> dict[str, list[Path]]:
     kinds = {path: kind_of(path) for path in inside if not path.name.startswith(".")}
     wanted = [kind for kind in ("NIfTI", "DICOM") if kind in kinds.values()] or PICTURES
     by_name = defaultdict(list)  # a.nii and a.NII.gz: a
-    others = defaultdict(list)
+    skipped = defaultdict(list)
     for path, kind in kinds.items():
         if kind in wanted:
             by_name[case_name(path)].append(path)
         else:
-            others[kind].append(path.name)
-    for kind, names in others.items():
+            skipped[kind].append(path.name)
+    for kind, names in skipped.items():
         print(f"note: {folder}: left out, {kind}: {len(names)}, such as {names[0]}")
     return by_name
 
@@ -445,16 +445,16 @@ def read_cases_table(raw: Path, cases: list[Case]) -> None:
             raise DataError(f"{place}: {name} stands there twice, expected one row")
         rows[name] = (splits[split], row.pop("patient", ""), row)
     without = [case.id for case in cases if case.id not in rows]
-    lost = sorted(rows.keys() - {case.id for case in cases})
-    if len(lost) == len(rows):
+    unmatched = sorted(rows.keys() - {case.id for case in cases})
+    if len(unmatched) == len(rows):
         raise DataError(f"{table}: no id of its rows is a case, expected such as {cases[0].id}")
     blank = ("", "", dict.fromkeys(row, ""))
     for case in cases:
         split, case.patient, case.more = rows.get(case.id, blank)
         case.split = split or case.split
-    if without or lost:
-        counts = f"{len(without)} cases without a row, {len(lost)} rows without a case"
-        print(f"note: {table}: {counts}, such as {(without + lost)[0]}")
+    if without or unmatched:
+        counts = f"{len(without)} cases without a row, {len(unmatched)} rows without a case"
+        print(f"note: {table}: {counts}, such as {(without + unmatched)[0]}")
 
 
 def read_table(table: Path) -> Iterator[tuple[str, dict[str, str]]]:
@@ -462,14 +462,14 @@ def read_table(table: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
     The most frequent one of comma, semicolon and tab in the first line separates them.
     """
-    with reading(table):
+    with explaining(table):
         text = table.read_text(encoding="utf-8-sig")  # Excel's byte order mark
         separator = max(",;\t", key=text.partition("\n")[0].count)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
         (_, names), *rows = [(reader.line_num, [one.strip() for one in row]) for row in reader]
-    taken = INDEX_COLUMNS[4:]
-    if "id" not in names or len(set(names)) < len(names) or {*names} & {*taken}:
-        expected = f"id and different others, none of {', '.join(taken)}"
+    reserved = INDEX_COLUMNS[4:]
+    if "id" not in names or len(set(names)) < len(names) or {*names} & {*reserved}:
+        expected = f"id and different others, none of {', '.join(reserved)}"
         raise DataError(f"{table}: columns {names}, expected {expected}")
     for line, row in rows:
         if len(row) > len(names):
@@ -582,7 +582,7 @@ def inspect(case: Case, count: int, folder: Path) -> None:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def explaining(path: Path) -> Iterator[None]:
     """The one place where the readers' many exceptions become a DataError that names the file."""
     try:
         yield
@@ -610,7 +610,7 @@ def read_channels(paths: list[Path], count: int, notes: Notes) -> Volume:
         if image.voxels.shape[3] == 3 and (len(paths) > 1 or count == 1):  # a gray picture?
             gray = image.voxels[..., :1]
             image.voxels = gray if (gray == image.voxels).all() else image.voxels
-        with reading(path):
+        with explaining(path):
             check_same_grid(image.voxels.shape[:3], image.affine, images[0])
     if len(paths) > 1:
         images[0].voxels = np.concatenate([image.voxels for image in images], 3)
@@ -619,7 +619,7 @@ def read_channels(paths: list[Path], count: int, notes: Notes) -> Volume:
 
 def read_volume(path: Path, notes: Notes, files: list[Path] | None = None) -> Volume:
     """Read NIfTI, DICOM (a folder, one file, or `files`) or a picture, or raise DataError."""
-    with reading(path):
+    with explaining(path):
         kind = kind_of(path)
         if kind in PICTURES:  # one slice in pixels, x to the right and y down; gray in colour
             picture = open_picture(path)
@@ -680,22 +680,22 @@ def corner_distance(first: np.ndarray, second: np.ndarray, shape: Shape) -> floa
 
 def read_mask(path: Path, image: Volume) -> np.ndarray:
     """Read a mask, uint8 (X, Y, Z). Raises DataError unless it has integers on its image's grid."""
-    with reading(path):
+    with explaining(path):
         kind = kind_of(path)
         if kind in PICTURES:  # gray values, or the numbers of a palette
-            own = PICTURE_TO_RAS
+            affine = PICTURE_TO_RAS
             mask = np.atleast_3d(np.asarray(open_picture(path)).swapaxes(0, 1))
             mask = mask[..., :1] if (mask == mask[..., :1]).all() else mask
         else:
-            mask, own, _ = read_nifti(path, [])
+            mask, affine, _ = read_nifti(path, [])
         if kind == "JPEG" or mask.ndim > 3 or (kind in PICTURES and mask.shape[2] > 1):
             expected = "class numbers (no colours, no JPEG), and a file a time point"
             raise ValueError(f"{kind} of shape {mask.shape}, expected {expected}; {RECIPES}")
-        turn = ornt_transform(io_orientation(own), io_orientation(image.affine))
+        turn = ornt_transform(io_orientation(affine), io_orientation(image.affine))
         if not np.array_equal(turn, RAS):  # as dcm2niix has them
-            own = own @ inv_ornt_aff(turn, mask.shape)
+            affine = affine @ inv_ornt_aff(turn, mask.shape)
             mask = apply_orientation(mask, turn)
-        check_same_grid(mask.shape, own, image)
+        check_same_grid(mask.shape, affine, image)
         if mask.dtype.kind == "f":  # 0.99999 is 1, 0.5 is no class
             broken = np.count_nonzero(~np.isfinite(mask))
             between = np.count_nonzero(np.abs(mask - np.rint(mask)) > 1e-3)
@@ -806,8 +806,8 @@ def choose_affine(header: Nifti1Header, pixdim: np.ndarray, notes: Notes) -> np.
         is_unit = np.allclose(sizes, 1, atol=1e-3) and qform is not None
         if not is_unit and not np.allclose(pixdim, 1, atol=1e-3):
             raise ValueError(f"voxels by {detail}: set the wrong one right, by nibabel")
-        taken = "qform" if is_unit else "sform"
-        notes.append((f"voxel sizes contradict each other: the {taken} is taken", detail))
+        form = "qform" if is_unit else "sform"
+        notes.append((f"voxel sizes contradict each other: the {form} is taken", detail))
         return qform if is_unit else sform
     if qform is not None:
         apart = corner_distance(sform, qform, header.get_data_shape()[:3]) / pixdim.min()  # voxels
@@ -839,7 +839,7 @@ class Slice:
 
     name: str
     ds: Dataset  # the file
-    plane: Dataset  # of this plane: `ds` for one frame
+    plane: Dataset  # attributes of this plane; for one frame `ds`
     frame: int = 0
 
 
@@ -886,18 +886,18 @@ def read_series(path: Path, files: list[Path], notes: Notes) -> Volume:
 def list_slices(files: list[Path], notes: Notes) -> list[Slice]:
     """The planes of all images. Raises ValueError for a file of theirs that cannot be used."""
     images = {}  # data sets by file
-    others = {}  # None for a file that is no DICOM
+    unusable = {}  # None for a file that is no DICOM
     for file in files:
         ds = read_dataset(file)
         is_usable = ds is not None and all(ds.get(k) for k in ("PixelData", "Rows", "Columns"))
-        (images if is_usable else others)[file] = ds
-    lost = [file for file, ds in others.items() if is_cut_image(file, ds, images)]
-    if lost or not images:
-        names = ", ".join(f"{file.name} ({file.stat().st_size} bytes)" for file in lost[:3])
+        (images if is_usable else unusable)[file] = ds
+    cut_files = [file for file, ds in unusable.items() if is_cut_image(file, ds, images)]
+    if cut_files or not images:
+        names = ", ".join(f"{file.name} ({file.stat().st_size} bytes)" for file in cut_files[:3])
         counts = f"{len(images)} of {len(files)} files are DICOM images"
-        raise ValueError(f"{counts}, {len(lost)} are cut, empty or damaged: {names}")
-    if others:
-        such = f"{len(others)}, such as {next(iter(others)).name}"
+        raise ValueError(f"{counts}, {len(cut_files)} are cut, empty or damaged: {names}")
+    if unusable:
+        such = f"{len(unusable)}, such as {next(iter(unusable)).name}"
         notes.append(("files that are no images are left out", such))
     shared = os.path.commonpath([file.parent for file in images])
     slices = []
@@ -916,15 +916,15 @@ def read_dataset(path: Path, **options: bool) -> Dataset | None:
         ds = dcmread(path, force=True, **options)
     except Exception:  # bytes may mean anything
         return None
-    known = ("SOPClassUID", "PixelData", "DirectoryRecordSequence")
-    return ds if any(keyword in ds for keyword in known) else None
+    keywords = ("SOPClassUID", "PixelData", "DirectoryRecordSequence")
+    return ds if any(keyword in ds for keyword in keywords) else None
 
 
 def is_cut_image(file: Path, ds: Dataset | None, images: dict) -> bool:
     """Whether a file without pixels, however it is called, may be left of one of `images`."""
     if ds is None:
         return kind_of(file) not in ("text", "NIfTI", *FORMATS.values())
-    series = str(ds.get("SeriesInstanceUID") or "")  # of a cut file it is cut, too
+    series = str(ds.get("SeriesInstanceUID") or "")  # in a cut file it may be cut, too
     storage = ds.get("SOPClassUID")
     return any(
         str(image.get("SeriesInstanceUID")).startswith(series)
@@ -949,7 +949,7 @@ def list_planes(name: str, ds: Dataset) -> list[Slice]:
         for keyword in ("RescaleSlope", "RescaleIntercept", "ImageType"):
             if keyword in ds:
                 plane[keyword] = ds[keyword]
-        for macro in MACROS.split():  # of two values that of the frame counts
+        for macro in MACROS.split():  # the value of the frame overrides
             for item in (shared[0].get(macro) or [], group.get(macro) or []):
                 plane.update(item[0] if item else {})
         slices.append(Slice(f"{name} frame {k + 1}", ds, plane, k))
@@ -1038,7 +1038,7 @@ def read_plane(path: Path, one: Slice) -> np.ndarray:
     """Modality values float32 (X, Y) of a plane, NaN where it is padded."""
     ds = one.ds
     plane = one.plane
-    with reading(path / one.name if path.is_dir() else path):
+    with explaining(path / one.name if path.is_dir() else path):
         pixels = pixel_array(ds, index=one.frame)  # (rows, columns)
         # apply_modality_lut fails on attributes that are there and empty.
         for keyword, default in (("RescaleSlope", 1), ("RescaleIntercept", 0)):
@@ -1077,7 +1077,7 @@ def complete_names(
     if channels is None and cases:
         # What most cases have: the others are the odd ones out.
         count = Counter(case.foreground.shape[1] for case in cases).most_common(1)[0][0]
-        modalities = {case.image.modality or "channel" for case in cases}  # of DICOM: CT, MR
+        modalities = {case.image.modality or "channel" for case in cases}  # DICOM: CT, MR
         name = modalities.pop() if len(modalities) == 1 else "channel"
         channels = [name] if count == 1 else [f"{name} {k}" for k in range(count)]
         if count == 3 and kind_of(cases[0].images[0]) in PICTURES:
@@ -1176,14 +1176,14 @@ def assign_folds(
     with the fewest rows of its stratum, so that a group is the most by which folds differ.
     Hashes of the names decide the rest: the order of rows changes nothing.
     """
-    given = {"test": "test", "val": "0"} | {str(k): str(k) for k in range(FOLDS)}
+    official = {"test": "test", "val": "0"} | {str(k): str(k) for k in range(FOLDS)}
     first = 1 if "val" in splits else 0
     folds = [str(k) for k in range(first, FOLDS)]
     stratum_sizes = Counter(strata)
     sizes: Counter = Counter()  # rows of each group
-    stratum_of = {}  # of each group: the rarest of its rows
+    stratum_of = {}  # each group's rarest one
     for group, stratum, split in zip(groups, strata, splits, strict=True):
-        if split not in given:
+        if split not in official:
             sizes[group] += 1
             rank = (stratum_sizes[stratum], stratum)
             stratum_of[group] = min(rank, stratum_of.get(group, rank))
@@ -1205,22 +1205,22 @@ def assign_folds(
             counts[fold, stratum] += sizes[group]
             counts[fold] += sizes[group]
     pairs = zip(groups, splits, strict=True)
-    return [given[split] if split in given else fold_of[group] for group, split in pairs]
+    return [official[split] if split in official else fold_of[group] for group, split in pairs]
 
 
 # --- split: the common grid ---
 
 
-def describe(cases: list[Case], spacing: list, labels: Labels, channels: list[str]) -> dict:
+def plan_cache(cases: list[Case], spacing: list, labels: Labels, channels: list[str]) -> dict:
     """What meta.json says of grid, classes and normalisation, by the training cases."""
-    training = [case for case in cases if case.fold != "test"]
-    median = np.median([case.spacing for case in training], 0).round(4).tolist()
+    train_cases = [case for case in cases if case.fold != "test"]
+    median = np.median([case.spacing for case in train_cases], 0).round(4).tolist()
     # Slices are cut across the axis of one voxel in all cases, or else the coarsest one; of equal
     # ones the last, z: axial slices.
-    flat = np.all([np.array(case.shape) == 1 for case in training], 0)  # (3,)
+    flat = np.all([np.array(case.shape) == 1 for case in train_cases], 0)  # (3,)
     rounded = np.round(median, 2)  # 0.9999 and 1.0 are equal
     thick = flat if flat.any() else rounded == rounded.max()
-    foreground = np.concatenate([case.foreground for case in training])  # (N, C)
+    foreground = np.concatenate([case.foreground for case in train_cases])  # (N, C)
     if not len(foreground):
         raise DataError("no training mask has any foreground: nothing to learn")
     meta = {
@@ -1230,9 +1230,9 @@ def describe(cases: list[Case], spacing: list, labels: Labels, channels: list[st
         "resample": spacing != ["keep"],
         "spacing": median if isinstance(spacing[0], str) else spacing,  # mm
         "slice_axis": int(np.flatnonzero(thick)[-1]),
-        "picture_unit": "px" if kind_of(training[0].images[0]) in PICTURES else None,
+        "picture_unit": "px" if kind_of(train_cases[0].images[0]) in PICTURES else None,
     }
-    shapes = [grid_shape(case.shape, case.spacing, meta) for case in training]
+    shapes = [grid_shape(case.shape, case.spacing, meta) for case in train_cases]
     meta["shape"] = np.median(shapes, 0).astype(int).tolist()
     meta["normalisation"] = []
     for name, values in zip(channels, foreground.T, strict=True):
@@ -1280,7 +1280,7 @@ def grid_shape(shape: Shape, spacing: np.ndarray, meta: dict) -> Shape:
 def orient(affine: np.ndarray, shape: Shape) -> tuple[np.ndarray, np.ndarray, Shape]:
     """How nibabel turns the axes of a file into RAS, (3, 2); spacing (mm) and shape along those."""
     orientation = io_orientation(affine)
-    axes = np.argsort(orientation[:, 0])  # of the file, in the order of RAS
+    axes = np.argsort(orientation[:, 0])  # axes of the file, in the order of RAS
     spacing = voxel_sizes(affine)[axes]
     return orientation, spacing, tuple(int(shape[axis]) for axis in axes)
 
@@ -1470,7 +1470,7 @@ def print_classes(cases: list[Case], meta: dict) -> None:
     for copies in names.values():
         if len(copies) > 1:
             print(f"note: {' and '.join(copies)} are one image: do their masks agree?")
-    apart = [patient for patient, own in splits.items() if len(own) > 1]
+    apart = [patient for patient, of_patient in splits.items() if len(of_patient) > 1]
     if apart:
         print(f"note: {len(apart)} patients in several splits or folds, such as {min(apart)}")
 
@@ -1498,7 +1498,7 @@ class NewImage:
     name: str
     path: Path  # the file, or the folder of a series
     files: list[Path]  # one, one a channel, or of a series
-    is_series: bool = False  # of DICOM
+    is_series: bool = False  # a DICOM series
 
 
 def find_new(paths: list[Path], meta: dict) -> list[NewImage]:
@@ -1515,24 +1515,25 @@ def find_new(paths: list[Path], meta: dict) -> list[NewImage]:
         tables = [path for path in files if path.name == "volumes.csv"]
         results = {path.parent for path in tables if path.read_bytes()[:11] == b"image,mask,"}
         left = defaultdict(list)  # files by the reason
-        others = []
+        skipped = []
         for path in files:
             if path.parent in results:
                 left["results"].append(path)
             elif path != top and kind_of(path) not in wanted:
-                others.append(path)
+                skipped.append(path)
             elif is_mask(path):
                 left["masks"].append(path)
             else:
                 single[path] = name_below(top, path)
         if not meta["picture_unit"]:
-            series, slices, others = find_series(top, others)
+            series, slices, skipped = find_series(top, skipped)
             images += series
             left[f"single DICOM slices (localizers, mosaics, or {UID_HINT})"] = slices
-        left["no images as in training"] = others
-        for reason, own in left.items():
-            if own:
-                print(one_line(f"note: {top}: left out, {reason}: {len(own)}, such as {own[0]}"))
+        left["no images as in training"] = skipped
+        for reason, names in left.items():
+            if names:
+                note = f"note: {top}: left out, {reason}: {len(names)}, such as {names[0]}"
+                print(one_line(note))
     # Pictures in colour may be called frame_0001: those are no channels.
     images += join_channels(single, 1 if meta["channels"] == COLOURS else len(meta["channels"]))
     if not images:
@@ -1549,7 +1550,7 @@ def find_new(paths: list[Path], meta: dict) -> list[NewImage]:
 def name_below(top: Path, path: Path) -> str:
     """The path of a file or folder below `top` as the name of a file; that of `top` for itself."""
     if path == top or top.is_file():
-        return case_name(Path(os.path.abspath(top)))  # of "."
+        return case_name(Path(os.path.abspath(top)))  # "." has no name
     name = "_".join([*path.relative_to(top).parts[:-1], case_name(path)])
     return name[-150:].lstrip(".")  # folders may be called by UIDs
 
@@ -1599,11 +1600,11 @@ def find_series(top: Path, files: list[Path]) -> tuple[list[NewImage], list[Path
     """DICOM series, each with what may be cut images beside it; files of one slice; other files."""
     series = defaultdict(list)  # files by UID
     headers = {}  # the first of each series
-    others = defaultdict(list)  # by folder
+    loose = defaultdict(list)  # by folder
     for path in files:
         ds = read_dataset(path, stop_before_pixels=True)
         if ds is None or not ds.get("Rows"):
-            others[path.parent].append(path)
+            loose[path.parent].append(path)
             continue
         uid = str(ds.get("SeriesInstanceUID") or path.parent)
         series[uid].append(path)
@@ -1612,17 +1613,17 @@ def find_series(top: Path, files: list[Path]) -> tuple[list[NewImage], list[Path
     for uid, ds in headers.items():
         if len(series[uid]) == 1 and int(ds.get("NumberOfFrames") or 1) == 1:
             slices += series.pop(uid)
-    parents = {uid: sorted({path.parent for path in own}) for uid, own in series.items()}
-    folders = {uid: Path(os.path.commonpath(own)) for uid, own in parents.items()}
+    parents = {uid: sorted({path.parent for path in files}) for uid, files in series.items()}
+    folders = {uid: Path(os.path.commonpath(files)) for uid, files in parents.items()}
     images = []
     for uid, folder in folders.items():
         name = name_below(top, folder)
         if list(folders.values()).count(folder) > 1:
             name = f"{name}_{headers[uid].get('SeriesNumber') or uid}"
-        beside = [path for parent in parents[uid] for path in others[parent]]
+        beside = [path for parent in parents[uid] for path in loose[parent]]
         images.append(NewImage(name, folder, series[uid] + beside, True))
     used = set().union(*parents.values())
-    left = [path for folder, own in others.items() if folder not in used for path in own]
+    left = [path for folder, files in loose.items() if folder not in used for path in files]
     return images, slices, left
 
 
@@ -1638,8 +1639,8 @@ def read_new(image: NewImage, meta: dict) -> tuple[np.ndarray, np.ndarray, Heade
         volume = read_channels(image.files, len(meta["channels"]), notes)
     shape = volume.voxels.shape[:3]
     check_channels(image.path, volume.voxels.shape[3], meta["channels"])
-    _, spacing, own = orient(volume.affine, shape)
-    check_grid(image.path, own, spacing, meta)
+    _, spacing, grid = orient(volume.affine, shape)
+    check_grid(image.path, grid, spacing, meta)
     on_grid = to_grid(image.path, volume.voxels, volume.affine, meta)
     return on_grid, volume.affine, volume.header, shape, notes
 

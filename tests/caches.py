@@ -20,6 +20,7 @@ from common import checkpoint
 from common.checkpoint import FORMAT
 
 ROOT = Path(__file__).resolve().parents[1]
+FOLDS = ("0", "1", "2", "test")
 NAMES = ("classification", "detection", "segmentation")
 TASKS = pytest.mark.parametrize("task", NAMES)
 XRAYS = pytest.mark.parametrize("task", NAMES[:2])
@@ -72,24 +73,20 @@ def draw_images(cache: Path, task: str, count: int = 24, size: int = 32) -> Path
     for k in range(count):
         top = 18 if k % 2 else 4
         images[k, top : top + 8, 6:14] += 150
-        fold = ("0", "1", "2", "test")[k // 2 % 4]
-        row = {"id": f"i{k}", "patient": f"p{k // 2}", "fold": fold}
-        row |= {"split": "", "digest": f"digest{k}"}
+        row = {"id": f"i{k}", "patient": f"p{k // 2}", "fold": FOLDS[k // 2 % 4]}
+        row |= {"split": "", "digest": f"digest{k}", "source": f"i{k}.png"}
         if task == "classification":
-            row |= {"label": ("no", "yes")[k % 2], "source": f"i{k}.png"}
+            row |= {"label": ("no", "yes")[k % 2]}
         else:
             row |= {"site": "ab"[k // 2 % 2], "xmin": 6, "ymin": top, "xmax": 14, "ymax": top + 8}
-            row |= {"height": size, "width": size, "spacing": "", "source": f"i{k}.png"}
+            row |= {"height": size, "width": size, "spacing": ""}
         rows.append(row)
     cache.mkdir(parents=True)
     np.save(cache / "images.npy", images)
     write_index(cache, rows)
-    meta = {"format": FORMAT, "task": task, "size": size, "n": count}
-    if task == "classification":
-        meta |= {"classes": ["no", "yes"], "positive_class": "yes", "multi_label": False}
-        meta |= {"fit": "squash", "channels": 1}
-    else:
-        meta |= {"mean": 0.2, "std": 0.2}
+    meta = {"format": FORMAT, "task": task, "size": size, "n": count, "mean": 0.2, "std": 0.2}
+    meta |= {"classes": ["no", "yes"], "positive_class": "yes", "multi_label": False}
+    meta |= {"fit": "squash", "channels": 1}
     (cache / "meta.json").write_text(json.dumps(meta))
     return cache
 
@@ -101,35 +98,22 @@ def draw_volumes(
     (cache / "volumes").mkdir(parents=True)
     rows = []
     for k in range(count):
-        rng = np.random.default_rng(k)
         mask = np.zeros(shape, np.uint8)
-        if not empty:
-            mask[2:6, 1 : 4 + k % 3, 2:6] = 1
-        image = (rng.normal(0, 0.3, mask.shape) + 2 * mask)[None].astype(np.float16)
+        mask[2:6, 1 : 4 + k % 3, 2:6] = not empty
+        image = np.random.default_rng(k).normal(0, 0.3, mask.shape) + 2 * mask
         points = np.argwhere(mask)
-        points = np.column_stack([np.ones(len(points), int), points]).astype(np.int16)
-        for kind, array in (("image", image), ("mask", mask), ("points", points)):
+        points = np.insert(points, 0, 1, axis=1).astype(np.int16)  # class, x, y, z
+        arrays = {"image": image[None].astype(np.float16), "mask": mask, "points": points}
+        for kind, array in arrays.items():
             np.save(cache / "volumes" / f"v{k}.{kind}.npy", array)
         nib.save(nib.Nifti1Image(2 * mask, np.eye(4)), cache / "volumes" / f"v{k}.truth.nii.gz")
-        fold = ("0", "1", "2", "test")[k % 4]
-        row = {"id": f"v{k}", "patient": f"p{k}", "fold": fold, "split": ""}
+        row = {"id": f"v{k}", "patient": f"p{k}", "fold": FOLDS[k % 4], "split": ""}
         rows.append(row | {"digest": f"digest{k}", "image": "", "mask": ""})
     write_index(cache, rows)
-    meta = {
-        "format": FORMAT,
-        "task": "segmentation",
-        "n": count,
-        "picture_unit": None,
-        "classes": ["background", "cube"],
-        "values": [0, 2],
-        "channels": ["MRI"],
-        "resample": False,
-        "spacing": [1, 1, 1],
-        "slice_axis": 2,
-        "shape": list(shape),
-        "normalisation": [None],
-    }
-    (cache / "meta.json").write_text(json.dumps(meta))
+    meta = {"format": FORMAT, "task": "segmentation", "n": count, "picture_unit": None}
+    meta |= {"classes": ["background", "cube"], "values": [0, 2], "channels": ["MRI"]}
+    meta |= {"resample": False, "spacing": [1, 1, 1], "slice_axis": 2, "shape": list(shape)}
+    (cache / "meta.json").write_text(json.dumps(meta | {"normalisation": [None]}))
     return cache
 
 
@@ -141,20 +125,21 @@ def write_raw(raw: Path, task: str) -> Path:
     """Noise: 40 pictures in two class folders or with boxes, or 8 volumes with a cube."""
     rng = np.random.default_rng(0)
     names = {"classification": "no yes", "detection": "images images"}
-    folders = names.get(task, "imagesTr labelsTr").split()
+    folders = [raw / name for name in names.get(task, "imagesTr labelsTr").split()]
     for folder in folders:
-        (raw / folder).mkdir(parents=True, exist_ok=True)
-    lines = ["image,xmin,ymin,xmax,ymax"]
-    for k in range(8 if task == "segmentation" else 40):
-        if task == "segmentation":
-            mask = np.zeros((8, 8, 8), np.uint8)
-            mask[2:6, 2:6, 2:6] = 1
+        folder.mkdir(parents=True, exist_ok=True)
+    if task == "segmentation":
+        mask = np.zeros((8, 8, 8), np.uint8)
+        mask[2:6, 2:6, 2:6] = 1
+        for k in range(8):
             volume = rng.normal(0, 0.3, mask.shape) + 2 * mask
             for folder, array in zip(folders, (volume, mask), strict=True):
-                nib.save(nib.Nifti1Image(array, np.eye(4)), raw / folder / f"v{k}.nii.gz")
-            continue
+                nib.save(nib.Nifti1Image(array, np.eye(4)), folder / f"v{k}.nii.gz")
+        return raw
+    lines = ["image,xmin,ymin,xmax,ymax"]
+    for k in range(40):
         pixels = rng.integers(0, 256, (32, 48), dtype=np.uint8)
-        Image.fromarray(pixels).save(raw / folders[k % 2] / f"i{k}.png")
+        Image.fromarray(pixels).save(folders[k % 2] / f"i{k}.png")
         lines.append(f"i{k}.png,4,4,20,{20 + k % 8}")
     if task == "detection":
         (raw / "boxes.csv").write_text("\n".join(lines))
@@ -193,6 +178,14 @@ def predict(task: str, checkpoint: Path, out: Path, *images: object) -> None:
 
 def report(out: Path) -> dict:
     return json.loads((out / "metrics.json").read_text())
+
+
+def assert_evaluated_as_trained(metrics: dict, out: Path, most: float) -> None:
+    """metrics.json has the metrics of the checkpoint, to an error of `most`."""
+    summary = report(out)["summary"]
+    for name in ["dice"] if "dice" in metrics else metrics:
+        evaluated = summary["dice_cache" if name == "dice" else name]["value"]
+        assert evaluated == pytest.approx(metrics[name], abs=most, nan_ok=True), name
 
 
 class Stopped(Exception):
@@ -237,32 +230,24 @@ def copy(source: Path, target: Path) -> Path:
 def small_network() -> Iterator[None]:
     """In place of the ResNets for X-rays, networks of a thousandth of their weights."""
 
+    def stem(inputs: int, channels: int) -> dict[str, nn.Module]:
+        return {"conv1": nn.Conv2d(inputs, channels, 7, 4, 3), "bn1": nn.BatchNorm2d(channels)}
+
     def build_classifier(
         arch: str, meta: dict, width: int = 64, pretrained: bool = False
     ) -> nn.Module:
-        layers = {
-            "conv1": nn.Conv2d(meta["channels"], 16, 7, 4, 3),
-            "bn1": nn.BatchNorm2d(16),
-            "layer4": nn.ReLU(),
-        }
+        layers = stem(meta["channels"], 16) | {"layer4": nn.ReLU()}
         layers |= {"avgpool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
-        return nn.Sequential(OrderedDict(layers | {"fc": nn.Linear(16, len(meta["classes"]))}))
+        return nn.Sequential(OrderedDict(layers, fc=nn.Linear(16, len(meta["classes"]))))
 
     def build_detector(arch: str, channels: int, pretrained: bool = False) -> nn.Module:
-        layers = {
-            "conv1": nn.Conv2d(1, channels, 7, 4, 3),
-            "bn1": nn.BatchNorm2d(channels),
-            "relu": nn.ReLU(),
-        }
-        layers = {"backbone": nn.Sequential(OrderedDict(layers))}
-        layers |= {"pool": nn.AdaptiveAvgPool2d(8)}  # for images of more than 32 px
-        layers |= {"flatten": nn.Flatten(), "out": nn.Linear(64 * channels, 4)}
-        return nn.Sequential(OrderedDict(layers))
+        backbone = nn.Sequential(OrderedDict(stem(1, channels), relu=nn.ReLU()))
+        layers = {"backbone": backbone, "pool": nn.AdaptiveAvgPool2d(8), "flatten": nn.Flatten()}
+        return nn.Sequential(OrderedDict(layers, out=nn.Linear(64 * channels, 4)))
 
-    builders = {"classification": build_classifier, "detection": build_detector}
     with pytest.MonkeyPatch.context() as patch:
-        for task, build in builders.items():
-            patch.setattr(module(task, "train"), "build_model", build)
-            where = "model" if task == "classification" else "eval"
-            patch.setattr(module(task, where), "build_model", build)
+        for name in ("classification.train", "classification.model"):
+            patch.setattr(f"{name}.build_model", build_classifier)
+        for name in ("detection.train", "detection.eval"):
+            patch.setattr(f"{name}.build_model", build_detector)
         yield

@@ -106,12 +106,11 @@ def run_scripts(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     started = []
     for rank in range(processes):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        environment = shared | own if processes > 1 else {}
+        environment = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         started.append(start_script(script, *options, cwd=cwd, name=f".rank{rank}", **environment))
     for process in started:
         process.join(300)

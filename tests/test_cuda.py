@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common.checkpoint import load_checkpoint
-from tests.caches import ROOT, TASKS, draw_cache, report
+from tests.caches import ROOT, TASKS, draw_cache, report, split_words
 
 GPUS = os.environ["TEST_GPUS"]  # CUDA_VISIBLE_DEVICES before conftest.py hid them, or "all"
 pytestmark = [
@@ -21,9 +21,9 @@ pytestmark = [
     ),
 ]
 OPTIONS = {
-    "classification": ["--batch-size", "8"],
-    "detection": ["--batch-size", "6", "--channels", "16"],
-    "segmentation": ["--batch-size", "2", "--channels", "4", "--dims", "3"],
+    "classification": "--batch-size 8",
+    "detection": "--batch-size 6 --channels 16",
+    "segmentation": "--batch-size 2 --channels 4 --dims 3",
 }
 # Scores that change smoothly with the network, by their names in train.py and eval.py
 SMOOTH = {"classification": ("brier", "brier"), "detection": ("mean_iou", "mean_iou")}
@@ -32,44 +32,34 @@ SMOOTH |= {"segmentation": ("dice", "dice_cache")}
 
 def start(task: str, script: str, *options: object) -> subprocess.Popen:
     """A script in a process that sees the GPUs."""
-    environment = dict(os.environ)
+    environment = dict(os.environ, CUDA_VISIBLE_DEVICES=GPUS)
     if GPUS == "all":
         del environment["CUDA_VISIBLE_DEVICES"]
-    else:
-        environment["CUDA_VISIBLE_DEVICES"] = GPUS
-    command = [sys.executable, ROOT / task / f"{script}.py", *map(str, options)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
-
-
-def run(task: str, script: str, *options: object) -> str:
-    """What a script prints that ends without an error."""
-    process = start(task, script, *options)
-    printed, errors = process.communicate()
-    assert process.returncode == 0, errors
-    return printed
+    command = [sys.executable, ROOT / task / f"{script}.py", *split_words(*options)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 @TASKS
 def test_training_on_a_gpu(tmp_path: Path, task: str, amp: str):
-    draw_cache(tmp_path / "cache", task)
-    options = ["--data", tmp_path / "cache", *OPTIONS[task], "--amp", amp, "--epochs", "3"]
-    printed = run(task, "train", *options, "--out", tmp_path / "straight")
-    assert "training on cuda" in printed
-    process = start(task, "train", *options, "--out", tmp_path / "resumed")
+    cache = draw_cache(tmp_path / "cache", task)
+    options = ["--data", cache, OPTIONS[task], "--amp", amp, "--epochs 3 --out"]
+    process = start(task, "train", *options, tmp_path / "straight")
+    assert "training on cuda" in process.communicate()[0] and process.returncode == 0
+    process = start(task, "train", *options, tmp_path / "resumed")
     assert any(line.startswith("epoch 1 ") for line in process.stdout)
     process.kill()
     process.wait()
-    run(task, "train", *options, "--out", tmp_path / "resumed", "--resume")
-    straight = load_checkpoint(tmp_path / "straight" / "last.pt")
+    process = start(task, "train", *options, tmp_path / "resumed", "--resume")
+    assert process.communicate() and process.returncode == 0
+    path = tmp_path / "straight" / "last.pt"
+    straight = load_checkpoint(path)
     resumed = load_checkpoint(tmp_path / "resumed" / "last.pt")
     # Some kernels add up in varying order.
     for first, second in zip(straight["log"], resumed["log"], strict=True):
         assert first["train_loss"] == pytest.approx(second["train_loss"], rel=0.02)
-
-    command = ["--data", tmp_path / "cache", "--checkpoint", tmp_path / "straight" / "last.pt"]
-    run(task, "eval", *command, "--out", tmp_path / "out")
-    summary = report(tmp_path / "out")["summary"]
+    process = start(task, "eval", "--data", cache, "--checkpoint", path, "--out", tmp_path / "out")
+    assert process.communicate() and process.returncode == 0
     of_train, of_eval = SMOOTH[task]
-    assert summary[of_eval]["value"] == pytest.approx(straight["metrics"][of_train], abs=0.01)
+    evaluated = report(tmp_path / "out")["summary"][of_eval]["value"]
+    assert evaluated == pytest.approx(straight["metrics"][of_train], abs=0.01)

@@ -12,31 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import checkpoint
 from common.checkpoint import draw_log, load_checkpoint, save_checkpoint
-from tests.caches import (
-    NAMES,
-    ROOT,
-    SCORES,
-    SMALL,
-    TASKS,
-    change_meta,
-    change_rows,
-    contents,
-    copy,
-    draw_cache,
-    draw_volumes,
-    evaluate,
-    module,
-    read_rows,
-    refusal,
-    report,
-    split_words,
-    train,
-    train_until,
-)
+from tests import caches as kit
 from tests.conftest import (
     assert_same_training,
     read_table,
@@ -55,7 +34,7 @@ def last_of(run: Path) -> dict:
 
 def record_models(monkeypatch, task: str) -> list[dict]:
     """The first weights of every network that train.py builds from here on."""
-    script = module(task, "train")
+    script = kit.module(task, "train")
     build = script.build_model
     weights = []
 
@@ -71,7 +50,7 @@ def record_models(monkeypatch, task: str) -> list[dict]:
 # --- what decides the numbers ---
 
 
-@TASKS
+@kit.TASKS
 def test_each_option_alone_changes_the_weights(caches, tmp_path, task):
     options = ["", "--seed 1", "--lr 2e-3", "--weight-decay 9", "--augment 0.5", "--fold 1"]
     options += {
@@ -81,14 +60,14 @@ def test_each_option_alone_changes_the_weights(caches, tmp_path, task):
     }[task]
     seen = {}
     for number, some in enumerate(options):
-        train(task, caches[task], tmp_path / f"run{number}", some)
+        kit.train(task, caches[task], tmp_path / f"run{number}", some)
         model = last_of(tmp_path / f"run{number}")["model"]
         total = sum(w.double().abs().sum().item() for w in model.values() if w.ndim > 1)
         assert total not in seen, (some, seen.get(total))
         seen[total] = some
 
 
-@TASKS
+@kit.TASKS
 def test_every_random_number_depends_on_the_seed(caches, tmp_path, task, monkeypatch):
     """First weights, order of the images, and the draws of every step and epoch."""
     real = np.random.default_rng
@@ -101,7 +80,7 @@ def test_every_random_number_depends_on_the_seed(caches, tmp_path, task, monkeyp
     weights = record_models(monkeypatch, task)
     monkeypatch.setattr(np.random, "default_rng", record)
     for number, seed in enumerate((5, 5, 6)):
-        train(task, caches[task], tmp_path / f"run{number}", f"--seed {seed} --epochs 2")
+        kit.train(task, caches[task], tmp_path / f"run{number}", f"--seed {seed} --epochs 2")
     assert same(weights[0], weights[1]) and not same(weights[0], weights[2])
     draws = [seed for seed in seeds if isinstance(seed, tuple) and len(seed) == 4]
     steps = len(draws) // 6
@@ -111,36 +90,19 @@ def test_every_random_number_depends_on_the_seed(caches, tmp_path, task, monkeyp
     assert orders == [(seed, e) for seed in (5, 5, 6) for e in (0, 1)]
 
 
-@TASKS
-def test_gradients_are_clipped_to_1_between_backward_and_step(caches, tmp_path, task, monkeypatch):
-    clipped = []
-
-    def clip_to_nothing(parameters: Iterator, largest: float) -> None:
-        clipped.append(largest)
-        for parameter in parameters:
-            parameter.grad.zero_()
-
-    weights = record_models(monkeypatch, task)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_to_nothing)
-    train(task, caches[task], tmp_path / "run", "--weight-decay 0 --epochs 2")
-    after = last_of(tmp_path / "run")
-    steps = int(after["optimizer"]["state"][0]["step"])
-    assert clipped == [1.0] * steps and steps >= 4
-    assert all(torch.equal(after["model"][name], weight) for name, weight in weights[0].items())
-
-
-@TASKS
-def test_training_and_validation_have_their_rows_modes_and_precision(
+@kit.TASKS
+def test_a_step_and_a_validation_have_their_rows_modes_and_precision(
     caches, tmp_path, task, monkeypatch
 ):
-    """The validation fold and the test set are not trained on; norms and biases do not decay."""
-    script = module(task, "train")
+    """The other folds are not trained on; gradients are clipped to 1 before they are applied."""
+    script = kit.module(task, "train")
     build = script.build_model
     batches = script.dataset.EpochBatches
     losses = dict(script.LOSSES)
     rows = []
     modes = []
     types = set()
+    clipped = []
 
     def build_and_watch(*args: object) -> torch.nn.Module:
         model = build(*args)
@@ -156,22 +118,32 @@ def test_training_and_validation_have_their_rows_modes_and_precision(
         types.add(outputs.dtype)
         return next(iter(losses.values()))(outputs, *rest)
 
+    def clip_to_nothing(parameters: Iterator, largest: float) -> None:
+        clipped.append(largest)
+        for parameter in parameters:
+            parameter.grad.zero_()
+
     monkeypatch.setattr(script, "build_model", build_and_watch)
     monkeypatch.setattr(script.dataset, "EpochBatches", record_rows)
     monkeypatch.setattr(script, "LOSSES", dict.fromkeys(losses, record_type))
-    train(task, caches[task], tmp_path / "run", "--amp bf16 --epochs 2")
-    index = read_rows(caches[task])
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_to_nothing)
+    weights = record_models(monkeypatch, task)
+    kit.train(task, caches[task], tmp_path / "run", "--amp bf16 --epochs 2 --weight-decay 1e-12")
+    index = kit.read_rows(caches[task])
     assert rows == [k for k, row in enumerate(index) if row["fold"] in ("1", "2")]
-    optimizer = last_of(tmp_path / "run")["optimizer"]
-    assert modes.count((True, True)) == int(optimizer["state"][0]["step"])
+    after = last_of(tmp_path / "run")
+    steps = int(after["optimizer"]["state"][0]["step"])
+    assert steps >= 4 and modes.count((True, True)) == steps and clipped == [1.0] * steps
     assert set(modes) == {(True, True), (False, False)}
     assert types == {torch.float32}
-    assert [group["weight_decay"] > 0 for group in optimizer["param_groups"]] == [True, False]
+    groups = after["optimizer"]["param_groups"]
+    assert [group["weight_decay"] > 0 for group in groups] == [True, False]  # norms, biases: none
+    assert all(torch.equal(after["model"][name], weight) for name, weight in weights[0].items())
 
 
-@TASKS
+@kit.TASKS
 def test_the_learning_rate_warms_up_and_falls_as_a_cosine(caches, tmp_path, task):
-    script = module(task, "train")
+    script = kit.module(task, "train")
     optimizer = torch.optim.AdamW(torch.nn.Linear(1, 1).parameters())
     args = script.parse_args(["--lr", "1", "--epochs", "4", "--out", str(tmp_path)])
     rates = []
@@ -183,7 +155,7 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine(caches, tmp_path, task
     assert rates[10 + 95] == pytest.approx(0.5)
     assert rates[10 + 38] == pytest.approx(0.5 + 0.5 * math.cos(0.2 * math.pi))
     assert rates[-1] == pytest.approx(0.5 - 0.5 * math.cos(math.pi / 190))
-    train(task, caches[task], tmp_path / "run", "--epochs 3 --lr 0.25")
+    kit.train(task, caches[task], tmp_path / "run", "--epochs 3 --lr 0.25")
     log = last_of(tmp_path / "run")["log"]
     assert log[0]["lr"] > log[1]["lr"] > log[2]["lr"] > 0
 
@@ -191,21 +163,23 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine(caches, tmp_path, task
 # --- resume ---
 
 
-@TASKS
+@kit.TASKS
 def test_stop_and_resume_equal_the_straight_run_with_any_workers(caches, tmp_path, task):
-    train(task, caches[task], tmp_path / "straight", "--epochs 3")
+    kit.train(task, caches[task], tmp_path / "straight", "--epochs 3")
     resumed = tmp_path / "resumed"
-    train_until(2, task, caches[task], resumed, "--epochs 3 --workers 1")
+    kit.train_until(2, task, caches[task], resumed, "--epochs 3 --workers 1")
     (resumed / "log.csv").write_text("rows of an epoch that was lost\n" * 5)
-    train(task, caches[task], resumed, "--epochs 3 --resume")
+    kit.train(task, caches[task], resumed, "--epochs 3 --resume")
     assert_same_training(tmp_path / "straight", resumed)
     assert [row["epoch"] for row in read_table(resumed / "log.csv")] == ["1", "2", "3"]
 
 
 def test_a_killed_or_interrupted_run_resumes_to_the_bit(caches, tmp_path):
-    script = ROOT / "segmentation" / "train.py"
-    words = split_words("--data", caches["segmentation"], "--epochs 40 --workers 0 --device cpu")
-    words += split_words(SMALL["segmentation"])
+    script = kit.ROOT / "segmentation" / "train.py"
+    words = kit.split_words(
+        "--data", caches["segmentation"], "--epochs 20 --workers 0 --device cpu"
+    )
+    words += kit.split_words(kit.SMALL["segmentation"])
     done = run_scripts(script, *words, "--out", "straight", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     words += ["--out", "stopped"]
@@ -220,159 +194,139 @@ def test_a_killed_or_interrupted_run_resumes_to_the_bit(caches, tmp_path):
     done = run_scripts(script, *words, "--resume", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert_same_training(tmp_path / "straight", tmp_path / "stopped")
-    assert set(contents(tmp_path / "stopped")) == {"last.pt", "best.pt", "log.csv", "log.png"}
+    assert set(kit.contents(tmp_path / "stopped")) == {"last.pt", "best.pt", "log.csv", "log.png"}
 
 
-@TASKS
+@kit.TASKS
 def test_two_processes_resume_and_are_evaluated_as_one(caches, tmp_path, task):
     size = "4" if task == "segmentation" else "3"
     words = ["--data", str(caches[task]), "--workers", "0", "--device", "cpu"]
-    options = split_words("--epochs 2 --out run", SMALL[task], "--batch-size", size)
+    options = kit.split_words("--epochs 2 --out run", kit.SMALL[task], "--batch-size", size)
     options += [] if task == "segmentation" else ["--channels", "16"]
-    done = run_scripts(ROOT / task / "train.py", *words, *options, cwd=tmp_path, processes=2)
+    done = run_scripts(kit.ROOT / task / "train.py", *words, *options, cwd=tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 2 ") == 1  # only rank 0 prints
     last = last_of(tmp_path / "run")
     assert last["settings"]["world_size"] == 2
-    score = SCORES[task]
+    score = kit.SCORES[task]
     assert last["log"][-1][f"val_{score}"] == last["metrics"][score]
     # The validation that the ranks share has every image once, and the buffers of rank 0.
     words = words[:2] + words[4:] if task == "segmentation" else words
     options = ["--checkpoint", "run/last.pt", "--out", "out"]
-    done = run_scripts(ROOT / task / "eval.py", *words, *options, cwd=tmp_path)
+    done = run_scripts(kit.ROOT / task / "eval.py", *words, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    summary = report(tmp_path / "out")["summary"]
-    names = {"dice": "dice_cache"} if task == "segmentation" else {k: k for k in last["metrics"]}
-    for name, evaluated in names.items():
-        expected = pytest.approx(last["metrics"][name], abs=1e-6, nan_ok=True)
-        assert summary[evaluated]["value"] == expected, name
-    found = refusal(train, task, caches[task], tmp_path / "run", "--resume")
+    kit.assert_evaluated_as_trained(last["metrics"], tmp_path / "out", 1e-6)
+    found = kit.refusal(kit.train, task, caches[task], tmp_path / "run", "--resume")
     assert "world_size 2 (now 1)" in found
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
-@TASKS
-def test_a_compiled_run_and_a_bare_one_resume_each_other(caches, tmp_path, task, monkeypatch):
-    compiled = []
+@kit.TASKS
+def test_a_compiled_run_resumes_a_bare_one(caches, tmp_path, task, monkeypatch):
     compiler = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
-
-    def compile_model(model: torch.nn.Module, **options: bool) -> torch.nn.Module:
-        compiled.append(model)
-        return compiler(model)
-
+    compiled = []
+    compile_model = lambda model, **_: compiled.append(1) or compiler(model)  # noqa: E731
     monkeypatch.setattr(torch, "compile", compile_model)
-    train(task, caches[task], tmp_path / "bare", "--epochs 2")
-    bare = last_of(tmp_path / "bare")["model"]
-    for number, (first, second) in enumerate((("--compile", ""), ("", "--compile"))):
-        out = tmp_path / f"run{number}"
-        train_until(1, task, caches[task], out, "--epochs 2", first)
-        train(task, caches[task], out, "--epochs 2 --resume", second)
-        model = last_of(out)["model"]
-        assert model.keys() == bare.keys()  # not those of the wrapper, which begin with _orig_mod
-        for name, weight in bare.items():
-            torch.testing.assert_close(model[name], weight, rtol=0.05, atol=5e-3)
-    assert len(compiled) == 2
+    kit.train(task, caches[task], tmp_path / "bare", "--epochs 2")
+    assert not compiled
+    kit.train_until(1, task, caches[task], tmp_path / "run", "--epochs 2")
+    kit.train(task, caches[task], tmp_path / "run", "--epochs 2 --resume --compile")
+    bare, model = (last_of(tmp_path / name)["model"] for name in ("bare", "run"))
+    assert compiled and model.keys() == bare.keys()  # not the wrapper's, of _orig_mod
+    for name, weight in bare.items():
+        torch.testing.assert_close(model[name], weight, rtol=0.05, atol=5e-3)
 
 
 def set_row(cache: Path, **values: str) -> None:
     """Change the second row of index.csv."""
-    change_rows(cache, lambda k, row: row.update(values) if k == 1 else None)
+    kit.change_rows(cache, lambda k, row: row.update(values) if k == 1 else None)
 
 
-@pytest.mark.parametrize(
-    ("task", "change", "message"),
-    [
-        ("classification", {"fit": "pad"}, "fit squash (now pad)"),
-        ("detection", {"mean": 0.1}, "mean 0.2 (now 0.1)"),
-        ("segmentation", {"spacing": [1, 1, 2]}, "spacing [1, 1, 1] (now [1, 1, 2])"),
-    ],
-)
-def test_resume_refuses_other_settings_and_another_cache(
-    caches, runs, tmp_path, task, change, message
-):
-    cache = copy(caches[task], tmp_path / "cache")
-    run = copy(runs[task], tmp_path / "run")
-    for options, words in (
-        ("--lr 0.01", "lr 0.001 (now 0.01)"),
-        ("--channels 32", "(now 32)"),  # meta.json has channels as well
-        ("--epochs 9", "epochs 1 (now 9)"),
-    ):
-        found = refusal(train, task, cache, run, "--resume", options)
-        assert words in found and f"--init {run}" in found
-    change_meta(cache, **change)
-    assert message in refusal(train, task, cache, run, "--resume")
-    other = copy(caches[task], tmp_path / "other")
-    set_row(other, patient="other")
-    assert "index" in refusal(train, task, other, run, "--resume")
-    assert "no checkpoint here" in refusal(train, task, cache, tmp_path / "none", "--resume")
+CHANGES = {  # of meta.json
+    "classification": ({"fit": "pad"}, "fit squash (now pad)"),
+    "detection": ({"mean": 0.1}, "mean 0.2 (now 0.1)"),
+    "segmentation": ({"spacing": [1, 1, 2]}, "spacing [1, 1, 1] (now [1, 1, 2])"),
+}
+
+
+@kit.TASKS
+def test_resume_refuses_other_settings_and_another_cache(caches, runs, tmp_path, task):
+    cache = kit.copy(caches[task], tmp_path / "cache")
+    run = kit.copy(runs[task], tmp_path / "run")
+    resume = lambda *options: kit.refusal(kit.train, task, cache, run, "--resume", *options)  # noqa: E731
+    assert f"lr 0.001 (now 0.01); to continue from its weights: --init {run}" in resume("--lr 0.01")
+    assert "(now 32)" in resume("--channels 32")  # meta.json has channels as well
+    assert "epochs 1 (now 9)" in resume("--epochs 9")
+    change, message = CHANGES[task]
+    kit.change_meta(cache, **change)
+    assert message in resume()
+    set_row(cache, patient="other")
+    assert "index" in resume()
     (run / "last.pt").write_bytes((run / "best.pt").read_bytes())
-    assert "as in a copy of best.pt" in refusal(train, task, cache, run, "--resume")
+    assert "as in a copy of best.pt" in resume()
+    (run / "last.pt").unlink()
+    assert "no checkpoint here" in resume()
 
 
 # --- best.pt and validation ---
 
 
 @pytest.mark.parametrize(
-    ("dice", "stop", "best", "is_kept", "best_at_the_end"),
+    ("dice", "stop", "best", "last"),
     [
         # Something wrong, then nothing, which is right; of equals the later one
-        ([0.0, math.nan, 0.0, math.nan, 0.0], 1, 1, True, 4),
-        ([0.9, 0.8, 0.1], 2, 1, True, 1),
-        ([0.9, 0.8, 0.1], 2, 1, False, 3),  # removed: written again
+        ([0.0, math.nan, 0.0, math.nan, 0.0], 1, 1, 4),
+        ([0.9, 0.8, 0.1], 2, 1, 1),
+        ([0.9, 0.8, 0.1], 2, None, 3),  # removed: written again
     ],
 )
-def test_best_is_that_of_the_highest_score_and_always_there(
-    tmp_path, monkeypatch, dice, stop, best, is_kept, best_at_the_end
-):
-    cache = draw_volumes(tmp_path / "cache", empty=True)
-    scores = iter(dice)
-    one = torch.ones(1, 1, dtype=torch.float64)
-    monkeypatch.setattr(module("segmentation", "train"), "evaluate", lambda *_: next(scores) * one)
+def test_best_is_that_of_the_highest_score(tmp_path, monkeypatch, dice, stop, best, last):
+    cache = kit.draw_volumes(tmp_path / "cache", empty=True)
+    scores = iter(torch.tensor(dice, dtype=torch.float64).view(-1, 1, 1))
+    monkeypatch.setattr(kit.module("segmentation", "train"), "evaluate", lambda *_: next(scores))
     options = f"--epochs {len(dice)}"
-    train_until(stop, "segmentation", cache, tmp_path / "run", options)
+    kit.train_until(stop, "segmentation", cache, tmp_path / "run", options)
     path = tmp_path / "run" / "best.pt"
-    assert load_checkpoint(path)["epoch"] == best
-    if not is_kept:
+    assert load_checkpoint(path)["epoch"] == (best or 1)
+    if best is None:
         path.unlink()
-    train("segmentation", cache, tmp_path / "run", options, "--resume")
-    assert load_checkpoint(path)["epoch"] == best_at_the_end
+    kit.train("segmentation", cache, tmp_path / "run", options, "--resume")
+    assert load_checkpoint(path)["epoch"] == last
 
 
 def test_a_validation_every_other_epoch_changes_no_weight(caches, tmp_path):
     cache = caches["segmentation"]
-    train("segmentation", cache, tmp_path / "each", "--epochs 5")
+    kit.train("segmentation", cache, tmp_path / "each", "--epochs 5")
     options = "--epochs 5 --validate-every 2"
-    train_until(3, "segmentation", cache, tmp_path / "other", options)
+    kit.train_until(3, "segmentation", cache, tmp_path / "other", options)
     assert last_of(tmp_path / "other")["metrics"] == {}
-    train("segmentation", cache, tmp_path / "other", options, "--resume")
+    kit.train("segmentation", cache, tmp_path / "other", options, "--resume")
     each = last_of(tmp_path / "each")
     other = last_of(tmp_path / "other")
     assert same(each["model"], other["model"]) and each["metrics"] == other["metrics"]
     scores = [row["val_dice"] for row in each["log"]]
     expected = [None, scores[1], None, scores[3], scores[4]]
     assert [row.get("val_dice") for row in other["log"]] == expected
-    best = load_checkpoint(tmp_path / "other" / "best.pt")["metrics"]["dice"]
-    assert best == max(scores[1], scores[3], scores[4])
 
 
-@TASKS
+@kit.TASKS
 def test_a_training_on_all_folds_leaves_out_the_test_set_alone(caches, tmp_path, task, capsys):
     cache = caches[task]
     run = tmp_path / "run"
-    train(task, cache, run, "--fold -1 --epochs 2")
+    kit.train(task, cache, run, "--fold -1 --epochs 2")
     command = f"next: python {task}/eval.py --data {cache} --checkpoint {run}/last.pt --split test"
     assert command in capsys.readouterr().out
     assert not (run / "best.pt").exists()
     expected = set()
-    for row in read_rows(cache):
+    for row in kit.read_rows(cache):
         if row["fold"] != "test":
             expected |= checkpoint.hash_row(row)
     assert last_of(run)["trained_on"] == sorted(expected)
     assert not any(name.startswith("val_") for name in read_table(run / "log.csv")[1])
-    found = refusal(evaluate, task, cache, f"--checkpoint {run}/last.pt")
+    found = kit.refusal(kit.evaluate, task, cache, f"--checkpoint {run}/last.pt")
     assert "left no fold out (--fold -1); use --split test" in found
-    evaluate(task, cache, f"--checkpoint {run}/last.pt --split test")
-    assert not any(name.endswith("_tuned") for name in report(run / "eval_test")["summary"])
+    kit.evaluate(task, cache, f"--checkpoint {run}/last.pt --split test")
+    assert not any(name.endswith("_tuned") for name in kit.report(run / "eval_test")["summary"])
 
 
 def test_log_png_marks_each_value_where_it_belongs():
@@ -380,48 +334,38 @@ def test_log_png_marks_each_value_where_it_belongs():
     for epoch, loss, auroc in ((1, 1.0, 0.5), (2, 0.5, 0.9), (3, 0.0, math.nan)):
         log.append({"epoch": epoch, "train_loss": loss, "val_auroc": auroc})
     picture = np.asarray(draw_log(log, "val_auroc", 2)).astype(int)
-    blue = (picture[:, :500] == (0x1F, 0x4E, 0x9C)).all(-1)
-    for y, x in ((50, 70), (200, 270), (350, 470)):  # from the upper left to the lower right
-        assert blue[y - 5 : y + 5, x - 4 : x + 4].any()
-    red = (picture[:, 500:] == (0xC0, 0x39, 0x2B)).all(-1)
-    assert red[345:355, 66:74].any() and red[45:55, 266:274].any()
-    assert not red[60:360, 290:].any()  # NaN is no point
-    best = (picture[:, :500] == 0x99).all(-1)
+    blue = (picture == (0x1F, 0x4E, 0x9C)).all(-1)
+    red = (picture == (0xC0, 0x39, 0x2B)).all(-1)
+    for curve, y, x in (
+        *((blue, 50, 70), (blue, 200, 270), (blue, 350, 470)),  # falls from left to right
+        *((red, 350, 570), (red, 50, 770)),
+    ):
+        assert curve[y - 5 : y + 5, x - 4 : x + 4].any()
+    assert not red[60:360, 790:].any()  # NaN is no point
+    best = (picture == 0x99).all(-1)
     assert best[100:300, 270].mean() > 0.9 and not best[100:300, 200].any()
 
 
 # --- what is no number ---
 
 
-def give_nan(monkeypatch, task: str, script: str) -> None:
-    """The networks of this script give NaN instead of what they find."""
-    if task == "segmentation":
-        nothing = torch.full((2, 8, 8, 8), math.nan, dtype=torch.float16)
-        monkeypatch.setattr(module(task, script), "predict_volume", lambda *_: nothing.clone())
-        return
-    real = module(task, script).evaluate
-
-    def evaluate_nan(*args: object) -> tuple:
-        outputs, truth = real(*args)
-        outputs[0] = math.nan  # one image is enough
-        return outputs, truth
-
-    monkeypatch.setattr(module(task, script), "evaluate", evaluate_nan)
-
-
-@TASKS
+@kit.TASKS
 def test_a_network_that_gives_nan_has_no_score(caches, runs, tmp_path, task, monkeypatch):
-    give_nan(monkeypatch, task, "train")
-    found = refusal(train, task, caches[task], tmp_path / "run")
+    def break_weights(model: torch.nn.Module) -> torch.nn.Module:
+        for weight in model.parameters():
+            weight.data.fill_(math.nan)
+        return model.train(False)
+
+    monkeypatch.setattr(torch.nn.Module, "eval", break_weights)
+    found = kit.refusal(kit.train, task, caches[task], tmp_path / "run")
     assert "the network gives NaN or infinite values; lower --lr" in found
-    assert contents(tmp_path / "run") == {}
-    give_nan(monkeypatch, task, "eval")
+    assert kit.contents(tmp_path / "run") == {}
     options = f"--checkpoint {runs[task]}/best.pt --out {tmp_path}/out"
-    assert "the network gives NaN" in refusal(evaluate, task, caches[task], options)
+    assert "the network gives NaN" in kit.refusal(kit.evaluate, task, caches[task], options)
     assert not (tmp_path / "out").exists()
 
 
-@TASKS
+@kit.TASKS
 def test_a_loss_or_weights_that_are_not_finite_stop(caches, runs, tmp_path, task, monkeypatch):
     broken = load_checkpoint(runs[task] / "best.pt")
     name = next(name for name, weight in broken["model"].items() if weight.ndim > 1)
@@ -429,36 +373,32 @@ def test_a_loss_or_weights_that_are_not_finite_stop(caches, runs, tmp_path, task
     path = tmp_path / "nan.pt"
     save_checkpoint(path, broken)
     expected = f"nan.pt: {name} holds NaN or infinite weights"
-    assert expected in refusal(train, task, caches[task], tmp_path / "run", f"--init {path}")
-    assert expected in refusal(evaluate, task, caches[task], f"--checkpoint {path}")
+    assert expected in kit.refusal(
+        kit.train, task, caches[task], tmp_path / "run", f"--init {path}"
+    )
+    assert expected in kit.refusal(kit.evaluate, task, caches[task], f"--checkpoint {path}")
     losses = {name: lambda *args: args[0].sum() * math.inf for name in ("ce", "mse", "dice_ce")}
-    monkeypatch.setattr(module(task, "train"), "LOSSES", losses)
-    assert "epoch 1: the loss is" in refusal(train, task, caches[task], tmp_path / "run")
+    monkeypatch.setattr(kit.module(task, "train"), "LOSSES", losses)
+    assert "epoch 1: the loss is" in kit.refusal(kit.train, task, caches[task], tmp_path / "run")
 
 
 # --- what was trained on ---
 
 
-@TASKS
-def test_eval_refuses_images_and_patients_of_the_training(caches, runs, tmp_path, task):
+# How a row of another cache may differ from the row that was trained on
+@pytest.mark.parametrize("changed", ["nothing", "patient", "digest"])
+@kit.TASKS
+def test_eval_refuses_images_and_patients_of_the_training(caches, runs, tmp_path, task, changed):
     options = f"--checkpoint {runs[task]}/best.pt --split test --out {tmp_path}/out"
+    cache = kit.copy(caches[task], tmp_path / "cache")
+    kit.change_rows(cache, lambda k, row: row.update({"fold": "test", changed: f"x{k}"}))
     count = "4 of these 8" if task == "segmentation" else "12 of these 24"
-    for number, change in enumerate(
-        (
-            lambda k: {},  # as --like the training data
-            lambda k: {"patient": f"x{k}"},  # the same images, in a cache of another size
-            lambda k: {"digest": f"x{k}"},  # other images of the same patients
-        )
-    ):
-        cache = copy(caches[task], tmp_path / f"cache{number}")
-        change_rows(cache, lambda k, row, change=change: row.update(change(k), fold="test"))
-        assert f"trained on {count} images" in refusal(evaluate, task, cache, options)
-    evaluate(task, caches[task], options)  # its own test set is not
+    assert f"trained on {count} images" in kit.refusal(kit.evaluate, task, cache, options)
 
 
-@TASKS
+@kit.TASKS
 def test_patients_on_both_sides_of_an_official_split_are_counted(caches, tmp_path, task, capsys):
-    cache = copy(caches[task], tmp_path / "cache")
+    cache = kit.copy(caches[task], tmp_path / "cache")
     shared = {}  # the first row of fold 1 and of the test set
 
     def share_a_patient(k: int, row: dict) -> None:
@@ -466,35 +406,31 @@ def test_patients_on_both_sides_of_an_official_split_are_counted(caches, tmp_pat
         if row["fold"] in ("1", "test") and shared.setdefault(row["fold"], k) == k:
             row["patient"] = "both"
 
-    change_rows(cache, share_a_patient)
-    train(task, cache, tmp_path / "run")
-    evaluate(task, cache, f"--checkpoint {tmp_path}/run/best.pt --split test")
-    said = capsys.readouterr().out
-    assert "1 of " in said and "by the official split" in said
+    kit.change_rows(cache, share_a_patient)
+    kit.train(task, cache, tmp_path / "run")
+    options = f"--checkpoint {tmp_path}/run/best.pt --split test"
+    kit.evaluate(task, cache, options)
+    count = "1 of 2" if task == "segmentation" else "1 of 6"
+    said = f"{count} images are of patients in training, by the official split"
+    assert said in " ".join(capsys.readouterr().out.split())
     # A column fold is no official split, and another cache has one of its own.
-    change_rows(cache, lambda k, row: row.update(split=""))
-    train(task, cache, tmp_path / "again")
-    options = f"--checkpoint {tmp_path}/again/best.pt --split test"
-    assert "trained on 1 of these" in refusal(evaluate, task, cache, options)
+    for split in ("", "test"):
+        kit.change_rows(cache, lambda k, row, split=split: row.update(split=split))
+        assert "trained on 1 of these" in kit.refusal(kit.evaluate, task, cache, options)
 
 
-@TASKS
+@kit.TASKS
 def test_eval_knows_what_init_was_trained_on(caches, runs, tmp_path, task, capsys):
-    train(task, caches[task], tmp_path / "run", f"--init {runs[task]}/best.pt --fold 1")
+    kit.train(task, caches[task], tmp_path / "run", f"--init {runs[task]}/best.pt --fold 1")
     count = "2 of 2" if task == "segmentation" else "6 of 6"
     assert f"--init was trained on {count} rows of the validation" in capsys.readouterr().out
-    train(task, caches[task], tmp_path / "again", f"--init {tmp_path}/run/best.pt --fold 1")
+    kit.train(task, caches[task], tmp_path / "again", f"--init {tmp_path}/run/best.pt --fold 1")
     for run in ("run", "again"):
         options = f"--checkpoint {tmp_path}/{run}/best.pt"
-        assert "images or patients" in refusal(evaluate, task, caches[task], options)
+        assert "images or patients" in kit.refusal(kit.evaluate, task, caches[task], options)
 
 
 # --- --init ---
-
-
-def three_classes(k: int, row: dict) -> None:
-    row["label"] = ("no", "yes", "perhaps")[k // 2 % 3]
-    row["fold"] = str(k % 2)
 
 
 @pytest.mark.parametrize(
@@ -502,18 +438,24 @@ def three_classes(k: int, row: dict) -> None:
 )
 def test_init_takes_what_fits(caches, runs, tmp_path, capsys, task, prefix, new):
     """All but the last layer with another number of classes, the backbone in another task."""
-    cache = copy(caches[task], tmp_path / "cache")
+    cache = kit.copy(caches[task], tmp_path / "cache")
     if task == "classification":
-        change_meta(cache, classes=["no", "yes", "perhaps"])
-        change_rows(cache, three_classes)
+        kit.change_meta(cache, classes=["no", "yes", "perhaps"])
+        for k, label in enumerate(("no", "yes", "perhaps") * 2):
+            kit.change_rows(
+                cache,
+                lambda n, row, k=k, label=label: (
+                    n % 6 == k and row.update(label=label, fold=str(k // 3))
+                ),
+            )
     init = runs["classification"] / "best.pt"
-    train(task, cache, tmp_path / "run", f"--init {init} --lr 1e-12 --weight-decay 0")
+    kit.train(task, cache, tmp_path / "run", f"--init {init} --lr 1e-12 --weight-decay 0")
     said = f"--init {init}: 7 of 9 arrays taken; at random: {new}.bias, {new}.weight"
     assert said in capsys.readouterr().out
     old = load_checkpoint(init)["model"]["conv1.weight"]
     assert torch.allclose(last_of(tmp_path / "run")["model"][f"{prefix}conv1.weight"], old)
     options = f"--init {runs['segmentation']}/best.pt"
-    found = refusal(train, task, cache, tmp_path / "other", options)
+    found = kit.refusal(kit.train, task, cache, tmp_path / "other", options)
     assert "none of its weights has the name and the shape" in found
 
 
@@ -538,10 +480,10 @@ WRONG = {  # values of the second row
 }
 
 
-@TASKS
+@kit.TASKS
 def test_a_bad_cache_is_one_line(caches, runs, tmp_path, task):
     for number, change in enumerate(DAMAGED + WRONG[task]):
-        cache = copy(caches[task], tmp_path / f"cache{number}")
+        cache = kit.copy(caches[task], tmp_path / f"cache{number}")
         if isinstance(change, dict):
             set_row(cache, **change)
         else:
@@ -549,24 +491,24 @@ def test_a_bad_cache_is_one_line(caches, runs, tmp_path, task):
             before = path.read_bytes()
             path.write_bytes(change[1](before))
             assert path.read_bytes() != before
-        found = refusal(train, task, cache, tmp_path / "run")
+        found = kit.refusal(kit.train, task, cache, tmp_path / "run")
         assert str(cache) in found and not (tmp_path / "run").exists(), number
-    for other in set(NAMES) - {task}:
+    for other in set(kit.NAMES) - {task}:
         expected = f"made for {other}, expected {task}"
-        assert expected in refusal(train, task, caches[other], tmp_path / "run")
+        assert expected in kit.refusal(kit.train, task, caches[other], tmp_path / "run")
         options = f"--checkpoint {runs[other]}/best.pt"
-        assert expected in refusal(evaluate, task, caches[task], options)
+        assert expected in kit.refusal(kit.evaluate, task, caches[task], options)
 
 
-@TASKS
+@kit.TASKS
 def test_a_fold_or_batch_that_leaves_nothing_says_what_to_do(caches, tmp_path, task):
-    cache = copy(caches[task], tmp_path / "cache")
-    change_rows(cache, lambda k, row: row.update(fold="1"))
-    found = refusal(train, task, cache, tmp_path / "run")
+    cache = kit.copy(caches[task], tmp_path / "cache")
+    kit.change_rows(cache, lambda k, row: row.update(fold="1"))
+    found = kit.refusal(kit.train, task, cache, tmp_path / "run")
     assert "fold 0 leaves no validation" in found and not (tmp_path / "run").exists()
     if task == "classification":
         assert "12 patients in all (--patient-regex" in found and "--fold -1" in found
-    found = refusal(train, task, caches[task], tmp_path / "run", "--batch-size 1000")
+    found = kit.refusal(kit.train, task, caches[task], tmp_path / "run", "--batch-size 1000")
     assert "less than one batch of --batch-size 1000 in each of 1 processes" in found
 
 
@@ -576,40 +518,24 @@ IMPOSSIBLE = [f"--seed {2**64}", "--augment 1000", "--lr nan", "--weight-decay i
 IMPOSSIBLE += ["--batch-size 0", "--workers 99999999999", "--channels 99999999999", "--channels 1"]
 
 
-@TASKS
+@kit.TASKS
 def test_options_beyond_their_bounds_exit_with_status_2(task, capsys):
     for option in IMPOSSIBLE:
         with pytest.raises(SystemExit, match="2"):
-            module(task, "train").main(["--data", "x", *option.split()])
+            kit.module(task, "train").main(["--data", "x", *option.split()])
         assert option.split()[0] in capsys.readouterr().err
 
 
 def test_a_device_that_is_not_there_is_one_line(monkeypatch):
-    choose_device = module("classification", "train").choose_device
+    choose_device = kit.module("classification", "train").choose_device
     for name in ("cuda:7", "hpu", "nonsense"):
-        assert f"--device {name}: " in refusal(choose_device, name)
+        assert f"--device {name}: " in kit.refusal(choose_device, name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert choose_device("auto").type == "cpu"
 
 
 # --- speed: nothing in a step waits for the device ---
-
-
-class RefuseWaits(TorchDispatchMode):
-    """Raises where a GPU would make the host wait and device meta does not."""
-
-    def __torch_dispatch__(self, operator, types: tuple, args: tuple = (), kwargs=None) -> object:
-        kwargs = kwargs or {}
-        assert operator is not torch.ops.aten._linalg_check_errors.default  # linalg.inv, solve
-        if operator is torch.ops.aten._to_copy.default and kwargs.get("device") is not None:
-            is_moved = args[0].device != kwargs["device"]
-            assert not is_moved or kwargs.get("non_blocking"), "a copy without non_blocking"
-        return operator(*args, **kwargs)
-
-
-class StepsDone(Exception):
-    pass
 
 
 @pytest.mark.parametrize(
@@ -623,53 +549,41 @@ class StepsDone(Exception):
 )
 def test_a_step_reads_nothing_from_the_device(caches, tmp_path, monkeypatch, task, options):
     """A GPU would stand still. Device meta has no values: there every read raises."""
-    script = module(task, "train")
+    script = kit.module(task, "train")
     generator = torch.Generator
     optimizer = script.AdamW
-    to_input = script.to_input
-    mode = RefuseWaits()
-    steps = []
-
-    def begin(*args: object) -> object:
-        if not steps:
-            mode.__enter__()
-        steps.append(1)
-        return to_input(*args)
 
     def stop(loss_sum: torch.Tensor, steps_per_epoch: int, *_: object) -> None:
-        mode.__exit__(None, None, None)
-        assert loss_sum.device.type == "meta" and len(steps) == steps_per_epoch
-        raise StepsDone
+        assert loss_sum.device.type == "meta"
+        assert 2 <= steps_per_epoch < 20  # the loop reads the loss every 20 steps
+        raise kit.Stopped
 
     def make_adamw(groups: list[dict], fused: bool, **rates: float) -> torch.optim.Optimizer:
         assert fused  # the other kernels read the number of the step
         return optimizer(groups, **rates)
 
-    monkeypatch.setattr(script, "to_input", begin)
     monkeypatch.setattr(script, "mean_loss", stop)
     monkeypatch.setattr(script, "AdamW", make_adamw)
     monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator("cpu"))
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
-    with pytest.raises(StepsDone):
-        train(task, caches[task], tmp_path / "run", "--device meta --batch-size 2", options)
-    assert 2 <= len(steps) < 20  # the loop reads the loss every 20 steps
+    with pytest.raises(kit.Stopped):
+        kit.train(task, caches[task], tmp_path / "run", "--device meta --batch-size 2", options)
 
 
 # --- learning ---
 
 
-@TASKS
+@kit.TASKS
 def test_a_few_images_are_learned_by_heart(tmp_path, task):
     """Validated on the images of the training themselves: the second half copies the first."""
-    cache = draw_cache(tmp_path / "cache", task)
-    half = len(read_rows(cache)) // 2
-    change_rows(cache, lambda k, row: row.update(fold="0" if k < half else "1"))
-    if task == "segmentation":
-        for k in range(half):
-            for kind in ("image", "mask", "points"):
-                source = cache / "volumes" / f"v{k}.{kind}.npy"
-                shutil.copy(source, cache / "volumes" / f"v{k + half}.{kind}.npy")
-    else:  # labels and boxes are equal already
+    cache = kit.draw_cache(tmp_path / "cache", task)
+    half = len(kit.read_rows(cache)) // 2
+    kit.change_rows(cache, lambda k, row: row.update(fold="0" if k < half else "1"))
+    for path in cache.glob("volumes/*.npy"):
+        number, kind = path.name[1:].split(".", 1)
+        if int(number) < half:
+            shutil.copy(path, path.with_name(f"v{int(number) + half}.{kind}"))
+    if task != "segmentation":  # labels and boxes are equal already
         images = np.load(cache / "images.npy")
         images[half:] = images[:half]
         np.save(cache / "images.npy", images)
@@ -678,5 +592,5 @@ def test_a_few_images_are_learned_by_heart(tmp_path, task):
         "detection": ("--epochs 80 --lr 1e-2", 0.7),
         "segmentation": ("--dims 3 --batch-size 1 --epochs 40 --channels 8", 0.9),
     }[task]
-    train(task, cache, tmp_path / "run", options, "--augment 0 --weight-decay 0")
-    assert last_of(tmp_path / "run")["metrics"][SCORES[task]] > least
+    kit.train(task, cache, tmp_path / "run", options, "--augment 0 --weight-decay 0")
+    assert last_of(tmp_path / "run")["metrics"][kit.SCORES[task]] > least

@@ -5,6 +5,9 @@ import csv
 import io
 import os
 import pickle
+import re
+import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,31 +18,7 @@ import pytest
 import torch
 
 from common import checkpoint
-from common.checkpoint import (
-    DataError,
-    atomic_path,
-    free_name,
-    load_checkpoint,
-    load_weights,
-    new_folder,
-    run_command,
-    save_checkpoint,
-)
-from tests.caches import (
-    NAMES,
-    ROOT,
-    TASKS,
-    contents,
-    copy,
-    evaluate,
-    module,
-    predict,
-    preprocess,
-    refusal,
-    split_words,
-    train,
-    write_raw,
-)
+from tests import caches as kit
 from tests.conftest import run_scripts
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -49,108 +28,72 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 
 def test_a_folder_gets_its_name_when_it_is_complete(tmp_path):
-    with new_folder(tmp_path / "a" / "out") as folder:
-        (folder / "x").write_text("x")
-        assert contents(tmp_path) == {"a/out.unfinished/x": b"x"}
-    assert contents(tmp_path) == {"a/out/x": b"x"}
-
-
-def test_an_error_removes_it_and_an_interrupted_run_leaves_it(tmp_path):
-    out = tmp_path / "out"
-    for error, left in ((KeyError, {}), (KeyboardInterrupt, {"out.unfinished/x": b"x"})):
-        with pytest.raises(error), new_folder(out) as folder:
+    """An error removes it, an interrupted run leaves it."""
+    out = tmp_path / "a" / "out"
+    unfinished = {"a/out.unfinished/x": b"x"}
+    for error, left in ((None, {"a/out/x": b"x"}), (KeyError, {}), (KeyboardInterrupt, unfinished)):
+        with suppress(KeyError, KeyboardInterrupt), checkpoint.new_folder(out) as folder:
             (folder / "x").write_text("x")
-            raise error
-        assert contents(tmp_path) == left
-    found = refusal(new_folder(out).__enter__)
+            assert kit.contents(tmp_path) == unfinished
+            if error:
+                raise error
+        assert kit.contents(tmp_path) == left
+        shutil.rmtree(out, ignore_errors=True)
+    found = kit.refusal(checkpoint.new_folder(out).__enter__)
     assert found.startswith(f"{out}.unfinished: another run writes there, or one was stopped")
-    assert contents(tmp_path) == left
+    assert kit.contents(tmp_path) == unfinished
 
 
-@pytest.mark.parametrize("kind", ["file", "folder", "link", "broken link"])
-def test_what_is_there_is_never_replaced(tmp_path, kind):
-    out = tmp_path / "out"
-    (tmp_path / "mine").mkdir()
-    if kind == "file":
-        out.write_text("mine")
-    elif kind == "folder":
-        out.mkdir()
-    else:
-        out.symlink_to(tmp_path / ("mine" if kind == "link" else "nowhere"))
-    assert refusal(new_folder(out).__enter__).startswith(f"{out}: exists already")
-    assert os.path.lexists(out) and not (tmp_path / "out.unfinished").exists()
+@pytest.mark.parametrize("make", [Path.touch, Path.mkdir, lambda out: out.symlink_to("nowhere")])
+def test_what_is_there_is_never_replaced(tmp_path, make):
+    make(tmp_path / "out")
+    found = kit.refusal(checkpoint.new_folder(tmp_path / "out").__enter__)
+    assert found.startswith(f"{tmp_path}/out: exists already")
+    assert os.listdir(tmp_path) == ["out"]
+    assert kit.refusal(checkpoint.new_folder(Path("/")).__enter__).startswith("/: exists already")
 
 
 def test_the_first_free_name(tmp_path):
     for name in ("run", "run-2", "run-3"):
-        path = free_name(tmp_path / "run")
+        path = checkpoint.free_name(tmp_path / "run")
         assert path.name == name
         path.mkdir()
-    assert free_name(tmp_path / "run", newest=True).name == "run-3"  # for --resume
-    assert free_name(tmp_path / "other", newest=True).name == "other"
-
-
-@pytest.mark.parametrize("out", ["/", ".", "loop/out", "x/" * 1500 + "out", "file/out"])
-def test_impossible_folders_are_one_line(tmp_path, out, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    raw = write_raw(Path("raw"), "classification")
-    Path("loop").symlink_to("loop")
-    Path("file").write_text("")
-    with pytest.raises(SystemExit) as stop:
-        run_command(lambda: preprocess("classification", raw, Path(out)))
-    assert str(stop.value.code).startswith("error: ") and "\n" not in stop.value.code
+    assert checkpoint.free_name(tmp_path / "run", newest=True).name == "run-3"  # for --resume
+    assert checkpoint.free_name(tmp_path / "other", newest=True).name == "other"
 
 
 @pytest.mark.slow
-@TASKS
+@kit.TASKS
 def test_no_command_replaces_files(caches, runs, tmp_path, task):
-    raw = write_raw(tmp_path / "raw", task)
-    before = contents(raw)
+    raw = kit.write_raw(tmp_path / "raw", task)
+    before = kit.contents(raw)
     best = runs[task] / "best.pt"
     options = f"--checkpoint {best} --out {raw}"
     for found in (
-        refusal(evaluate, task, caches[task], options),
-        refusal(predict, task, best, raw, raw),
-        refusal(preprocess, task, raw, raw),
-        refusal(train, task, caches[task], raw),
+        kit.refusal(kit.evaluate, task, caches[task], options),
+        kit.refusal(kit.predict, task, best, raw, raw),
+        kit.refusal(kit.preprocess, task, raw, raw),
+        kit.refusal(kit.train, task, caches[task], raw),
     ):
         assert f"{raw}: exists already" in found
-    assert contents(raw) == before
+    assert kit.contents(raw) == before
 
 
 @pytest.mark.slow
-@TASKS
+@kit.TASKS
 def test_a_second_evaluation_gets_the_next_name_and_says_it(caches, runs, tmp_path, task, capsys):
-    run = copy(runs[task], tmp_path / "run")
+    run = kit.copy(runs[task], tmp_path / "run")
     options = f"--checkpoint {run}/best.pt"
     for name in ("eval_val", "eval_val-2"):
-        evaluate(task, caches[task], options)
+        kit.evaluate(task, caches[task], options)
         assert capsys.readouterr().out.splitlines()[-1].endswith(f"in {run / name}")
     table = "cases.csv" if task == "segmentation" else "predictions.csv"
-    first = contents(run / "eval_val")
-    second = contents(run / "eval_val-2")
+    first = kit.contents(run / "eval_val")
+    second = kit.contents(run / "eval_val-2")
     assert first.keys() == second.keys() and first[table] == second[table]
-    found = refusal(evaluate, task, caches[task], options, "--by age")
+    found = kit.refusal(kit.evaluate, task, caches[task], options, "--by age")
     assert "--by age: no such column in index.csv, expected one of id, patient, fold" in found
     assert not list(run.glob("eval_val-3*"))
-
-
-@pytest.mark.slow
-@TASKS
-def test_a_second_training_gets_the_next_name(caches, tmp_path, task, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    script = module(task, "train")
-    words = split_words("--data", caches[task], "--epochs 1 --workers 0 --device cpu")
-    words += split_words("--batch-size 6 --channels 16")
-    for name in (task, f"{task}-2"):
-        script.main(words)
-        assert f"--checkpoint runs/{name}/best.pt" in capsys.readouterr().out.splitlines()[-1]
-    assert script.parse_args(["--resume"]).out == Path(f"runs/{task}-2")
-    assert script.parse_args([]).out == Path(f"runs/{task}-3")
-    Path("empty").mkdir()  # as of a run that was interrupted in its first epoch
-    script.main([*words, "--out", "empty"])
-    found = refusal(script.main, [*words, "--out", "empty"])
-    assert found == "empty: exists already; --resume it, or give another --out"
 
 
 @pytest.mark.slow
@@ -163,7 +106,7 @@ def test_two_runs_that_began_in_one_empty_folder_do_not_mix(caches, tmp_path, mo
         path.write_text("another run was faster")
 
     monkeypatch.setattr(checkpoint.Run, "begin", begin_late)
-    found = refusal(train, "segmentation", caches["segmentation"], tmp_path / "run")
+    found = kit.refusal(kit.train, "segmentation", caches["segmentation"], tmp_path / "run")
     assert "another run writes here" in found and path.read_text() == "another run was faster"
 
 
@@ -171,50 +114,54 @@ def test_two_runs_that_began_in_one_empty_folder_do_not_mix(caches, tmp_path, mo
 
 
 @pytest.mark.slow
-@TASKS
+@kit.TASKS
 def test_raw_data_become_a_cache_beside_the_run(tmp_path, task, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    raw = write_raw(Path("raw"), task)
-    train(task, raw, Path("run"))
+    raw = kit.write_raw(Path("raw"), task)
+    kit.train(task, raw, Path("run"))
     lines = capsys.readouterr().out.splitlines()
     assert f"first: python {task}/preprocess.py --data raw --out run_cache" in lines
     assert [line for line in lines if line.startswith("next: ")] == lines[-1:]
     assert "--data run_cache --checkpoint run/best.pt" in lines[-1]
-    preprocess(task, raw, Path("by_hand"))
-    assert contents(Path("run_cache")) == contents(Path("by_hand"))
-    found = refusal(train, task, raw, Path("run"), "--resume")
+    kit.preprocess(task, raw, Path("by_hand"))
+    assert kit.contents(Path("run_cache")) == kit.contents(Path("by_hand"))
+    found = kit.refusal(kit.train, task, raw, Path("run"), "--resume")
     assert "run_cache: exists already; train on it with --data run_cache" in found
     # Data that need options, or are not there
     next(path for path in sorted(raw.rglob("*")) if path.suffix in (".png", ".gz")).write_text("x")
-    assert "--skip-bad" in refusal(train, task, raw, Path("bad"))
+    assert "--skip-bad" in kit.refusal(kit.train, task, raw, Path("bad"))
     assert f"first: python {task}/preprocess.py --data raw" in capsys.readouterr().out
-    assert refusal(train, task, Path("nowhere"), Path("bad")).startswith("nowhere: ")
+    assert kit.refusal(kit.train, task, Path("nowhere"), Path("bad")).startswith("nowhere: ")
     assert not Path("bad").exists() and not Path("bad_cache").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    script = module(task, "train")
+    script = kit.module(task, "train")
     args = script.parse_args(["--data", "raw"])
-    assert "several processes train on a cache" in refusal(script.prepare_cache, args, 2)
+    assert "several processes train on a cache" in kit.refusal(script.prepare_cache, args, 2)
 
 
 @pytest.mark.slow
-@TASKS
-def test_the_synthetic_set_is_made_once(tmp_path, task, monkeypatch, capsys):
+@kit.TASKS
+def test_a_second_run_takes_the_next_name_and_the_same_synthetic_set(
+    tmp_path, task, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    script = module(task, "train")
+    script = kit.module(task, "train")
     made = []
-
-    def write_demo(folder: Path) -> None:
-        made.append(folder)
-        write_raw(folder, task)
-
+    write_demo = lambda folder: made.append(kit.write_raw(folder, task))  # noqa: E731
     monkeypatch.setattr(script.dataset, "write_demo", write_demo)
-    words = split_words("--epochs 1 --workers 0 --device cpu --batch-size 4 --channels 16")
-    for _ in range(2):
+    words = kit.split_words("--epochs 1 --workers 0 --device cpu --batch-size 4 --channels 16")
+    for name in (task, f"{task}-2"):
         script.main(words)
-    printed = capsys.readouterr().out
-    assert len(made) == 1 and printed.count("no --data: a synthetic set.") == 2
-    assert Path(f"data/demo/{task}/cache/meta.json").exists()
-    assert Path(f"runs/{task}-2/last.pt").exists()
+        printed = capsys.readouterr().out
+        assert "no --data: a synthetic set." in printed
+        assert f"--checkpoint runs/{name}/best.pt" in printed.splitlines()[-1]
+    assert len(made) == 1 and Path(f"data/demo/{task}/cache/meta.json").exists()
+    assert script.parse_args(["--resume"]).out == Path(f"runs/{task}-2")
+    assert script.parse_args([]).out == Path(f"runs/{task}-3")
+    Path("empty").mkdir()  # as of a run that was interrupted in its first epoch
+    script.main([*words, "--out", "empty"])
+    found = kit.refusal(script.main, [*words, "--out", "empty"])
+    assert found == "empty: exists already; --resume it, or give another --out"
 
 
 # --- files that are complete ---
@@ -222,7 +169,9 @@ def test_the_synthetic_set_is_made_once(tmp_path, task, monkeypatch, capsys):
 
 @pytest.fixture
 def path(tmp_path) -> Path:
-    save_checkpoint(tmp_path / "last.pt", {"model": {"weight": torch.ones(2)}, "epoch": 1})
+    checkpoint.save_checkpoint(
+        tmp_path / "last.pt", {"model": {"weight": torch.ones(2)}, "epoch": 1}
+    )
     return tmp_path / "last.pt"
 
 
@@ -234,10 +183,10 @@ def test_a_crash_leaves_the_old_file(path, monkeypatch, crash):
 
     monkeypatch.setattr(torch, "save", half)
     for name in ("last.pt", "best.pt"):
-        with pytest.raises((KeyboardInterrupt, DataError)):
-            save_checkpoint(path.with_name(name), {"model": {}, "epoch": 2})
+        with pytest.raises((KeyboardInterrupt, checkpoint.DataError)):
+            checkpoint.save_checkpoint(path.with_name(name), {"model": {}, "epoch": 2})
     monkeypatch.undo()
-    assert load_checkpoint(path)["epoch"] == 1
+    assert checkpoint.load_checkpoint(path)["epoch"] == 1
     assert [one.name for one in path.parent.iterdir()] == ["last.pt"]
 
 
@@ -247,30 +196,26 @@ def test_the_file_is_on_the_disk_before_it_gets_its_name(path, monkeypatch):
     replace = os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: calls.append(os.fstat(fd).st_size) or fsync(fd))
     monkeypatch.setattr(os, "replace", lambda a, b: calls.append((a, b)) or replace(a, b))
-    save_checkpoint(path, {"model": {}})
+    checkpoint.save_checkpoint(path, {"model": {}})
     assert calls == [path.stat().st_size, (path.with_name("last.tmp.pt"), path)]
 
 
-@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_old_file_stays(path):
-    code = (
-        "import resource, sys, torch; from pathlib import Path\n"
-        "from common.checkpoint import DataError, save_checkpoint\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
-        "try: save_checkpoint(Path(sys.argv[1]), {'model': {'w': torch.zeros(1_000_000)}})\n"
-        "except DataError as error: print(error)\n"
-    )
-    printed = python(code, str(path), cwd=ROOT)
-    assert printed.startswith(f"{path}: not written (") and "File too large" in printed
-    assert load_checkpoint(path)["epoch"] == 1
-    with pytest.raises(DataError, match=r"not written \(\[Errno 28\]"), atomic_path(path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        found = kit.refusal(
+            checkpoint.save_checkpoint, path, {"model": {"weight": torch.zeros(1_000_000)}}
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert found.startswith(f"{path}: not written (") and "File too large" in found
+    assert checkpoint.load_checkpoint(path)["epoch"] == 1
+    with (
+        pytest.raises(checkpoint.DataError, match=r"not written \(\[Errno 28\]"),
+        checkpoint.atomic_path(path),
+    ):
         raise OSError(28, "No space left on device")
-
-
-def python(code: str, *arguments: str, cwd: Path) -> str:
-    """What a program prints, in a process of its own."""
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True).stdout
 
 
 def test_tables_and_reports_are_written_whole(tmp_path):
@@ -298,7 +243,7 @@ def test_code_in_a_file_is_not_run(tmp_path):
     path = tmp_path / "evil.pt"
     marker = tmp_path / "marker"
     torch.save({"model": {"weight": Code(marker)}}, path)
-    found = refusal(load_checkpoint, path)
+    found = kit.refusal(checkpoint.load_checkpoint, path)
     assert found.startswith(f"{path}: not a checkpoint of train.py (it holds more than tensors")
     assert not marker.exists()
     torch.load(path, weights_only=False)
@@ -317,22 +262,16 @@ NO_CHECKPOINTS += [saved({"format": checkpoint.FORMAT, "model": {}})]
 NO_CHECKPOINTS += [saved({"format": checkpoint.FORMAT, "digest": 3, 4: {(5, 6): {7}}})]
 
 
-def test_what_is_no_checkpoint_is_one_line(tmp_path):
-    for content in NO_CHECKPOINTS:
-        path = tmp_path / "odd.pt"
-        path.write_bytes(content)
-        assert refusal(load_checkpoint, path).startswith(f"{path}: not "), content
-    assert "no checkpoint here" in refusal(load_checkpoint, tmp_path)
-
-
-def test_a_cut_or_flipped_file_is_one_line(path):
+def test_what_is_no_checkpoint_or_cut_or_flipped_is_one_line(path):
     whole = path.read_bytes()
-    for size in range(0, len(whole), max(1, len(whole) // 20)):
-        path.write_bytes(whole[:size])
-        assert refusal(load_checkpoint, path).startswith(f"{path}: not a ")
+    cuts = [whole[:size] for size in range(0, len(whole), max(1, len(whole) // 20))]
+    for content in NO_CHECKPOINTS + cuts:
+        path.write_bytes(content)
+        assert kit.refusal(checkpoint.load_checkpoint, path).startswith(f"{path}: not "), content
+    assert "no checkpoint here" in kit.refusal(checkpoint.load_checkpoint, path.parent)
     place = whole.find(torch.ones(2).numpy().tobytes())
     path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-    assert "checksum" in refusal(load_checkpoint, path)
+    assert "checksum" in kit.refusal(checkpoint.load_checkpoint, path)
 
 
 def places(value: object, where: tuple = ()) -> Iterator[tuple]:
@@ -345,15 +284,15 @@ def places(value: object, where: tuple = ()) -> Iterator[tuple]:
 
 
 @pytest.mark.slow
-@TASKS
+@kit.TASKS
 def test_whatever_is_odd_in_a_checkpoint_is_one_line(caches, runs, tmp_path, task):
     """Values replaced by others, weights by one of four bytes that claims 12 GB."""
     huge = torch.as_strided(torch.zeros(1), (3_000_000_000,), (0,))
-    for name, command in (("best.pt", evaluate), ("last.pt", train)):
-        whole = load_checkpoint(runs[task] / name)
+    for name, command in (("best.pt", kit.evaluate), ("last.pt", kit.train)):
+        whole = checkpoint.load_checkpoint(runs[task] / name)
         path = tmp_path / name / name
         path.parent.mkdir()
-        options = (f"--checkpoint {path}",) if command is evaluate else (path.parent, "--resume")
+        options = [f"--checkpoint {path}"] if name == "best.pt" else [path.parent, "--resume"]
         for number, where in enumerate(places(whole)):
             if len(where) > 1 and number % 7:
                 continue
@@ -363,7 +302,7 @@ def test_whatever_is_odd_in_a_checkpoint_is_one_line(caches, runs, tmp_path, tas
                 inside = inside[parent]
             inside[where[-1]] = huge if where[0] == "model" else "odd"
             torch.save(broken, path)
-            found = refusal(command, task, caches[task], *options)
+            found = kit.refusal(command, task, caches[task], *options)
             expected = "made for" if where == ("task",) else "train again"
             assert found.startswith(f"{path}: ") and expected in found, where
 
@@ -372,11 +311,11 @@ def test_weights_that_do_not_fit_are_one_line():
     source = torch.nn.Linear(2, 3)
     model = torch.nn.Linear(2, 3)
     path = Path("some/best.pt")
-    load_weights(model, source.state_dict(), path)
+    checkpoint.load_weights(model, source.state_dict(), path)
     assert torch.equal(model.weight, source.weight) and torch.equal(model.bias, source.bias)
-    wider = refusal(load_weights, torch.nn.Linear(2, 4), source.state_dict(), path)
+    wider = kit.refusal(checkpoint.load_weights, torch.nn.Linear(2, 4), source.state_dict(), path)
     assert wider.startswith("some/best.pt: does not fit this model") and "size mismatch" in wider
-    assert "bias" in refusal(load_weights, model, {"weight": source.weight}, path)
+    assert "bias" in kit.refusal(checkpoint.load_weights, model, {"weight": source.weight}, path)
 
 
 # --- the command line ---
@@ -387,8 +326,8 @@ def test_weights_that_do_not_fit_are_one_line():
     [
         (RuntimeError("DataLoader worker (pid(s) 7) exited"), "error: DataLoader worker (pid(s)"),
         (RuntimeError("Symlink loop from 'a'"), "error: Symlink loop"),
-        (DataError("a\nb\x1b[31mc"), r"error: a b\x1b[31mc"),
-        (DataError("begin" + 1000 * "x" + "end"), "error: beginxxx"),
+        (checkpoint.DataError("a\nb\x1b[31mc"), r"error: a b\x1b[31mc"),
+        (checkpoint.DataError("begin" + 1000 * "x" + "end"), "error: beginxxx"),
         (OSError(28, "No space left", "x.npy"), "error: [Errno 28] No space left: 'x.npy'"),
         (RecursionError("deep"), "error: deep"),
         (KeyboardInterrupt(), "130"),
@@ -396,48 +335,48 @@ def test_weights_that_do_not_fit_are_one_line():
         (KeyError("a bug"), None),
     ],
 )
-def test_what_the_user_can_fix_is_one_line_and_a_bug_keeps_its_traceback(
-    monkeypatch, error, expected
-):
+def test_a_user_error_is_one_line_and_a_bug_keeps_its_traceback(monkeypatch, error, expected):
     def main() -> None:
         raise error
 
     monkeypatch.setattr(sys, "stdout", io.StringIO())  # a notebook's has no reconfigure
     with pytest.raises(SystemExit if expected else type(error)) as caught:
-        run_command(main)
+        checkpoint.run_command(main)
     code = str(getattr(caught.value, "code", ""))
     assert code.startswith(expected or "") and len(code) < 320
 
 
 @pytest.mark.slow
-@TASKS
+@kit.TASKS
 def test_errors_of_the_command_line(tmp_path, task):
     for script, options in (
         ("preprocess", ["--data", "nowhere", "--out", "out"]),
         ("train", ["--data", "nowhere"]),
         ("eval", ["--data", "nowhere", "--checkpoint", "none.pt"]),
     ):
-        path = ROOT / task / f"{script}.py"
+        path = kit.ROOT / task / f"{script}.py"
         done = run_scripts(path, *options, cwd=tmp_path)
         assert done.returncode == 1 and done.stderr.startswith("error: ")
         assert done.stderr.count("\n") == 1
-        assert run_scripts(path, "--nonsense", cwd=tmp_path).returncode == 2
-        manual = run_scripts(path, "--help", cwd=tmp_path)
-        assert manual.returncode == 0 and f"python {task}/{script}.py" in manual.stdout
-    with suppress(FileNotFoundError):
-        assert not list((tmp_path / "runs").iterdir())
+        with pytest.raises(SystemExit, match="2"):
+            kit.module(task, script).main(["--nonsense"])
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("runs/*"))
+    manual = run_scripts(path, "--help", cwd=tmp_path)
+    assert manual.returncode == 0 and f"python {task}/eval.py" in manual.stdout
 
 
-@pytest.mark.slow
-def test_a_copy_of_model_py_alone_can_be_imported(tmp_path):
-    """It needs torch and torchvision, and nothing of the repository."""
-    for task in NAMES:
-        (tmp_path / f"{task}_model.py").write_bytes((ROOT / task / "model.py").read_bytes())
-    python("import " + ", ".join(f"{task}_model" for task in NAMES), cwd=tmp_path)
+def test_model_py_needs_nothing_of_the_repository():
+    for task in kit.NAMES:
+        text = (kit.ROOT / task / "model.py").read_text()
+        names = set(re.findall(r"^\s*(?:from|import) (\w+)", text, re.MULTILINE))
+        allowed = {"torch", "torchvision", "numpy", "math", "itertools", "typing"}
+        assert "torch" in names and names <= allowed
 
 
 @pytest.mark.slow
 def test_preprocess_imports_no_torch():
-    code = "import sys; from {} import preprocess; print('torch' in sys.modules)"
-    for task in NAMES:
-        assert python(code.format(task), cwd=ROOT) == "False\n"
+    names = ", ".join(f"{task}.preprocess" for task in kit.NAMES)
+    code = f"import sys, {names}; print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=kit.ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
