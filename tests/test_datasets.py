@@ -18,7 +18,7 @@ import segmentation.dataset as volumes
 from classification.dataset import EpochBatches, augment, make_loader, to_input
 from detection.dataset import cut_out, move_boxes, reach
 from segmentation.model import cut
-from tests.caches import TASKS, draw_volumes, module
+from tests.caches import TASKS, copy, draw_volumes, module
 
 CPU = torch.device("cpu")
 # The rows of augment's draws, in their order
@@ -423,6 +423,15 @@ def test_epochs(volume_cache, patch):
             assert 0 <= start <= n - s if n >= s else start == (n - s) // 2
     if patch == [8, 8]:  # as many slices as fit into the four volumes, two at a time
         assert len(first) == 4 * round(13 * 10 * 8 / 64) // 2
+
+
+def test_half_the_patches_lie_about_the_foreground(volume_cache, tmp_path):
+    cache = copy(volume_cache, tmp_path / "cache")
+    for path in cache.glob("volumes/*.points.npy"):
+        np.save(path, np.array([[1, 9, 7, 4]], np.int16))  # class, x, y, z
+    batches = volumes.EpochBatches(make_patches(cache, [3, 3, 3], 2), [0, 1, 2, 3], 2, 5)
+    about = [corner == [8, 6, 3] for _, *corner in chain(*batches)]
+    assert len(about) > 100 and 0.4 < np.mean(about) < 0.6
 
 
 @pytest.mark.parametrize("shape", [(24, 20), (14, 16, 12)])

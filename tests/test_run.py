@@ -75,7 +75,7 @@ def test_every_random_number_depends_on_the_seed(caches, tmp_path, task, monkeyp
 
     def record(seed: object) -> np.random.Generator:
         seeds.append(seed)
-        return real(seed)
+        return real(np.abs(seed))
 
     weights = record_models(monkeypatch, task)
     monkeypatch.setattr(np.random, "default_rng", record)
@@ -88,6 +88,12 @@ def test_every_random_number_depends_on_the_seed(caches, tmp_path, task, monkeyp
     assert draws == expected and steps >= 2
     orders = [seed for seed in seeds if isinstance(seed, tuple) and len(seed) == 2]
     assert orders == [(seed, e) for seed in (5, 5, 6) for e in (0, 1)]
+    seeds.clear()
+    other = (torch.device("cpu"), -1, 1)  # a rank that no other process has
+    monkeypatch.setattr(kit.module(task, "train"), "start_processes", lambda *_: other)
+    kit.train(task, caches[task], tmp_path / "other")
+    draws = [seed for seed in seeds if isinstance(seed, tuple) and len(seed) == 4]
+    assert draws == [(0, 0, s + 1, -1) for s in range(steps)]
 
 
 @kit.TASKS
