@@ -67,7 +67,7 @@ def test_the_tree_of_files_is_that_of_the_repository():
 @pytest.mark.parametrize(
     ("task", "options", "score", "low", "picture"),
     [
-        ("classification", "--epochs 10 --lr 2e-3 --augment 0.3", "auroc", 0.8, "mistakes"),
+        ("classification", "--epochs 8 --lr 2e-3", "auroc", 0.8, "mistakes"),
         ("detection", "--epochs 6", "mean_iou", 0.6, "gallery"),
     ],
 )

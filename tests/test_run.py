@@ -481,7 +481,7 @@ DAMAGED += [("index.csv", lambda index: index.rstrip().rpartition(b"\n")[0])]
 DAMAGED += [("*.npy", lambda array: array[:-50]), ("*.npy", as_signed)]
 WRONG = {  # values of the second row
     "classification": [{"label": "1"}, {"label": ""}, {"fold": "5"}],
-    "detection": [{"xmin": "nan"}, {"xmax": "40"}, {"spacing": "1"}, {"fold": "5"}],
+    "detection": [{"fold": "5"}],
     "segmentation": [{"id": "v99"}, {"fold": "5"}],
 }
 
