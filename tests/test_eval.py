@@ -358,11 +358,13 @@ def test_the_largest_part_of_each_class_is_kept():
     labels[0:2, 0, 0] = 1  # 2 voxels
     labels[3:6, 2, 0:2] = 1  # 6 voxels
     labels[5, 3, 2] = 1  # touches the large part by an edge only
-    labels[0, 4, 3] = labels[2, 4, 3] = 2  # two parts of one size: the first is kept
+    labels[0:2, 1, 0:3] = 2  # touches a part of another class
+    labels[0, 4, 3] = labels[2, 4, 3] = 3  # two parts of one size: the first is kept
     kept, dropped = keep_largest(labels[::-1])  # the axes of a file may run backwards
     expected = np.zeros_like(labels)
     expected[3:6, 2, 0:2] = 1
-    expected[2, 4, 3] = 2  # the first one of the reversed axis
+    expected[0:2, 1, 0:3] = 2
+    expected[2, 4, 3] = 3  # the first one of the reversed axis
     assert np.array_equal(kept[::-1], expected) and dropped == 2 + 1 + 1
     spiral = np.zeros((9, 9, 1), np.uint8)
     spiral[0, :] = spiral[:, 8] = spiral[8, 2:] = spiral[2:, 2] = spiral[2, 2:6] = 1
