@@ -63,6 +63,13 @@ def test_batches_equal_the_arrays_also_of_a_pickled_dataset(caches, task):
     assert np.array_equal(data[rows][0].numpy(), expected)
 
 
+def test_colour_comes_first_in_a_batch(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", pixels)
+    images, _ = xrays.XrayDataset(tmp_path, torch.zeros(3))[[2, 0]]
+    assert np.array_equal(images.numpy(), pixels[[2, 0]].transpose(0, 3, 1, 2))
+
+
 def epoch_batches(epoch: int, *args: int) -> list[list[int]]:
     batches = EpochBatches([k * k for k in range(23)], *args)
     batches.epoch = epoch

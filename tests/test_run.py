@@ -150,13 +150,13 @@ def test_a_step_and_a_validation_have_their_rows_modes_and_precision(
 @kit.TASKS
 def test_the_learning_rate_warms_up_and_falls_as_a_cosine(caches, tmp_path, task):
     script = kit.module(task, "train")
-    optimizer = torch.optim.AdamW(torch.nn.Linear(1, 1).parameters())
+    optimizer = script.make_optimizer(torch.nn.Linear(1, 1), 1.0, 0.0)
     args = script.parse_args(["--lr", "1", "--epochs", "4", "--out", str(tmp_path)])
     rates = []
     for epoch in range(4):
         for step in range(1, 51):
             rates.append(script.set_learning_rate(optimizer, args, epoch, step, 50))
-            assert optimizer.param_groups[0]["lr"] == rates[-1]
+            assert [group["lr"] for group in optimizer.param_groups] == 2 * rates[-1:]
     assert rates[:11] == pytest.approx([*(k / 10 for k in range(1, 11)), 1.0])  # 5 % of the steps
     assert rates[10 + 95] == pytest.approx(0.5)
     assert rates[10 + 38] == pytest.approx(0.5 + 0.5 * math.cos(0.2 * math.pi))
