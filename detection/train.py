@@ -180,7 +180,8 @@ def start_processes(device_name: str, amp: str) -> tuple[torch.device, int, int]
         if device.type == "cuda":
             torch.cuda.set_device(device)  # NCCL allocates its memory there
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
+    if device.type == "cuda":  # torch 2.9 warns of this name
+        torch.set_float32_matmul_precision("high")  # TF32
     is_slow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
     if amp == "bf16" and is_slow and rank == 0:
         print("note: this processor has no bf16 arithmetic, --amp off is many times faster here")
