@@ -183,7 +183,7 @@ def test_stop_and_resume_equal_the_straight_run_with_any_workers(caches, tmp_pat
 def test_a_killed_or_interrupted_run_resumes_to_the_bit(caches, tmp_path):
     script = kit.ROOT / "segmentation" / "train.py"
     words = kit.split_words(
-        "--data", caches["segmentation"], "--epochs 20 --workers 0 --device cpu"
+        "--data", caches["segmentation"], "--epochs 12 --workers 0 --device cpu"
     )
     words += kit.split_words(kit.SMALL["segmentation"])
     done = run_scripts(script, *words, "--out", "straight", cwd=tmp_path)
