@@ -157,8 +157,7 @@ def evaluate_split(
     rows = [index[k] for k in row_numbers]
     by = args.by or ("fold" if len(folds) > 1 else None)
     if by and by not in index[0]:
-        expected = f"expected one of {', '.join(index[0])}"
-        raise DataError(f"--by {by}: no such column in index.csv, {expected}")
+        raise DataError(f"--by {by}: no column in index.csv, expected one of {', '.join(index[0])}")
 
     # The table
     dataset = XrayDataset(args.data, read_boxes(index)[0])

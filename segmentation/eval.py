@@ -203,8 +203,7 @@ def evaluate_split(
     rows = [row for row in index if row["fold"] in folds]
     by = args.by or ("fold" if len(folds) > 1 else None)
     if by and by not in index[0]:
-        expected = f"expected one of {', '.join(index[0])}"
-        raise DataError(f"--by {by}: no such column in index.csv, {expected}")
+        raise DataError(f"--by {by}: no column in index.csv, expected one of {', '.join(index[0])}")
 
     # The table with a row per case, and a mask and a picture of each
     (out / "predictions").mkdir()

@@ -92,7 +92,7 @@ def test_a_second_evaluation_gets_the_next_name_and_says_it(caches, runs, tmp_pa
     second = kit.contents(run / "eval_val-2")
     assert first.keys() == second.keys() and first[table] == second[table]
     found = kit.refusal(kit.evaluate, task, caches[task], options, "--by age")
-    assert "--by age: no such column in index.csv, expected one of id, patient, fold" in found
+    assert "--by age: no column in index.csv, expected one of id, patient, fold" in found
     assert not list(run.glob("eval_val-3*"))
 
 
