@@ -480,7 +480,7 @@ DAMAGED += [("index.csv", lambda index: b""), ("index.csv", lambda index: index.
 DAMAGED += [("index.csv", lambda index: index.rstrip().rpartition(b"\n")[0])]
 DAMAGED += [("*.npy", lambda array: array[:-50]), ("*.npy", as_signed)]
 WRONG = {  # values of the second row
-    "classification": [{"label": "1"}, {"label": ""}, {"fold": "5"}],
+    "classification": [{"fold": "5"}],
     "detection": [{"fold": "5"}],
     "segmentation": [{"id": "v99"}, {"fold": "5"}],
 }
