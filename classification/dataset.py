@@ -385,58 +385,29 @@ def draw_phantom(
     y, x = np.mgrid[-1 : 1 : PHANTOM * 1j, -1 : 1 : PHANTOM * 1j]
     x = (x - rng.normal(0, 0.03)) / rng.uniform(0.92, 1.08)
     y = (y - rng.normal(0, 0.03)) / rng.uniform(0.92, 1.08)
-    edge = rng.uniform(0.02, 0.05)  # how soft outlines are
 
-    def inside(cx: float, cy: float, rx: float, ry: float, power: float = 2.0) -> np.ndarray:
-        """1 inside an ellipse (power 2) or a rounder rectangle (above), 0 outside, soft between."""
-        across = np.abs((x - cx) / rx) ** power
-        down = np.abs((y - cy) / ry) ** power
-        distance = (across + down) ** (1 / power)  # 1 on the outline
-        outwards = (distance - 1) * min(rx, ry) / edge
-        return 1 / (1 + np.exp(outwards.clip(-30, 30)))
+    def inside(cx: float, cy: float, rx: float, ry: float) -> np.ndarray:
+        """1 inside an ellipse, 0 outside, soft between."""
+        distance = np.hypot((x - cx) / rx, (y - cy) / ry)  # 1 on the outline
+        return 1 / (1 + np.exp((12 * (distance - 1)).clip(-30, 30)))
 
-    def ridge(distance: np.ndarray, width: float) -> np.ndarray:
-        """1 on a line, falling off on both sides of it."""
-        return np.exp(-((distance / width) ** 2))
-
-    body = inside(0, 0.15, 0.86, 1.25, 4)
-    cage = inside(0, 0.05, 0.78, 0.95, 3) * (np.abs(x) > 0.08)  # where ribs are: not on the spine
-    right_lung = inside(-0.4, -0.05, 0.3, 0.66, 2.6)
-    left_lung = inside(0.4, -0.05, 0.28, 0.66, 2.6)
-    lungs = np.maximum(right_lung, left_lung)
-    for side, top in ((-1, 0.38), (1, 0.44)):  # the diaphragm: the patient's right dome is higher
-        lungs *= 1 - inside(0.42 * side, top + 0.6, 0.5, 0.6)
-    heart = inside(0.15, 0.22, rng.uniform(0.3, 0.42), rng.uniform(0.28, 0.36))
+    body = inside(0, 0.15, 0.9, 1.3)
+    lungs = inside(-0.4, -0.05, 0.3, 0.66) + inside(0.4, -0.05, 0.28, 0.66)
+    heart = inside(0.15, 0.3, rng.uniform(0.3, 0.42), rng.uniform(0.28, 0.36))
     lungs *= 1 - 0.9 * heart
     picture = body * (0.62 - 0.42 * lungs + 0.12 * heart)  # air is dark
-    picture += 0.16 * body * ridge(x, 0.1) * (1 + 0.25 * np.sin(y * 34))  # spine
-    for k in range(9):  # ribs fall from the spine to the sides
-        center = -0.75 + 0.16 * k + 0.55 * np.abs(x) ** 1.6
-        center += rng.normal(0, 0.008)
-        picture += 0.09 * cage * ridge(y - center, 0.025)
-    clavicles = ridge(y + 0.72 - 0.22 * np.abs(x), 0.03)
-    picture += 0.14 * body * (np.abs(x) < 0.7) * clavicles
-
+    # Ribs fall from the spine to the sides.
+    picture += 0.05 * body * np.sin(32 * (y - 0.55 * np.abs(x) ** 1.6 + rng.uniform(0, 0.1)))
     boxes = []
     for _ in range(opacities):
         cx = rng.choice([-1, 1]) * rng.uniform(0.28, 0.52)  # in one of the lungs
         cy = rng.uniform(-0.35, 0.35)
-        rx, ry = rng.uniform(0.1, 0.25, 2)
-        cloud = 1 + 0.5 * smooth_noise(rng, 9)
-        blob = np.exp(-((((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2) ** 1.5))
-        picture += rng.uniform(0.1, 0.5) * blob * cloud * (0.3 + 0.7 * lungs)
-        boxes.append(enclose(blob > 0.3))
-    tissue = 0.03 * body * smooth_noise(rng, 24)
-    picture += tissue + rng.normal(0, 0.015, picture.shape)
+        blob = inside(cx, cy, *rng.uniform(0.1, 0.25, 2))
+        picture += rng.uniform(0.05, 0.4) * blob * (0.3 + 0.7 * lungs)
+        boxes.append(enclose(blob > 0.5))
+    picture += rng.normal(0, 0.02, picture.shape)
     gamma = rng.uniform(0.8, 1.25)
     return (0.03 + 0.9 * picture.clip(0, 1.1) ** gamma).clip(0, 1), boxes
-
-
-def smooth_noise(rng: np.random.Generator, cells: int) -> np.ndarray:
-    """Noise of mean 0 and deviation about 1 on a grid of `cells`, scaled to float (256, 256)."""
-    noise = rng.normal(0, 1, (cells, cells)).astype(np.float32)
-    image = Image.fromarray(noise).resize((PHANTOM, PHANTOM), Image.Resampling.BICUBIC)
-    return np.asarray(image)
 
 
 def enclose(mask: np.ndarray) -> tuple[int, ...]:
