@@ -16,7 +16,7 @@ import io
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
@@ -84,109 +84,67 @@ def draw_cache(cache: Path, name: str, task: str, count: int) -> None:
 
 def report(name: str, train: ModuleType, command: list[str], batch_size: int) -> None:
     """Run a training, and its steps on one batch alone; print what each part takes."""
-    watch = Watch(train, command)
-    with resident_batch(train):
-        resident = Watch(train, command)
-    images = watch.steps * batch_size
-    epoch, validation = watch.fastest()
-    bare, _ = resident.fastest()
+    steps, epoch = measure(train, command)
+    _, resident = measure(train, command, is_resident=True)
+    images = steps * batch_size
     print(f"{name:10} epoch {epoch:8.3f} s, {images / epoch:.1f} images/s,", end=" ")
-    print(f"{epoch / bare:.3f} times one resident batch; validation {validation:.3f} s", flush=True)
+    print(f"{epoch / resident:.3f} times one resident batch", flush=True)
+
+
+def measure(train: ModuleType, command: list[str], is_resident: bool = False) -> tuple[int, float]:
+    """Run a training: the steps of an epoch, and the seconds of the fastest."""
+    torch._dynamo.reset()  # what a run before has compiled is for its own model
+    watch = Watch(train, is_resident)
+    with (
+        patch.object(train, "make_loader", watch.wrap_loader),
+        patch.object(train, "to_input", watch.prepare),
+        tempfile.TemporaryDirectory() as out,
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        train.main([*command, "--out", f"{out}/run"])
+    return len(watch), min(watch.seconds[1:])
 
 
 class Watch:
-    """Runs a training and times it at the calls that begin an epoch, end its steps and save it."""
+    """In place of the training's loader: times its epochs, and may give one resident batch."""
 
-    def __init__(self, train: ModuleType, command: list[str]) -> None:
-        self.loader = None  # of the training set
-        self.steps = 0  # of an epoch
-        self.clocks = []  # seconds at each of these calls
-        self.end = train.mean_loss
+    def __init__(self, train: ModuleType, is_resident: bool) -> None:
         self.make_loader = train.make_loader
-        save = train.Run.save
+        self.to_input = train.to_input
+        self.is_resident = is_resident
+        self.loader = None
+        self.batch = None, None
+        self.inputs = None  # the batch on the device, augmented
+        self.seconds = []  # of the steps of each epoch
 
-        def on_save(*rest: object) -> None:
-            self.clock()
-            save(*rest)
-
-        torch._dynamo.reset()  # what a run before has compiled is for its own model
-        with (
-            patch.object(train, "mean_loss", self.on_end),
-            patch.object(train.Run, "save", on_save),
-            patch.object(train, "make_loader", self.on_loader),
-            tempfile.TemporaryDirectory() as out,
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
-            train.main([*command, "--out", f"{out}/run"])
-
-    def clock(self) -> None:
-        self.clocks.append(time.perf_counter())
-
-    def on_end(self, loss_sum: Tensor, steps: int, epoch: int, world_size: int = 0) -> float:
-        if not world_size:  # for the line of progress
-            return self.end(loss_sum, steps, epoch)
-        loss = self.end(loss_sum, steps, epoch, world_size)  # it reads the loss: all steps are done
-        self.clock()
-        self.steps = steps
-        return loss
-
-    def on_loader(self, *rest: object) -> object:
+    def wrap_loader(self, *rest: object) -> object:
         loader = self.make_loader(*rest)
-        if self.loader is not None:  # the one of the validation
+        if self.loader is not None:  # this one is for the validation
             return loader
         self.loader = loader
-        return WatchedLoader(loader, self.clock)
-
-    def fastest(self) -> tuple[float, float]:
-        """Seconds of the fastest training and validation, without the first epoch."""
-        begins, ends, saves = (self.clocks[k::3] for k in (3, 4, 5))  # three calls an epoch
-        training = min(end - begin for begin, end in zip(begins, ends, strict=True))
-        return training, min(save - end for end, save in zip(ends, saves, strict=True))
-
-
-class WatchedLoader:
-    """A loader that says when an epoch begins, and may give a single batch again and again."""
-
-    def __init__(self, loader: object, on_begin: Callable = int, batch: tuple = ()) -> None:
-        self.loader = loader
         self.sampler = loader.sampler
-        self.dataset = loader.dataset
-        self.on_begin = on_begin
-        self.batch = batch
+        self.device = rest[-1]
+        if self.is_resident:
+            images, targets = loader.dataset[next(iter(loader.sampler))]
+            self.batch = images, targets.to(self.device)
+        return self
+
+    def prepare(self, images: Tensor, *rest: object) -> Tensor | tuple[Tensor, Tensor]:
+        if images is not self.batch[0]:
+            return self.to_input(images, *rest)
+        if self.inputs is None:
+            self.inputs = self.to_input(images, *rest)
+        return self.inputs
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator:
-        self.on_begin()
-        return iter([self.batch] * len(self.loader) if self.batch else self.loader)
-
-
-@contextlib.contextmanager
-def resident_batch(train: ModuleType) -> Iterator[None]:
-    """Let train.py train on one batch that is loaded and augmented once."""
-    make_loader = train.make_loader
-    to_input = train.to_input
-    loaders = []
-    inputs = []
-
-    def make(*rest: object) -> object:
-        loader = make_loader(*rest)
-        if not loaders:  # the first one is that of the training
-            images, targets = loader.dataset[next(iter(loader.sampler))]
-            loader = WatchedLoader(loader, batch=(images, targets.to(rest[-1])))
-        loaders.append(loader)
-        return loader
-
-    def prepare(images: Tensor, *rest: object) -> Tensor | tuple[Tensor, Tensor]:
-        if images is not loaders[0].batch[0]:
-            return to_input(images, *rest)
-        if not inputs:
-            inputs.append(to_input(images, *rest))
-        return inputs[0]
-
-    with patch.object(train, "make_loader", make), patch.object(train, "to_input", prepare):
-        yield
+        begin = time.perf_counter()
+        yield from [self.batch] * len(self) if self.is_resident else self.loader
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # the last steps are queued, not done
+        self.seconds.append(time.perf_counter() - begin)
 
 
 if __name__ == "__main__":
