@@ -364,33 +364,33 @@ def save_series(folder: Path, slices: list[pydicom.Dataset], name: str = "{:02d}
     return folder
 
 
-SHARED = {
-    "PlaneOrientationSequence": ["ImageOrientationPatient"],
-    "PixelMeasuresSequence": ["PixelSpacing"],
-}
-PER_FRAME = {
-    "PlanePositionSequence": ["ImagePositionPatient"],
-    "PixelValueTransformationSequence": ["RescaleSlope", "RescaleIntercept"],
-}
+RESCALE = ("RescaleSlope", "RescaleIntercept")
+MOVED = dict.fromkeys(["ImageOrientationPatient", "PixelSpacing", *RESCALE])
+
+
+def make_item(ds: pydicom.Dataset, *keywords: str) -> pydicom.Dataset:
+    item = pydicom.Dataset()
+    for keyword in keywords:
+        setattr(item, keyword, ds.get(keyword))
+    return item
 
 
 def make_enhanced(slices: list[pydicom.Dataset]) -> pydicom.Dataset:
     """The slices as frames of an enhanced file: position and rescale per frame, all else shared."""
-    enhanced = make_slices(1, SOPClassUID=uid.EnhancedCTImageStorage, NumberOfFrames=len(slices))[0]
+    enhanced = make_slices(1, NumberOfFrames=len(slices), **MOVED)[0]
+    enhanced.SOPClassUID = uid.EnhancedCTImageStorage
     enhanced.PixelData = b"".join(ds.PixelData for ds in slices)
     enhanced["PixelData"].VR = "OW"
-    shared, *groups = [pydicom.Dataset() for _ in range(len(slices) + 1)]
-    pairs = [(slices[0], shared, SHARED)]
-    pairs += [(ds, group, PER_FRAME) for ds, group in zip(slices, groups, strict=True)]
-    for ds, group, macros in pairs:
-        for macro, keywords in macros.items():
-            item = pydicom.Dataset()
-            for keyword in keywords:
-                setattr(item, keyword, ds.get(keyword))
-                enhanced.pop(keyword, None)
-            setattr(group, macro, [item])
+    shared = pydicom.Dataset()
+    shared.PlaneOrientationSequence = [make_item(slices[0], "ImageOrientationPatient")]
+    shared.PixelMeasuresSequence = [make_item(slices[0], "PixelSpacing")]
     enhanced.SharedFunctionalGroupsSequence = [shared]
-    enhanced.PerFrameFunctionalGroupsSequence = groups
+    enhanced.PerFrameFunctionalGroupsSequence = []
+    for ds in slices:
+        group = pydicom.Dataset()
+        group.PlanePositionSequence = [make_item(ds, "ImagePositionPatient")]
+        group.PixelValueTransformationSequence = [make_item(ds, *RESCALE)]
+        enhanced.PerFrameFunctionalGroupsSequence.append(group)
     return enhanced
 
 

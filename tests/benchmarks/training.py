@@ -23,6 +23,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.caches import change_rows, draw_images, draw_volumes
@@ -65,7 +66,12 @@ def main(argv: list[str] | None = None) -> None:
             command = f"--data {folder}/cache --device {args.device} --amp {args.amp} {options}"
             command += f" --epochs {args.epochs} --workers {args.workers}"
             command += f" --batch-size {batch_size}" + " --compile" * args.compile
-            report(name, train, command.split(), batch_size)
+            command += f" --out {folder}/run"
+            steps, epoch = measure(train, args.device, command.split())
+            _, resident = measure(train, args.device, f"{command}2".split(), is_resident=True)
+        images = f"{steps * batch_size / epoch:.1f} images/s"
+        times = f"{epoch / resident:.3f} times one resident batch"
+        print(f"{name:10} epoch {epoch:8.3f} s, {images}, {times}", flush=True)
 
 
 def draw_cache(cache: Path, name: str, task: str, count: int) -> None:
@@ -79,72 +85,44 @@ def draw_cache(cache: Path, name: str, task: str, count: int) -> None:
     change_rows(cache, lambda k, row: row.update(fold="1" if k < count else "0"))
 
 
-# --- one training ---
+def measure(
+    train: ModuleType, device: str, command: list[str], is_resident: bool = False
+) -> tuple[int, float]:
+    """Run a training, or its steps on one batch: the steps of an epoch, seconds of the fastest."""
+    load = DataLoader.__iter__
+    to_input = train.to_input
+    batch = []  # the resident one, as it is loaded
+    inputs = []  # the same, on the device and augmented
+    epochs = []
 
+    def iterate(loader: DataLoader) -> Iterator:
+        if not hasattr(loader.sampler, "epoch"):  # this one is for the validation
+            yield from load(loader)
+            return
+        if is_resident and not batch:
+            images, targets = loader.dataset[next(iter(loader.sampler))]
+            batch.extend([images, targets.to(device)])
+        begin = time.perf_counter()
+        yield from [batch] * len(loader) if is_resident else load(loader)
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()  # the last steps are queued, not done
+        epochs.append((len(loader), time.perf_counter() - begin))
 
-def report(name: str, train: ModuleType, command: list[str], batch_size: int) -> None:
-    """Run a training, and its steps on one batch alone; print what each part takes."""
-    steps, epoch = measure(train, command)
-    _, resident = measure(train, command, is_resident=True)
-    images = steps * batch_size
-    print(f"{name:10} epoch {epoch:8.3f} s, {images / epoch:.1f} images/s,", end=" ")
-    print(f"{epoch / resident:.3f} times one resident batch", flush=True)
+    def prepare(images: Tensor, *rest: object) -> Tensor | tuple[Tensor, Tensor]:
+        if not batch or images is not batch[0]:
+            return to_input(images, *rest)
+        if not inputs:
+            inputs.append(to_input(images, *rest))
+        return inputs[0]
 
-
-def measure(train: ModuleType, command: list[str], is_resident: bool = False) -> tuple[int, float]:
-    """Run a training: the steps of an epoch, and the seconds of the fastest."""
     torch._dynamo.reset()  # what a run before has compiled is for its own model
-    watch = Watch(train, is_resident)
     with (
-        patch.object(train, "make_loader", watch.wrap_loader),
-        patch.object(train, "to_input", watch.prepare),
-        tempfile.TemporaryDirectory() as out,
+        patch.object(DataLoader, "__iter__", iterate),
+        patch.object(train, "to_input", prepare),
         contextlib.redirect_stdout(io.StringIO()),
     ):
-        train.main([*command, "--out", f"{out}/run"])
-    return len(watch), min(watch.seconds[1:])
-
-
-class Watch:
-    """In place of the training's loader: times its epochs, and may give one resident batch."""
-
-    def __init__(self, train: ModuleType, is_resident: bool) -> None:
-        self.make_loader = train.make_loader
-        self.to_input = train.to_input
-        self.is_resident = is_resident
-        self.loader = None
-        self.batch = None, None
-        self.inputs = None  # the batch on the device, augmented
-        self.seconds = []  # of the steps of each epoch
-
-    def wrap_loader(self, *rest: object) -> object:
-        loader = self.make_loader(*rest)
-        if self.loader is not None:  # this one is for the validation
-            return loader
-        self.loader = loader
-        self.sampler = loader.sampler
-        self.device = rest[-1]
-        if self.is_resident:
-            images, targets = loader.dataset[next(iter(loader.sampler))]
-            self.batch = images, targets.to(self.device)
-        return self
-
-    def prepare(self, images: Tensor, *rest: object) -> Tensor | tuple[Tensor, Tensor]:
-        if images is not self.batch[0]:
-            return self.to_input(images, *rest)
-        if self.inputs is None:
-            self.inputs = self.to_input(images, *rest)
-        return self.inputs
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator:
-        begin = time.perf_counter()
-        yield from [self.batch] * len(self) if self.is_resident else self.loader
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()  # the last steps are queued, not done
-        self.seconds.append(time.perf_counter() - begin)
+        train.main(command)
+    return min(epochs[1:])
 
 
 if __name__ == "__main__":
