@@ -149,12 +149,6 @@ def test_augmentation_depends_on_its_rng_alone():
     assert (faint - images).abs().max() < 0.01
 
 
-def test_augmentation_keeps_shape_and_type_and_stays_finite():
-    for images in (torch.rand(6, 1, 29, 29), torch.zeros(6, 1, 29, 29), torch.ones(6, 1, 29, 29)):
-        out = augment(images, rng(0), flip=True)
-        assert out.shape == images.shape and out.dtype == torch.float32 and out.isfinite().all()
-
-
 def test_flip_mirrors_half_the_images():
     images = torch.rand(64, 1, 16, 16)
     out = augment(images, rng(0), 0.0, flip=True)
@@ -196,9 +190,10 @@ def test_each_movement_by_itself(draws, expected):
 
 
 def test_neither_movement_nor_blur_makes_a_black_rim():
-    flat = torch.full((8, 1, 16, 16), 0.7)
-    for draws in ({"scale": 1, "angle": 1, "dx": 1}, {"sigma": 1}):
-        assert close(changed_by(flat, **draws), flat)
+    for gray in (0.0, 0.7, 1.0):
+        flat = torch.full((8, 1, 17, 17), gray)
+        moved = changed_by(flat, scale=1, angle=1, dx=1, gamma=1, sigma=1)
+        assert close(moved, flat ** math.exp(0.5))
 
 
 def changed_by(images: torch.Tensor, **draws: float) -> torch.Tensor:
@@ -303,18 +298,10 @@ def test_box_and_pixels_stay_together(monkeypatch):
             assert (found - box).abs().max() < size / 256, (seed, found, box)  # half a pixel of 128
 
 
-def test_a_box_turns_like_the_heart_in_it():
-    cos = math.cos(math.radians(30))
-    sin = math.sin(math.radians(30))
-    turn = np.array([[[cos, sin, 0], [-sin, cos, 0]]])  # the picture turns clockwise
-    box = np.array([[0.2, 0.4, 0.8, 0.6]])
-    # x to the right, y down
-    points = np.array([0.3, 0.1]) * heart() @ np.array([[cos, sin], [-sin, cos]])
-    found = move_boxes(box, turn)[0]
-    assert np.abs(found - 0.5 - [*points.min(0), *points.max(0)]).max() < 1e-3
-    # Theta moves the picture the other way, by half.
-    shift = np.array([[[1.0, 0, 0.4], [0, 1, -0.2]]])
-    assert move_boxes(box, shift)[0].tolist() == pytest.approx([0, 0.5, 0.6, 0.7])
+def test_a_box_is_shifted_and_cut_off_at_the_edge():
+    shift = np.array([[[1.0, 0, 0.4], [0, 1, -0.2]]])  # moves the picture the other way, by half
+    found = move_boxes(np.array([[0.2, 0.4, 0.8, 0.6]]), shift)
+    assert found[0].tolist() == pytest.approx([0, 0.5, 0.6, 0.7])
 
 
 def test_the_outline_of_a_heart_touches_its_box_and_points_to_the_apex():

@@ -44,22 +44,16 @@ def test_stem_feature_maps_and_activation_maps(arch, size, stem, side):
         assert logits.std() > 1e-3
 
 
-@pytest.fixture
-def imagenet(monkeypatch) -> torch.nn.Module:
-    """A random RGB ResNet-18 whose weights torchvision hands out instead of downloading."""
+def test_the_summed_stem_equals_the_rgb_network(monkeypatch):
     torch.manual_seed(0)
-    rgb = torchvision.models.resnet18().eval()
-    for name, buffer in rgb.named_buffers():
+    imagenet = torchvision.models.resnet18().eval()  # random, and handed out as if downloaded
+    for name, buffer in imagenet.named_buffers():
         if "running_var" in name:
             buffer.uniform_(0.5, 1.5)
         elif "running_mean" in name:
             buffer.normal_(0, 0.1)
-    state = copy.deepcopy(rgb.state_dict())
+    state = copy.deepcopy(imagenet.state_dict())
     monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", lambda *_, **__: state)
-    return rgb
-
-
-def test_the_summed_stem_equals_the_rgb_network(imagenet):
     model = xrays.build_model("resnet18", meta(96, 2), pretrained=True).eval()
     assert model.conv1.weight.shape == (64, 1, 7, 7) and model.fc.weight.shape == (2, 512)
     colour = xrays.build_model("resnet18", meta(96, 2, 3), pretrained=True).eval()

@@ -12,6 +12,8 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+from nibabel.affines import from_matvec
+from nibabel.eulerangles import euler2mat
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 from PIL import Image
 from pydicom import uid
@@ -115,8 +117,7 @@ NIFTI_FILES = {  # how it is written -> note, or "! " and refusal
     "no quaternion left": (odd((256, 1.3), **NO_SFORM), "! .*no usable sform or qform"),
     "no size": (odd((80, 0, np.nan, 2.5)), r"! .*pixdim \[0.0, nan, 2.5\], expected the sizes"),
     "sheared": (odd(SHEAR, **NO_QFORM), "! .*sheared axes, expected right angles"),
-    "claims more": (odd((42, 12, 10, 99, "h")), "! .*cut or damaged: .* by its header"),
-    "claims gigabytes": (odd((40, 3, 2000, 1000, 1000, "h"), length=480), "! .*480 bytes, 4000000352 by its header"),
+    "claims gigabytes": (odd((40, 3, 2000, 1000, 1000, "h"), length=480), "! .*cut or damaged: 480 bytes, 4000000352 by its header"),
     "two axes": (odd((40, 2, "h")), r"! .*shape \(12, 10\) of int16, expected numbers in 3D"),
     "one flipped bit": (odd(flip=1), "! .*BadGzipFile: CRC"),
     "NaN": (odd(voxels=np.where(MASK == 2, np.nan, IMAGE)), "! .*60 voxels are NaN"),
@@ -198,13 +199,8 @@ def test_masks_hold_classes_on_the_grid_of_their_image(tmp_path, name):
 
 def oblique(spacing: tuple = SPACING) -> np.ndarray:
     """Axes turned about z and x, no two of the same length, an origin somewhere."""
-    a, b = np.radians([12, -6])
-    z = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
-    x = np.array([[1, 0, 0], [0, np.cos(b), -np.sin(b)], [0, np.sin(b), np.cos(b)]])
-    affine = np.eye(4)
-    affine[:3, :3] = z @ x * spacing
-    affine[:3, 3] = (-20, 31, 7)
-    return affine
+    turn = euler2mat(z=np.radians(12), x=np.radians(-6))
+    return from_matvec(turn * spacing, (-20, 31, 7))
 
 
 @pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
@@ -520,8 +516,7 @@ def test_a_file_that_is_cut_anywhere_is_named_however_it_is_called(tmp_path, nam
 def test_padding_gets_the_lowest_value_of_the_others(tmp_path, value, signed):
     slices = make_slices(PixelRepresentation=signed, BitsStored=16, HighBit=15)
     for ds in slices:
-        pixels = np.frombuffer(ds.PixelData, np.uint16).reshape(6, 5).astype(np.int64)
-        set_pixels(ds, np.where(np.eye(6, 5), value % 2**16, pixels + 7))
+        set_pixels(ds, np.where(np.eye(6, 5), value % 2**16, ds.pixel_array + 7))
         ds.add_new("PixelPaddingValue", "US" if value >= 0 else "SS", value)
     folder = save_series(tmp_path / "ct", slices)
     voxels = read_volume(folder, []).voxels
@@ -584,8 +579,10 @@ def test_a_picture_is_a_volume_of_one_slice_with_three_channels(tmp_path, name):
     volume = read_volume(save_picture(tmp_path / name, pixels, **options), [])
     assert np.array_equal(volume.voxels[:, :, 0].swapaxes(0, 1), expected)
     assert np.array_equal(volume.affine, np.diag([1, -1, 1, 1]))
-    one = preprocess.read_channels([tmp_path / name], 1, [])  # where one is wanted
-    assert one.voxels.shape[3] == (1 if name in ("g.tif", "d.png") else 3)
+    channels = 1 if name in ("g.tif", "d.png") else 3  # where one is wanted
+    assert preprocess.read_channels([tmp_path / name], 1, []).voxels.shape[3] == channels
+    two = preprocess.read_channels([tmp_path / name] * 2, 2, [])  # a file a channel
+    assert two.voxels.shape[3] == 2 * channels
 
 
 OPAQUE = np.full_like(DRAWN, 255)
