@@ -30,13 +30,12 @@ from tests.caches import change_rows, draw_images, draw_volumes
 
 SIZE = 224  # pixels per side of an image
 VOLUME = (128, 128, 80)  # voxels; the default patch in 3D is 57 x 57 x 80
-TRAININGS = {  # task, options, and the batch size of train.py
-    "ResNet-18": ("classification", "", 32),
-    "heart": ("detection", "", 32),
-    "U-Net 2D": ("segmentation", "--dims 2", 16),
-    "U-Net 3D": ("segmentation", "--dims 3", 2),
+TRAININGS = {  # task, options, batch size of train.py, what an epoch takes of an image or volume
+    "ResNet-18": ("classification", "", 32, 1),
+    "heart": ("detection", "", 32, 1),
+    "U-Net 2D": ("segmentation", "--dims 2", 16, VOLUME[2]),
+    "U-Net 3D": ("segmentation", "--dims 3", 2, 5),
 }
-PATCHES = {"U-Net 2D": VOLUME[2], "U-Net 3D": 5}  # that an epoch takes from a volume
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,11 +57,11 @@ def main(argv: list[str] | None = None) -> None:
     print(f"torch {torch.__version__}, {hardware}, {torch.get_num_threads()} threads, {vars(args)}")
 
     for name in args.only:
-        task, options, batch_size = TRAININGS[name]
+        task, options, batch_size, patches = TRAININGS[name]
         batch_size = args.batch_size or batch_size
         train = importlib.import_module(f"{task}.train")
         with tempfile.TemporaryDirectory() as folder:
-            draw_cache(Path(folder) / "cache", name, task, args.steps * batch_size)
+            draw_cache(Path(folder) / "cache", task, max(1, args.steps * batch_size // patches))
             command = f"--data {folder}/cache --device {args.device} --amp {args.amp} {options}"
             command += f" --epochs {args.epochs} --workers {args.workers}"
             command += f" --batch-size {batch_size}" + " --compile" * args.compile
@@ -74,9 +73,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name:10} epoch {epoch:8.3f} s, {images}, {times}", flush=True)
 
 
-def draw_cache(cache: Path, name: str, task: str, count: int) -> None:
-    """A cache that gives `count` images or patches an epoch, and a quarter to validate."""
-    count = max(1, count // PATCHES.get(name, 1))
+def draw_cache(cache: Path, task: str, count: int) -> None:
+    """A cache with `count` images or volumes to train, and a quarter to validate."""
     total = count + max(1, count // 4)
     if task == "segmentation":
         draw_volumes(cache, total, VOLUME)
