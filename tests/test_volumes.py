@@ -360,10 +360,6 @@ def save_series(folder: Path, slices: list[pydicom.Dataset], name: str = "{:02d}
     return folder
 
 
-RESCALE = ("RescaleSlope", "RescaleIntercept")
-MOVED = dict.fromkeys(["ImageOrientationPatient", "PixelSpacing", *RESCALE])
-
-
 def make_item(ds: pydicom.Dataset, *keywords: str) -> pydicom.Dataset:
     item = pydicom.Dataset()
     for keyword in keywords:
@@ -373,7 +369,9 @@ def make_item(ds: pydicom.Dataset, *keywords: str) -> pydicom.Dataset:
 
 def make_enhanced(slices: list[pydicom.Dataset]) -> pydicom.Dataset:
     """The slices as frames of an enhanced file: position and rescale per frame, all else shared."""
-    enhanced = make_slices(1, NumberOfFrames=len(slices), **MOVED)[0]
+    rescale = ("RescaleSlope", "RescaleIntercept")
+    moved = dict.fromkeys(["ImageOrientationPatient", "PixelSpacing", *rescale])  # None here
+    enhanced = make_slices(1, NumberOfFrames=len(slices), **moved)[0]
     enhanced.SOPClassUID = uid.EnhancedCTImageStorage
     enhanced.PixelData = b"".join(ds.PixelData for ds in slices)
     enhanced["PixelData"].VR = "OW"
@@ -385,7 +383,7 @@ def make_enhanced(slices: list[pydicom.Dataset]) -> pydicom.Dataset:
     for ds in slices:
         group = pydicom.Dataset()
         group.PlanePositionSequence = [make_item(ds, "ImagePositionPatient")]
-        group.PixelValueTransformationSequence = [make_item(ds, *RESCALE)]
+        group.PixelValueTransformationSequence = [make_item(ds, *rescale)]
         enhanced.PerFrameFunctionalGroupsSequence.append(group)
     return enhanced
 
@@ -401,15 +399,12 @@ def put(keyword: str, value: object, *numbers: int) -> Callable:
     return edit
 
 
-def as_enhanced(edit: Callable) -> Callable:
-    def edit_all(slices: list[pydicom.Dataset]) -> None:
-        edit(slices)
-        slices[:] = [make_enhanced(slices)]
-
-    return edit_all
-
-
 POSITION = "ImagePositionPatient"
+
+
+def frame_aside(slices: list[pydicom.Dataset]) -> None:
+    put(POSITION, [-7, -12, 12.5], 5)(slices)
+    slices[:] = [make_enhanced(slices)]
 
 
 # A gantry that is tilted by 18 degrees: 2.5 mm * tan 18 = 0.8123 mm
@@ -444,7 +439,7 @@ SERIES = {  # what is odd -> note, or "! " and refusal
     "slope 0": (put("RescaleSlope", 0, 5), "! .*05.dcm: RescaleSlope 0.* gives no values"),
     "no pixels": (lambda s: s[11].__delattr__("PixelData"), "! .*11 of 12 files are DICOM images, 1 are cut, .* 11.dcm"),
     "one slice": (lambda s: s.__delitem__(slice(1, None)), "! .*one DICOM slice, expected the folder"),
-    "a frame aside": (as_enhanced(put(POSITION, [-7, -12, 12.5], 5)), "! .*frame 6 .*are 2.5 .* 3 mm aside"),
+    "a frame aside": (frame_aside, "! .*frame 6 .*are 2.5 .* 3 mm aside"),
 }  # fmt: skip
 
 
