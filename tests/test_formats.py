@@ -11,7 +11,8 @@ import pytest
 
 from segmentation.preprocess import main
 from tests.conftest import read_table
-from tests.test_volumes import COLOUR, DRAWN, IMAGE, MASK, save, save_picture
+from tests.test_volume_sets import pairs, write
+from tests.test_volumes import COLOUR, DRAWN, IMAGE, MASK, save
 
 README = Path(__file__).resolve().parents[1] / "segmentation" / "README.md"
 SECTION = README.read_text(encoding="utf-8").split("## From other formats\n")[1].split("\n## ")[0]
@@ -21,11 +22,11 @@ BLOCKS = re.findall(rf"^\*\*(.+?)\*\*.*\n\n{CODE}", SECTION, re.MULTILINE)
 RECIPES = {name: code for names, code in BLOCKS for name in names.split(", ")}
 
 
-def coco() -> None:
+def coco(path: Path) -> None:
     polygon = [12, 5, 23, 5, 23, 12, 12, 12]  # the corner pixels of DRAWN
     images = [{"id": k, "file_name": f"p{k}.png", "width": 32, "height": 24} for k in range(3)]
     drawn = [{"image_id": k, "category_id": 1, "segmentation": [polygon]} for k in range(3)]
-    Path("annotations.json").write_text(json.dumps({"images": images, "annotations": drawn}))
+    path.write_text(json.dumps({"images": images, "annotations": drawn}))
 
 
 def brats(year: str, between: str, kinds: str, values: list[int]) -> dict:
@@ -36,10 +37,10 @@ def brats(year: str, between: str, kinds: str, values: list[int]) -> dict:
     return images | {f"{start}seg.nii.gz": np.array(values, np.uint8)[MASK]}
 
 
-def amos() -> None:
+def amos(path: Path) -> None:
     for end, number in (("Tr", 1), ("Tr", 2), ("Tr", 3), ("Tr", 507), ("Va", 4), ("Va", 508)):
-        save(Path(f"amos22/images{end}/amos_{number:04d}.nii.gz"), IMAGE + np.int16(number))
-        save(Path(f"amos22/labels{end}/amos_{number:04d}.nii.gz"), MASK)
+        save(path / f"images{end}/amos_{number:04d}.nii.gz", IMAGE + np.int16(number))
+        save(path / f"labels{end}/amos_{number:04d}.nii.gz", MASK)
 
 
 ACDC = "ACDC/training/patient00{k}/patient00{k}"
@@ -63,29 +64,25 @@ SETS = {  # recipe -> files of case k or what writes them, ids of three or more 
                           "Totalsegmentator/s000{k}/segmentations/liver.nii.gz": np.uint8(MASK == 1),
                           "Totalsegmentator/s000{k}/segmentations/spleen.nii.gz": np.uint8(MASK == 2)},
                          "s0000 s0001 s0002", [0, 1, 2]),
-    "AMOS": ({"": amos}, "amos_0001 amos_0002 amos_0003 amos_0004", [0, 1, 2]),
+    "AMOS": ({"amos22": amos}, "amos_0001 amos_0002 amos_0003 amos_0004", [0, 1, 2]),
     "Kvasir": ({"Kvasir-SEG/images/k{k}.jpg": COLOUR, "Kvasir-SEG/masks/k{k}.jpg": 255 * DRAWN}, "k0 k1 k2", [0, 1]),
     "DRIVE": ({"DRIVE/training/images/2{k}_training.tif": COLOUR, "DRIVE/training/1st_manual/2{k}_manual1.gif": 255 * DRAWN,
                "DRIVE/training/mask/2{k}_training_mask.gif": 255 * DRAWN}, "20_training 21_training 22_training", [0, 255]),
-    "ISIC 2018": ({f"{ISIC}-2_Training_Input/ISIC_000000{{k}}.jpg": COLOUR, f"{ISIC}-2_Training_Input/LICENSE.txt": None,
+    "ISIC 2018": ({f"{ISIC}-2_Training_Input/ISIC_000000{{k}}.jpg": COLOUR, f"{ISIC}-2_Training_Input/LICENSE.txt": "CC-0",
                    f"{ISIC}_Training_GroundTruth/ISIC_000000{{k}}_segmentation.png": 255 * DRAWN},
                   "ISIC_0000000 ISIC_0000001 ISIC_0000002", [0, 255]),
-    "COCO": ({"images/p{k}.png": COLOUR, "": coco}, "p0 p1 p2", [0, 1]),
+    "COCO": ({"images/p{k}.png": COLOUR, "annotations.json": coco}, "p0 p1 p2", [0, 1]),
     "Class numbers above 255": ({"MMWHS/ct_{k}_image.nii.gz": IMAGE, "MMWHS/ct_{k}_label.nii.gz": np.array([0, 205, 420], np.int16)[MASK]},
                                 "ct_0 ct_1 ct_2", [0, 1, 2]),
 }  # fmt: skip
 
 
-def write_case(path: Path, drawn: object, k: int) -> None:
+def vary(drawn: object, k: int) -> object:
     """Images of case k differ from the others by k, or are moved by k rows; masks do not."""
-    if drawn is None:
-        path.write_text("CC-0")
-    elif callable(drawn):
-        drawn()
-    elif path.suffix in (".nii", ".gz"):
-        save(path, drawn + np.int16(k) if drawn.max() > 900 else drawn)
-    else:
-        save_picture(path, np.roll(drawn, k, 0) if drawn.ndim == 3 else drawn)
+    if drawn is COLOUR:
+        return np.roll(drawn, k, 0)
+    is_image = isinstance(drawn, np.ndarray) and drawn.max() > 900
+    return drawn + np.int16(k) if is_image else drawn
 
 
 def run_recipe(name: str) -> None:
@@ -98,8 +95,7 @@ def test_the_lines_make_a_set_that_preprocess_reads(tmp_path, monkeypatch, name)
     files, ids, values = SETS[name]
     monkeypatch.chdir(tmp_path)
     for k in range(3):
-        for path, drawn in files.items():
-            write_case(Path(path.format(k=k)), drawn, k)
+        write(tmp_path, {path.format(k=k): vary(drawn, k) for path, drawn in files.items()})
     run_recipe(name)
     raw = "amos_ct" if name == "AMOS" else "raw"
     main(["--data", raw, "--out", "cache", "--workers", "1"])
@@ -131,9 +127,7 @@ def test_the_remaining_lines_do_what_they_say(tmp_path, monkeypatch):
 
 def test_the_folds_of_nnunet_become_a_table(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for k in range(4):
-        save(Path(f"raw/imagesTr/c{k}.nii.gz"), IMAGE + np.int16(k))
-        save(Path(f"raw/labelsTr/c{k}.nii.gz"), MASK)
+    write(tmp_path / "raw", pairs("c0 c1 c2 c3"))
     splits = [{"train": ["c0", "c1"], "val": ["c3", "c2"]}, {"train": ["c2"], "val": ["c0", "c1"]}]
     Path("raw/splits_final.json").write_text(json.dumps(splits))
     run_recipe("splits_final.json")

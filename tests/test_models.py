@@ -14,7 +14,7 @@ from torch import nn
 from classification import model as xrays
 from detection import model as boxes
 from segmentation import model as volumes
-from segmentation.model import UNet, default_patch, plan_stages, predict_volume, window_weights
+from segmentation.model import default_patch, plan_stages, predict_volume, window_weights
 
 CPU = torch.device("cpu")
 
@@ -29,11 +29,7 @@ def meta(size: int, classes: int = 3, channels: int = 1) -> dict:
 
 @pytest.mark.parametrize(
     ("arch", "size", "stem", "side"),
-    [
-        ("resnet18", 28, 3, 4),  # 28, 14, 7, 4
-        ("resnet34", 65, 7, 3),  # 65, 33, 17, 9, 5, 3
-        ("resnet50", 32, 3, 4),
-    ],
+    [("resnet18", 28, 3, 4), ("resnet34", 65, 7, 3), ("resnet50", 32, 3, 4)],
 )
 def test_stem_feature_maps_and_activation_maps(arch, size, stem, side):
     torch.manual_seed(0)
@@ -48,22 +44,16 @@ def test_stem_feature_maps_and_activation_maps(arch, size, stem, side):
         assert logits.std() > 1e-3
 
 
-@pytest.fixture
-def imagenet(monkeypatch) -> torch.nn.Module:
-    """A random RGB ResNet-18 whose weights torchvision hands out instead of downloading."""
+def test_the_summed_stem_equals_the_rgb_network(monkeypatch):
     torch.manual_seed(0)
-    rgb = torchvision.models.resnet18().eval()
-    for name, buffer in rgb.named_buffers():
+    imagenet = torchvision.models.resnet18().eval()  # random, and handed out as if downloaded
+    for name, buffer in imagenet.named_buffers():
         if "running_var" in name:
             buffer.uniform_(0.5, 1.5)
         elif "running_mean" in name:
             buffer.normal_(0, 0.1)
-    state = copy.deepcopy(rgb.state_dict())
+    state = copy.deepcopy(imagenet.state_dict())
     monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", lambda *_, **__: state)
-    return rgb
-
-
-def test_the_summed_stem_equals_the_rgb_network(imagenet):
     model = xrays.build_model("resnet18", meta(96, 2), pretrained=True).eval()
     assert model.conv1.weight.shape == (64, 1, 7, 7) and model.fc.weight.shape == (2, 512)
     colour = xrays.build_model("resnet18", meta(96, 2, 3), pretrained=True).eval()
@@ -88,12 +78,13 @@ def test_pretrained_weights_that_are_not_to_be_had_are_one_line(monkeypatch):
         raise URLError("no route to host")
 
     monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", fail)
-    with pytest.raises(OSError, match="more than 64 px"):
-        xrays.build_model("resnet18", meta(64), pretrained=True)
-    with pytest.raises(OSError, match="no weights of resnet18: URLError"):
-        xrays.build_model("resnet18", meta(65), pretrained=True)
-    with pytest.raises(OSError, match="no weights of resnet18: URLError"):
-        boxes.build_model("resnet18", 64, pretrained=True)
+    for build, argument, message in (
+        (xrays.build_model, meta(64), "more than 64 px"),
+        (xrays.build_model, meta(65), "no weights of resnet18: URLError"),
+        (boxes.build_model, 64, "no weights of resnet18: URLError"),
+    ):
+        with pytest.raises(OSError, match=message):
+            build("resnet18", argument, pretrained=True)
     xrays.build_model("resnet18", meta(65))  # needs no network
 
 
@@ -134,21 +125,18 @@ def test_cross_entropy_by_hand():
     assert {"ce": xrays.cross_entropy, "smooth_ce": xrays.smooth_cross_entropy} == xrays.LOSSES
 
 
-LOGITS = torch.tensor([[0.0, 2.0], [-1.0, 3.0]])
-LABELS = torch.tensor([[1, -1], [0, 1]])
-
-
 def test_unknown_labels_add_nothing_to_the_loss():
+    logits = torch.tensor([[0.0, 2.0], [-1.0, 3.0]], requires_grad=True)
+    labels = torch.tensor([[1, -1], [0, 1]])
     losses = [math.log(2), math.log(1 + math.exp(-1)), math.log(1 + math.exp(-3))]
     ones = torch.ones(2)
-    assert xrays.cross_entropy(LOGITS, LABELS, ones).item() == pytest.approx(sum(losses) / 4)
-    logits = LOGITS.clone().requires_grad_()
-    xrays.smooth_cross_entropy(logits, LABELS, ones).backward()
+    assert xrays.cross_entropy(logits, labels, ones).item() == pytest.approx(sum(losses) / 4)
+    xrays.smooth_cross_entropy(logits, labels, ones).backward()
     assert logits.grad[0, 1] == 0 and (logits.grad != 0).sum() == 3
-    assert torch.equal(xrays.to_probabilities(LOGITS, True), LOGITS.sigmoid())
+    assert torch.equal(xrays.to_probabilities(logits, True), logits.sigmoid())
     weights = torch.tensor([5.0, 2.0])  # those of the positives
     weighted = 5 * losses[0] + losses[1] + 2 * losses[2]
-    assert xrays.cross_entropy(LOGITS, LABELS, weights).item() == pytest.approx(weighted / 4)
+    assert xrays.cross_entropy(logits, labels, weights).item() == pytest.approx(weighted / 4)
     counts = torch.tensor([[30, 10], [5, 0]])
     assert xrays.class_weights("balanced", counts).tolist() == [3, 5]
     assert xrays.class_weights("none", counts).tolist() == [1, 1]
@@ -189,12 +177,6 @@ def test_stages_and_patches_are_planned_by_size_and_spacing():
     assert len(plan_stages([4, 4], [1.0, 1.0])) == 1
     assert default_patch(2, VOLUMES | {"shape": [1000, 900, 5]}) == [512, 512]
     assert np.prod(default_patch(3, VOLUMES | {"shape": [500, 500, 90]})) <= 2**18
-
-
-@pytest.mark.parametrize("size", [(17, 22), (16, 13, 11)])
-def test_unet_takes_any_size(size):
-    model = UNet(2, 3, 8, [16] * len(size), [1.0] * len(size))
-    assert model(torch.randn(2, 2, *size)).shape == (2, 3, *size)
 
 
 @pytest.mark.parametrize(("length", "size"), [(20, 8), (21, 8), (8, 8), (5, 8), (30, 7), (9, 1)])

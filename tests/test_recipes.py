@@ -36,9 +36,8 @@ def test_folds_are_trained_and_pooled_and_an_interrupted_call_resumes(tmp_path, 
     assert again == [*first, "--resume"]
     assert recipes.value_of(second, "--fold") == "1"
     runs = [f"{tmp_path}/runs/heart_fold{fold}_seed0" for fold in (0, 1)]
-    assert [word for word in evaluation if word.endswith(".pt")] == [
-        f"{run}/last.pt" for run in runs
-    ]
+    checkpoints = [f"{run}/last.pt" for run in runs]
+    assert [word for word in evaluation if word.endswith(".pt")] == checkpoints
     assert test == [*evaluation, "--split", "test"]
     by = report(Path(runs[0]) / "eval_val-2")["by"]
     assert [row["value"] for row in by["values"]] == ["0", "1"]

@@ -12,6 +12,7 @@ import pytest
 
 from segmentation import preprocess
 from segmentation.preprocess import PREDICTION, DataError, find_new, main, read_new, write_mask
+from tests.caches import refusal
 from tests.conftest import read_table
 from tests.test_volumes import (
     COLOUR,
@@ -111,8 +112,7 @@ def test_a_cache_has_everything_once_and_nothing_of_the_reading_is_left(
     assert (MASK[tuple(points[:, 1:].T)] == points[:, 0]).all() and len(points) == 150
     truth = nib.load(out / "volumes" / "c1.truth.nii.gz")
     assert truth.get_data_dtype() == np.uint8 and np.array_equal(truth.affine, GRID)
-    with pytest.raises(DataError, match="exists already"):
-        run(raw, out)
+    assert "exists already" in refusal(run, raw, out)
 
 
 def test_spacing_by_value_keep_and_like(tmp_path):
@@ -130,8 +130,8 @@ def test_spacing_by_value_keep_and_like(tmp_path):
     meta, _ = run(write(tmp_path / "flat", flat), tmp_path / "flat_cache")
     assert meta["slice_axis"] == 1  # across the axis of one voxel, not the thickest one
     (other / "dataset.json").write_text('{"labels": {"0": "background", "1": "other"}}')
-    with pytest.raises(DataError, match=r"labels .*other.*, but .*coarse has"):
-        run(other, tmp_path / "wrong", "--like", coarse)
+    found = refusal(run, other, tmp_path / "wrong", "--like", coarse)
+    assert re.search(r"labels .*other.*, but .*coarse has", found)
 
 
 def test_ct_is_clipped_to_the_foreground_of_the_training_cases(tmp_path, capsys):
@@ -149,11 +149,10 @@ def test_ct_is_clipped_to_the_foreground_of_the_training_cases(tmp_path, capsys)
 
 
 def test_ct_by_its_many_names():
-    values = np.arange(9.0)
     for name in ("CT", "ct", "CT scan", "CTA", "CBCT", "Computed Tomography", "CT_portal"):
-        assert preprocess.ct_constants(name, values)["mean"] == 4
+        assert preprocess.ct_constants(name, IMAGE)
     for name in ("MRI", "T1", "CT1", "PET", "PET/CT", "ADC", "SPECT"):
-        assert preprocess.ct_constants(name, values) is None
+        assert preprocess.ct_constants(name, IMAGE) is None
 
 
 def test_too_little_memory_is_named_and_skipped_in_every_step(tmp_path, capsys, monkeypatch):
@@ -192,20 +191,17 @@ def test_series_and_enhanced_files_are_training_images(tmp_path):
     for k in range(4):
         slices = make_slices(SeriesInstanceUID=f"1.2.{k}")
         for z, ds in enumerate(slices):
-            pixels = np.frombuffer(ds.PixelData, np.uint16).reshape(6, 5)
-            set_pixels(ds, pixels + 500 * mask[..., z].T + k)
+            set_pixels(ds, ds.pixel_array + 500 * mask[..., z].T + k)
         path = raw / "imagesTr" / f"c{k}"
         if k == 3:
             path = save_series(raw / "imagesTr", [make_enhanced(slices)], "c3.dcm") / "c3.dcm"
         else:
             save_series(path, slices)
-        own = mask
-        affine = preprocess.read_volume(path, []).affine
-        if k % 2:  # the rows from below
-            own = mask[:, ::-1]
-            affine = affine @ nib.orientations.inv_ornt_aff([[0, 1], [1, -1], [2, 1]], mask.shape)
+        nifti = nib.Nifti1Image(mask, preprocess.read_volume(path, []).affine)
+        if k % 2:
+            nifti = nifti.as_reoriented(np.array([[0, 1], [1, -1], [2, 1]]))  # rows from below
         (raw / "labelsTr").mkdir(exist_ok=True)
-        nib.save(nib.Nifti1Image(own, affine), raw / "labelsTr" / f"c{k}.nii.gz")
+        nib.save(nifti, raw / "labelsTr" / f"c{k}.nii.gz")
     meta, rows = run(raw, tmp_path / "cache", "--spacing", "keep")
     assert [row["image"] for row in rows][2:] == ["imagesTr/c2", "imagesTr/c3.dcm"]
     assert meta["channels"] == ["CT"] and meta["normalisation"][0] is not None  # by the headers
@@ -230,26 +226,11 @@ def test_nnunet_names_are_channels_and_a_missing_one_is_named(tmp_path, capsys):
     (raw / "imagesTr" / "c0_0000.nii.gz").unlink()
     (raw / "imagesTr" / "c1_0001.nii.gz").unlink()
     save(raw / "imagesTr" / "c2_0001.nii.gz", IMAGE, (1, 1.5, 3))
-    with pytest.raises(DataError, match="3 cases or files"):
-        run(raw, tmp_path / "bad")
+    assert "3 cases or files" in refusal(run, raw, tmp_path / "bad")
     printed = capsys.readouterr().err
     assert "c0_0001.nii.gz: files of this name for channels [1], expected 0, 1, ..." in printed
     assert "c1_0000.nii.gz: 1 channels, expected ['T1', 'T2']" in printed
     assert "c2_0001.nii.gz: affine" in printed
-
-
-def test_gray_pictures_a_file_a_channel(tmp_path):
-    raw = tmp_path / "raw"
-    for k in range(3):
-        for number in range(2):
-            save_picture(raw / "imagesTr" / f"e{k}_000{number}.png", GRAY + np.uint8(k + number))
-        save_picture(raw / "labelsTr" / f"e{k}.png", DRAWN)
-    meta, _ = run(raw, tmp_path / "cache")
-    assert meta["channels"] == ["channel 0", "channel 1"]
-    assert array(tmp_path / "cache", "e0.image").shape == (2, 32, 24, 1)
-    new = raw / "imagesTr" / "e1_0000.png", raw / "imagesTr" / "e1_0001.png"
-    (image,) = find_new(list(new), meta)
-    assert np.array_equal(read_new(image, meta)[0], array(tmp_path / "cache", "e1.image"))
 
 
 def pictures(split: str, count: int, start: int = 0) -> dict:
@@ -357,8 +338,8 @@ def test_scans_of_one_patient_share_a_fold(tmp_path):
     _, rows = run(raw, tmp_path / "cache", "--patient-regex", "(patient[0-9]+)_")
     assert len({(row["patient"], row["fold"]) for row in rows}) == 8
     assert all(row["id"].startswith(row["patient"]) for row in rows)
-    with pytest.raises(DataError, match=r"'person' finds nothing in .*patient000_frame01"):
-        run(raw, tmp_path / "none", "--patient-regex", "person")
+    found = refusal(run, raw, tmp_path / "none", "--patient-regex", "person")
+    assert re.search("'person' finds nothing in .*patient000_frame01", found)
     # The path counts where the name says nothing, and both overrule cases.csv.
     (raw / "cases.csv").write_text("\n".join(["id,patient", *(f"{name},p" for name in names)]))
     _, rows = run(raw, tmp_path / "below", "--patient-regex", "imagesTr/(patient[0-9]+)")
@@ -408,16 +389,16 @@ def test_labels_are_one_to_one(tmp_path, text):
     expected = DESCRIPTIONS[text]
     if isinstance(expected, dict):
         assert preprocess.read_description(tmp_path) == (expected, None)
-        return
-    with pytest.raises(DataError, match=rf"dataset\.json: .*{expected}"):
-        preprocess.read_description(tmp_path)
+    else:
+        found = refusal(preprocess.read_description, tmp_path)
+        assert re.search(rf"dataset\.json: .*{expected}", found)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
-def test_a_byte_order_mark_and_a_modality_without_numbers_are_read(tmp_path, encoding):
+def test_a_byte_order_mark_and_a_modality_without_numbers_are_read(tmp_path):
     text = '{"labels": {"0": "background", "1": "Hüfte"}, "modality": "MRI"}'
-    (tmp_path / "dataset.json").write_text(text, encoding=encoding)
-    assert preprocess.read_description(tmp_path) == ({0: "background", 1: "Hüfte"}, ["MRI"])
+    for encoding in ("utf-8-sig", "utf-16"):
+        (tmp_path / "dataset.json").write_text(text, encoding=encoding)
+        assert preprocess.read_description(tmp_path) == ({0: "background", 1: "Hüfte"}, ["MRI"])
 
 
 # --- new images ---
@@ -515,15 +496,14 @@ def test_an_export_is_read_series_by_series(tmp_path, capsys, monkeypatch):
         assert on_grid.shape == (1, 5, 6, 12) and shape == (5, 6, 12) and header is None
         assert [detail for _, detail in notes] == left_out.get(name, [])
         assert np.allclose(affine[2], [0, 0, 2.5, 0])
-    with pytest.raises(DataError, match=r"1 are cut, .* IM6"):
-        read_new(images["p3_ct_axial"], META)
+    assert re.search("1 are cut, .* IM6", refusal(read_new, images["p3_ct_axial"], META))
     printed = capsys.readouterr().out
     assert "left out, no images as in training: 1, such as" in printed
     assert re.search(r"left out, single DICOM slices .*: 1, such as .*/scout/IM0", printed)
     monkeypatch.chdir(export / "p1" / "ct" / "axial")
     assert names_of([Path(".")]) == ["axial"]
-    with pytest.raises(DataError, match="axial: rename one, or give the folder above them"):
-        names_of([Path("."), export / "p3" / "ct" / "axial"])
+    found = refusal(names_of, [Path("."), export / "p3" / "ct" / "axial"])
+    assert "axial: rename one, or give the folder above them" in found
 
 
 def test_channel_files_are_one_image_in_the_order_of_their_numbers(tmp_path):
@@ -541,12 +521,10 @@ def test_channel_files_are_one_image_in_the_order_of_their_numbers(tmp_path):
     for paths in ([bright, dark], [dark, bright], [dark, tmp_path, bright]):
         image = next(image for image in find_new(paths, meta) if image.name == "c0")
         assert np.array_equal(read_new(image, meta)[0], np.stack([first, second]))
-
-    def refused(image: preprocess.NewImage, message: str) -> None:
-        with pytest.raises(DataError, match=message):
-            read_new(image, meta)
-
     more = [save(tmp_path / "more" / f"c2_000{k}.nii.gz", IMAGE) for k in range(3)]
-    refused(images["c1"], r"c1_0001\.nii\.gz: 1 channels, expected \['T1', 'T2'\]")
-    refused(find_new(more, meta)[0], r"c2_0000\.nii\.gz: 3 channels, expected")
-    refused(find_new(more[1:], meta)[0], r"c2_0001\.nii\.gz: channel files \[1, 2\], expected 0")
+    for image, message in (
+        (images["c1"], "c1_0001.nii.gz: 1 channels, expected ['T1', 'T2']"),
+        (find_new(more, meta)[0], "c2_0000.nii.gz: 3 channels, expected"),
+        (find_new(more[1:], meta)[0], "c2_0001.nii.gz: channel files [1, 2], expected 0"),
+    ):
+        assert message in refusal(read_new, image, meta)

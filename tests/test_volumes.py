@@ -12,32 +12,15 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
+from nibabel.affines import from_matvec
+from nibabel.eulerangles import euler2mat
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 from PIL import Image
-from pydicom.uid import (
-    CTImageStorage,
-    EnhancedCTImageStorage,
-    ExplicitVRLittleEndian,
-    RTDoseStorage,
-    SegmentationStorage,
-)
+from pydicom import uid
 
 from segmentation import preprocess
-from segmentation.preprocess import (
-    PICTURE_TO_RAS,
-    DataError,
-    Volume,
-    from_grid,
-    mask_to_grid,
-    moments,
-    normalise,
-    read_mask,
-    read_volume,
-    resample,
-    resampling_matrix,
-    to_grid,
-    write_mask,
-)
+from segmentation.preprocess import Volume, mask_to_grid, read_mask, read_volume, write_mask
+from tests.caches import refusal
 
 SPACING = (1.0, 1.5, 2.5)
 GRID = np.diag([*SPACING, 1.0])
@@ -54,16 +37,12 @@ META = {
 }
 
 
-def block() -> tuple[np.ndarray, np.ndarray]:
-    """A dark volume with a bright block, 90 voxels of class 1 and 60 of class 2, and its mask."""
-    mask = np.zeros((12, 10, 8), np.uint8)
-    mask[2:7, 3:9, 1:6] = 1
-    mask[2:4, 3:9, 1:6] = 2
-    noise = np.random.default_rng(0).integers(0, 99, mask.shape)
-    return (1000 * (mask > 0) + noise).astype(np.int16), mask
-
-
-IMAGE, MASK = block()
+# A dark volume with a bright block, 90 voxels of class 1 and 60 of class 2, and its mask
+MASK = np.zeros((12, 10, 8), np.uint8)
+MASK[2:7, 3:9, 1:6] = 1
+MASK[2:4, 3:9, 1:6] = 2
+NOISE = np.random.default_rng(0).integers(0, 99, MASK.shape)
+IMAGE = (1000 * (MASK > 0) + NOISE).astype(np.int16)
 
 
 def save(path: Path, voxels: np.ndarray, spacing: tuple = SPACING, **header: object) -> Path:
@@ -84,7 +63,7 @@ def outcome(function: Callable, *arguments: object) -> str:
     notes: list[tuple[str, str]] = []
     try:
         function(*arguments, notes)
-    except DataError as error:
+    except preprocess.DataError as error:
         return f"! {error}"
     return "; ".join(" ".join(note) for note in notes)
 
@@ -138,8 +117,7 @@ NIFTI_FILES = {  # how it is written -> note, or "! " and refusal
     "no quaternion left": (odd((256, 1.3), **NO_SFORM), "! .*no usable sform or qform"),
     "no size": (odd((80, 0, np.nan, 2.5)), r"! .*pixdim \[0.0, nan, 2.5\], expected the sizes"),
     "sheared": (odd(SHEAR, **NO_QFORM), "! .*sheared axes, expected right angles"),
-    "claims more": (odd((42, 12, 10, 99, "h")), "! .*cut or damaged: .* by its header"),
-    "claims gigabytes": (odd((40, 3, 2000, 1000, 1000, "h"), length=480), "! .*480 bytes, 4000000352 by its header"),
+    "claims gigabytes": (odd((40, 3, 2000, 1000, 1000, "h"), length=480), "! .*cut or damaged: 480 bytes, 4000000352 by its header"),
     "two axes": (odd((40, 2, "h")), r"! .*shape \(12, 10\) of int16, expected numbers in 3D"),
     "one flipped bit": (odd(flip=1), "! .*BadGzipFile: CRC"),
     "NaN": (odd(voxels=np.where(MASK == 2, np.nan, IMAGE)), "! .*60 voxels are NaN"),
@@ -215,20 +193,14 @@ def test_masks_hold_classes_on_the_grid_of_their_image(tmp_path, name):
     if message is None:
         mask = read_mask(path, image)
         assert mask.dtype == np.uint8 and np.array_equal(mask, MASK)
-        return
-    with pytest.raises(DataError, match=rf"m\.nii\.gz: .*({message})"):
-        read_mask(path, image)
+    else:
+        assert re.search(rf"m\.nii\.gz: .*({message})", refusal(read_mask, path, image))
 
 
 def oblique(spacing: tuple = SPACING) -> np.ndarray:
     """Axes turned about z and x, no two of the same length, an origin somewhere."""
-    a, b = np.radians([12, -6])
-    z = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
-    x = np.array([[1, 0, 0], [0, np.cos(b), -np.sin(b)], [0, np.sin(b), np.cos(b)]])
-    affine = np.eye(4)
-    affine[:3, :3] = z @ x * spacing
-    affine[:3, 3] = (-20, 31, 7)
-    return affine
+    turn = euler2mat(z=np.radians(12), x=np.radians(-6))
+    return from_matvec(turn * spacing, (-20, 31, 7))
 
 
 @pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
@@ -259,10 +231,10 @@ def test_a_written_mask_lies_on_its_image_without_its_texts(tmp_path, kind, unit
 @pytest.mark.parametrize("resampled", [False, True])
 def test_all_48_axis_orders_there_and_back(resampled):
     meta = META | ({"resample": True, "spacing": [1.3, 1.1, 1.7]} if resampled else {})
-    expected = to_grid(Path(), IMAGE[..., None], oblique(), meta)
+    expected = preprocess.to_grid(Path(), IMAGE[..., None], oblique(), meta)
     labels = mask_to_grid(MASK, oblique(), meta)
     chances = np.eye(3, dtype=np.float16)[labels].transpose(3, 0, 1, 2)
-    back = from_grid(chances, MASK.shape, oblique())
+    back = preprocess.from_grid(chances, MASK.shape, oblique())
     assert resampled or np.array_equal(back, MASK)
     assert 2 * ((back > 0) & (MASK > 0)).sum() > 0.75 * ((back > 0).sum() + (MASK > 0).sum())
     for order in itertools.permutations(range(3)):
@@ -270,24 +242,26 @@ def test_all_48_axis_orders_there_and_back(resampled):
             turn = np.column_stack([order, signs])
             turned = apply_orientation(IMAGE, turn)
             affine = oblique() @ inv_ornt_aff(turn, IMAGE.shape)
-            own = to_grid(Path(), turned[..., None], affine, meta)
+            own = preprocess.to_grid(Path(), turned[..., None], affine, meta)
             assert np.allclose(own, expected, atol=2e-3) if resampled else (own == expected).all()
             own = mask_to_grid(apply_orientation(MASK, turn), affine, meta)
             assert np.array_equal(own, labels)
-            own = from_grid(chances, turned.shape, affine)
+            own = preprocess.from_grid(chances, turned.shape, affine)
             assert np.array_equal(own, apply_orientation(back, turn))
 
 
 def test_the_resampling_matrix_keeps_extent_and_ramps():
-    assert np.array_equal(resampling_matrix(5, 5), np.eye(5))
-    assert resampling_matrix(4, 2)[0].tolist() == pytest.approx([3 / 7, 3 / 7, 1 / 7, 0])
+    assert np.array_equal(preprocess.resampling_matrix(5, 5), np.eye(5))
+    assert preprocess.resampling_matrix(4, 2)[0].tolist() == pytest.approx([3 / 7, 3 / 7, 1 / 7, 0])
     for old, new in ((7, 13), (13, 7), (30, 11)):
-        matrix = resampling_matrix(old, new)
+        matrix = preprocess.resampling_matrix(old, new)
         ramp = matrix @ ((np.arange(old) + 0.5) / old)
         expected = (np.arange(new) + 0.5) / new
         assert ramp[2:-2] == pytest.approx(expected[2:-2], abs=1e-6 if new > old else 0.01)
     fine = np.random.default_rng(0).normal(size=(32, 4, 4)).astype(np.float32)
-    assert resample(fine, (8, 4, 4)).std() < 0.7 * fine.std()  # antialiased: noise is averaged
+    assert (
+        preprocess.resample(fine, (8, 4, 4)).std() < 0.7 * fine.std()
+    )  # antialiased: noise is averaged
 
 
 def test_the_class_of_the_largest_share_wins_and_of_equal_ones_the_first():
@@ -306,22 +280,22 @@ def test_rounding_in_the_header_does_not_change_the_number_of_voxels():
 
 def test_air_does_not_count_for_mean_and_deviation():
     image = np.array([0, 0, 0, 0, 0, 2, 4], np.float32).reshape(7, 1, 1)
-    assert moments(image) == {"mean": 3, "std": 1}
-    assert moments(image[4:]) == pytest.approx({"mean": 2, "std": (8 / 3) ** 0.5})
+    assert preprocess.moments(image) == {"mean": 3, "std": 1}
+    assert preprocess.moments(image[4:]) == pytest.approx({"mean": 2, "std": (8 / 3) ** 0.5})
     drawn = np.random.default_rng(0).normal(500, 3, (9, 8, 7)).astype(np.float32)
     expected = {"mean": drawn.mean(dtype=float), "std": drawn.std(dtype=float)}
     for volume in (drawn, drawn.T[::-1], np.asfortranarray(drawn)):
-        assert moments(volume) == pytest.approx(expected)
+        assert preprocess.moments(volume) == pytest.approx(expected)
     constants = {"low": 0, "high": 10, "mean": 5, "std": 5}
     ct = np.array([-100, 5, 100], np.int16).reshape(3, 1, 1)
-    assert normalise(ct, constants).ravel().tolist() == [-1, 0, 1]
+    assert preprocess.normalise(ct, constants).ravel().tolist() == [-1, 0, 1]
 
 
 def test_values_that_float16_cannot_hold_are_refused():
     image = np.zeros((12, 10, 8, 1), np.float32)
     image[2:7, 3:9, 1:5, 0] = 1e6 + np.random.default_rng(0).random((5, 6, 4))
-    with pytest.raises(DataError, match=r"a\.nii: normalised values beyond 65504"):
-        to_grid(Path("a.nii"), image, GRID, META)
+    found = refusal(preprocess.to_grid, Path("a.nii"), image, GRID, META)
+    assert found.startswith("a.nii: normalised values beyond 65504")
 
 
 def test_points_are_different_voxels_of_every_class():
@@ -344,7 +318,7 @@ def make_slices(count: int = 12, **attributes: object) -> list[pydicom.Dataset]:
     The first pixel of slice k is 10 k, and the others count on from there.
     """
     shared = {
-        "SOPClassUID": CTImageStorage,
+        "SOPClassUID": uid.CTImageStorage,
         "SeriesInstanceUID": "1.2",
         "Modality": "CT",
         "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
@@ -362,7 +336,7 @@ def make_slices(count: int = 12, **attributes: object) -> list[pydicom.Dataset]:
     for k in range(count):
         ds = pydicom.Dataset()
         ds.file_meta = pydicom.dataset.FileMetaDataset()
-        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        ds.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
         ds.SOPInstanceUID = f"1.2.{k + 1}"
         ds.ImagePositionPatient = [-10, -12, 2.5 * k]
         for keyword, value in (shared | attributes).items():
@@ -386,33 +360,31 @@ def save_series(folder: Path, slices: list[pydicom.Dataset], name: str = "{:02d}
     return folder
 
 
-SHARED = {
-    "PlaneOrientationSequence": ["ImageOrientationPatient"],
-    "PixelMeasuresSequence": ["PixelSpacing"],
-}
-PER_FRAME = {
-    "PlanePositionSequence": ["ImagePositionPatient"],
-    "PixelValueTransformationSequence": ["RescaleSlope", "RescaleIntercept"],
-}
+def make_item(ds: pydicom.Dataset, *keywords: str) -> pydicom.Dataset:
+    item = pydicom.Dataset()
+    for keyword in keywords:
+        setattr(item, keyword, ds.get(keyword))
+    return item
 
 
 def make_enhanced(slices: list[pydicom.Dataset]) -> pydicom.Dataset:
     """The slices as frames of an enhanced file: position and rescale per frame, all else shared."""
-    enhanced = make_slices(1, SOPClassUID=EnhancedCTImageStorage, NumberOfFrames=len(slices))[0]
+    rescale = ("RescaleSlope", "RescaleIntercept")
+    moved = dict.fromkeys(["ImageOrientationPatient", "PixelSpacing", *rescale])  # None here
+    enhanced = make_slices(1, NumberOfFrames=len(slices), **moved)[0]
+    enhanced.SOPClassUID = uid.EnhancedCTImageStorage
     enhanced.PixelData = b"".join(ds.PixelData for ds in slices)
     enhanced["PixelData"].VR = "OW"
-    shared, *groups = [pydicom.Dataset() for _ in range(len(slices) + 1)]
-    pairs = [(slices[0], shared, SHARED)]
-    pairs += [(ds, group, PER_FRAME) for ds, group in zip(slices, groups, strict=True)]
-    for ds, group, macros in pairs:
-        for macro, keywords in macros.items():
-            item = pydicom.Dataset()
-            for keyword in keywords:
-                setattr(item, keyword, ds.get(keyword))
-                enhanced.pop(keyword, None)
-            setattr(group, macro, [item])
+    shared = pydicom.Dataset()
+    shared.PlaneOrientationSequence = [make_item(slices[0], "ImageOrientationPatient")]
+    shared.PixelMeasuresSequence = [make_item(slices[0], "PixelSpacing")]
     enhanced.SharedFunctionalGroupsSequence = [shared]
-    enhanced.PerFrameFunctionalGroupsSequence = groups
+    enhanced.PerFrameFunctionalGroupsSequence = []
+    for ds in slices:
+        group = pydicom.Dataset()
+        group.PlanePositionSequence = [make_item(ds, "ImagePositionPatient")]
+        group.PixelValueTransformationSequence = [make_item(ds, *rescale)]
+        enhanced.PerFrameFunctionalGroupsSequence.append(group)
     return enhanced
 
 
@@ -427,42 +399,29 @@ def put(keyword: str, value: object, *numbers: int) -> Callable:
     return edit
 
 
-def as_enhanced(edit: Callable) -> Callable:
-    def edit_all(slices: list[pydicom.Dataset]) -> None:
-        edit(slices)
-        slices[:] = [make_enhanced(slices)]
-
-    return edit_all
-
-
 POSITION = "ImagePositionPatient"
 
 
-def tilt(degrees: float) -> Callable:
-    """Move each slice along y as a gantry of this tilt does."""
-    slope = np.tan(np.radians(degrees))
-    return put(POSITION, lambda ds, k: [-10, -12 + 2.5 * k * slope, 2.5 * k])
+def frame_aside(slices: list[pydicom.Dataset]) -> None:
+    put(POSITION, [-7, -12, 12.5], 5)(slices)
+    slices[:] = [make_enhanced(slices)]
 
 
-HALF = range(6, 12)
+# A gantry that is tilted by 18 degrees: 2.5 mm * tan 18 = 0.8123 mm
+TILTED = put(POSITION, lambda ds, k: [-10, -12 + 0.8123 * k, 2.5 * k])
 BOX = "12 slices at 12 positions are no box: "
 SERIES = {  # what is odd -> note, or "! " and refusal
     "healthy": (len, "^$"),
     "two acquisitions": (put("AcquisitionNumber", lambda ds, k: 1 + k % 2), "several acquisitions, by AcquisitionNumber 6 of 1, 6 of 2"),
-    "tilted by 18 degrees": (tilt(18), f"! .*{BOX}.*dcm are 2.5 mm apart and 0.8123 mm aside"),
-    "tilted by 4 degrees": (tilt(-4), f"! .*{BOX}.*dcm are 2.5 mm apart and 0.1748 mm aside"),
-    "first one aside": (put(POSITION, [-10, -9, 0], 0), f"! .*{BOX}00.dcm and 01.dcm are 2.5 mm apart and 3 mm aside"),
+    "tilted by 18 degrees": (TILTED, f"! .*{BOX}.*dcm are 2.5 mm apart and 0.8123 mm aside"),
     "one aside": (put(POSITION, [-10.4, -12, 12.5], 5), f"! .*{BOX}0[45].dcm and 0[56].dcm are 2.5 .* 0.4 mm aside"),
     "one slightly aside": (put(POSITION, [-10.12, -12, 12.5], 5), f"! .*{BOX}"),
     "one hardly aside": (put(POSITION, [-10.08, -12, 12.5], 5), "^$"),
     "one along the normal": (put(POSITION, [-10, -12, 16], 6), f"! .*{BOX}0[56].dcm and 0[67].dcm are (1|3).5 mm apart"),
     "doubled": (put(POSITION, [-10, -12, 12.5], 6), "! .*12 slices at 11 positions are no box: .* mostly 2.5 mm apart"),
     "one missing": (lambda s: s.pop(7), "! .*11 slices at 11 .* 06.dcm and 07.dcm are 5 mm apart"),
-    "four missing": (lambda s: [s.pop(3) for _ in range(4)], "! .*02.dcm and 03.dcm are 12.5 mm apart"),
-    "echoes": (put(POSITION, lambda ds, k: [-10, -12, 2.5 * (k // 3)]), "! .*12 slices at 4 positions are no box: .* or echoes"),
     "mosaics": (put(POSITION, [0, 0, 0]), "! .*12 slices at 1 positions .* mosaics, a time"),
     "other spacing": (put("PixelSpacing", [1.5, 1.3], 4), r"! .*\[1.5, 1.0\] in 00.dcm, \[1.5, 1.3\] in 04.dcm, 1 of"),
-    "half of other spacing": (put("PixelSpacing", [2, 1], *HALF), r"! .*PixelSpacing .* \[2.0, 1.0\] in 06.dcm, 6 of 12 differ"),
     "one turned": (put("ImageOrientationPatient", [0, 1, 0, 0, 0, -1], 9), "! .*ImageOrient.* 09.dcm,"),
     "other size": (put("Rows", 3, 0), r"! .*Rows \[3.0\] in 00.dcm"),
     "no position": (put(POSITION, None, 11), "! .*no ImagePositionPatient of 3 numbers in 11.dcm"),
@@ -472,16 +431,15 @@ SERIES = {  # what is odd -> note, or "! " and refusal
     "two series": (put("SeriesInstanceUID", "1.9", 2), "! .*2 DICOM series, .* 02.dcm; "),
     "a UID for each slice": (put("SeriesInstanceUID", lambda ds, k: f"1.2.{k}"), "! .*12 DICOM series, .*; a UID for each slice"),
     "frames": (put("NumberOfFrames", 4, 0), r"! .*00.dcm is no slice \(CT Image Storage, MONOCHROME2, 4 fr"),
-    "dose": (put("SOPClassUID", RTDoseStorage, 0), r"! .*00.dcm is no slice \(RT Dose Storage"),
-    "segments": (put("SOPClassUID", SegmentationStorage, 0), r"! .*00.dcm is no slice \(Segmentation"),
+    "dose": (put("SOPClassUID", uid.RTDoseStorage, 0), r"! .*00.dcm is no slice \(RT Dose Storage"),
+    "segments": (put("SOPClassUID", uid.SegmentationStorage, 0), r"! .*00.dcm is no slice \(Segmentation"),
     "colour": (put("PhotometricInterpretation", "RGB", 0), r"! .*00.dcm is no slice \(CT Image Storage, RGB"),
     "inverted": (put("PhotometricInterpretation", "MONOCHROME1", 7), "! .*07.dcm is no slice .*, MONOCHROME1"),
     "localizer": (put("ImageType", ["DERIVED", "X", "LOCALIZER"]), r"! .*a localizer \(scout\)"),
     "slope 0": (put("RescaleSlope", 0, 5), "! .*05.dcm: RescaleSlope 0.* gives no values"),
     "no pixels": (lambda s: s[11].__delattr__("PixelData"), "! .*11 of 12 files are DICOM images, 1 are cut, .* 11.dcm"),
     "one slice": (lambda s: s.__delitem__(slice(1, None)), "! .*one DICOM slice, expected the folder"),
-    "a tilted enhanced file": (as_enhanced(tilt(18)), "! .*0.8123 mm aside"),
-    "a frame aside": (as_enhanced(put(POSITION, [-7, -12, 12.5], 5)), "! .*frame 6 .*are 2.5 .* 3 mm aside"),
+    "a frame aside": (frame_aside, "! .*frame 6 .*are 2.5 .* 3 mm aside"),
 }  # fmt: skip
 
 
@@ -553,8 +511,7 @@ def test_a_file_that_is_cut_anywhere_is_named_however_it_is_called(tmp_path, nam
 def test_padding_gets_the_lowest_value_of_the_others(tmp_path, value, signed):
     slices = make_slices(PixelRepresentation=signed, BitsStored=16, HighBit=15)
     for ds in slices:
-        pixels = np.frombuffer(ds.PixelData, np.uint16).reshape(6, 5).astype(np.int64)
-        set_pixels(ds, np.where(np.eye(6, 5), value % 2**16, pixels + 7))
+        set_pixels(ds, np.where(np.eye(6, 5), value % 2**16, ds.pixel_array + 7))
         ds.add_new("PixelPaddingValue", "US" if value >= 0 else "SS", value)
     folder = save_series(tmp_path / "ct", slices)
     voxels = read_volume(folder, []).voxels
@@ -563,13 +520,11 @@ def test_padding_gets_the_lowest_value_of_the_others(tmp_path, value, signed):
 
 
 def test_an_enhanced_file_is_the_volume_of_its_frames(tmp_path):
-    """Also one of Siemens XA30 that still says MOSAIC, and with private sequences (Philips)."""
     slices = make_slices()
     put("RescaleSlope", lambda ds, k: 1 + k)(slices)
     expected = read_volume(save_series(tmp_path / "ct", slices), [])
-    order = np.random.default_rng(0).permutation(12)
-    enhanced = make_enhanced([slices[k] for k in order])
-    enhanced.ImageType = ["ORIGINAL", "PRIMARY", "MOSAIC"]
+    enhanced = make_enhanced(slices[6:] + slices[:6])
+    enhanced.ImageType = ["ORIGINAL", "PRIMARY", "MOSAIC"]  # as Siemens XA30 still says
     for group in enhanced.PerFrameFunctionalGroupsSequence:
         item = pydicom.Dataset()
         item.ImagePositionPatient = [0, 0, 0]
@@ -587,17 +542,11 @@ def test_an_enhanced_file_is_the_volume_of_its_frames(tmp_path):
 # --- pictures ---
 
 
-def draw(colour: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """A dark picture of 24 rows and 32 columns with a bright block, and its mask."""
-    mask = np.zeros((24, 32), np.uint8)
-    mask[5:13, 12:24] = 1
-    noise = np.random.default_rng(0).integers(0, 60, mask.shape)
-    picture = (150 * mask + noise).astype(np.uint8)
-    return np.stack([picture, 255 - picture, picture // 2], 2) if colour else picture, mask
-
-
-GRAY, DRAWN = draw()
-COLOUR, _ = draw(colour=True)
+# A dark picture of 24 rows and 32 columns with a bright block: gray, in colour, and its mask
+DRAWN = np.zeros((24, 32), np.uint8)
+DRAWN[5:13, 12:24] = 1
+GRAY = 150 * DRAWN + np.random.default_rng(0).integers(0, 60, DRAWN.shape, np.uint8)
+COLOUR = np.stack([GRAY, 255 - GRAY, GRAY // 2], 2)
 EXIF = Image.Exif()
 EXIF[0x0112] = 6  # the first row of the file is the right side of what is shown
 TURNED = {"exif": EXIF}
@@ -625,8 +574,10 @@ def test_a_picture_is_a_volume_of_one_slice_with_three_channels(tmp_path, name):
     volume = read_volume(save_picture(tmp_path / name, pixels, **options), [])
     assert np.array_equal(volume.voxels[:, :, 0].swapaxes(0, 1), expected)
     assert np.array_equal(volume.affine, np.diag([1, -1, 1, 1]))
-    one = preprocess.read_channels([tmp_path / name], 1, [])  # where one is wanted
-    assert one.voxels.shape[3] == (1 if name in ("g.tif", "d.png") else 3)
+    channels = 1 if name in ("g.tif", "d.png") else 3  # where one is wanted
+    assert preprocess.read_channels([tmp_path / name], 1, []).voxels.shape[3] == channels
+    two = preprocess.read_channels([tmp_path / name] * 2, 2, [])  # a file a channel
+    assert two.voxels.shape[3] == 2 * channels
 
 
 OPAQUE = np.full_like(DRAWN, 255)
@@ -653,9 +604,8 @@ PICTURE_MASKS = {  # file -> pixels, options, refusal if any
 def test_masks_of_pictures_are_gray_values_or_refused(tmp_path, name):
     pixels, options, message = PICTURE_MASKS[name]
     path = save_picture(tmp_path / name, pixels, **options)
-    image = Volume(np.zeros((32, 24, 1, 3)), PICTURE_TO_RAS)
+    image = Volume(np.zeros((32, 24, 1, 3)), preprocess.PICTURE_TO_RAS)
     if message is None:
         assert np.array_equal(read_mask(path, image)[..., 0].T, DRAWN)
-        return
-    with pytest.raises(DataError, match=f"{name}: {message}"):
-        read_mask(path, image)
+    else:
+        assert re.search(f"{name}: {message}", refusal(read_mask, path, image))

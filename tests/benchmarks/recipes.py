@@ -64,17 +64,13 @@ def read_recipes(task: str) -> list[tuple[str, str]]:
 
 def relocate(options: str, raw: Path, out: Path) -> list[str]:
     """The options with data/... and runs/... below `out`, and data sets below `raw`."""
-    moved = []
-    before = ""
-    for word in shlex.split(options):
+    words = shlex.split(options)
+    for k, word in enumerate(words):
         if word.startswith(("data/", "runs/")):
-            moved.append(str(out / word))
-        elif before == "--data":
-            moved.append(str(raw / word))
-        else:
-            moved.append(word)
-        before = word
-    return moved
+            words[k] = str(out / word)
+        elif words[k - 1] == "--data":
+            words[k] = str(raw / word)
+    return words
 
 
 def value_of(words: list[str], option: str) -> str:

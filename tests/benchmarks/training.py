@@ -16,26 +16,26 @@ import io
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.caches import change_rows, draw_images, draw_volumes
 
 SIZE = 224  # pixels per side of an image
 VOLUME = (128, 128, 80)  # voxels; the default patch in 3D is 57 x 57 x 80
-TRAININGS = {  # task, options, and the batch size of train.py
-    "ResNet-18": ("classification", "", 32),
-    "heart": ("detection", "", 32),
-    "U-Net 2D": ("segmentation", "--dims 2", 16),
-    "U-Net 3D": ("segmentation", "--dims 3", 2),
+TRAININGS = {  # task, options, batch size of train.py, what an epoch takes of an image or volume
+    "ResNet-18": ("classification", "", 32, 1),
+    "heart": ("detection", "", 32, 1),
+    "U-Net 2D": ("segmentation", "--dims 2", 16, VOLUME[2]),
+    "U-Net 3D": ("segmentation", "--dims 3", 2, 5),
 }
-PATCHES = {"U-Net 2D": VOLUME[2], "U-Net 3D": 5}  # that an epoch takes from a volume
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -57,20 +57,24 @@ def main(argv: list[str] | None = None) -> None:
     print(f"torch {torch.__version__}, {hardware}, {torch.get_num_threads()} threads, {vars(args)}")
 
     for name in args.only:
-        task, options, batch_size = TRAININGS[name]
+        task, options, batch_size, patches = TRAININGS[name]
         batch_size = args.batch_size or batch_size
         train = importlib.import_module(f"{task}.train")
         with tempfile.TemporaryDirectory() as folder:
-            draw_cache(Path(folder) / "cache", name, task, args.steps * batch_size)
+            draw_cache(Path(folder) / "cache", task, max(1, args.steps * batch_size // patches))
             command = f"--data {folder}/cache --device {args.device} --amp {args.amp} {options}"
             command += f" --epochs {args.epochs} --workers {args.workers}"
             command += f" --batch-size {batch_size}" + " --compile" * args.compile
-            report(name, train, command.split(), batch_size)
+            command += f" --out {folder}/run"
+            steps, epoch = measure(train, args.device, command.split())
+            _, resident = measure(train, args.device, f"{command}2".split(), is_resident=True)
+        images = f"{steps * batch_size / epoch:.1f} images/s"
+        times = f"{epoch / resident:.3f} times one resident batch"
+        print(f"{name:10} epoch {epoch:8.3f} s, {images}, {times}", flush=True)
 
 
-def draw_cache(cache: Path, name: str, task: str, count: int) -> None:
-    """A cache that gives `count` images or patches an epoch, and a quarter to validate."""
-    count = max(1, count // PATCHES.get(name, 1))
+def draw_cache(cache: Path, task: str, count: int) -> None:
+    """A cache with `count` images or volumes to train, and a quarter to validate."""
     total = count + max(1, count // 4)
     if task == "segmentation":
         draw_volumes(cache, total, VOLUME)
@@ -79,114 +83,44 @@ def draw_cache(cache: Path, name: str, task: str, count: int) -> None:
     change_rows(cache, lambda k, row: row.update(fold="1" if k < count else "0"))
 
 
-# --- one training ---
-
-
-def report(name: str, train: ModuleType, command: list[str], batch_size: int) -> None:
-    """Run a training, and its steps on one batch alone; print what each part takes."""
-    watch = Watch(train, command)
-    with resident_batch(train):
-        resident = Watch(train, command)
-    images = watch.steps * batch_size
-    epoch, validation = watch.fastest()
-    bare, _ = resident.fastest()
-    print(f"{name:10} epoch {epoch:8.3f} s, {images / epoch:.1f} images/s,", end=" ")
-    print(f"{epoch / bare:.3f} times one resident batch; validation {validation:.3f} s", flush=True)
-
-
-class Watch:
-    """Runs a training and times it at the calls that begin an epoch, end its steps and save it."""
-
-    def __init__(self, train: ModuleType, command: list[str]) -> None:
-        self.loader = None  # of the training set
-        self.steps = 0  # of an epoch
-        self.clocks = []  # seconds at each of these calls
-        self.end = train.mean_loss
-        self.make_loader = train.make_loader
-        save = train.Run.save
-
-        def on_save(*rest: object) -> None:
-            self.clock()
-            save(*rest)
-
-        torch._dynamo.reset()  # what a run before has compiled is for its own model
-        with (
-            patch.object(train, "mean_loss", self.on_end),
-            patch.object(train.Run, "save", on_save),
-            patch.object(train, "make_loader", self.on_loader),
-            tempfile.TemporaryDirectory() as out,
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
-            train.main([*command, "--out", f"{out}/run"])
-
-    def clock(self) -> None:
-        self.clocks.append(time.perf_counter())
-
-    def on_end(self, loss_sum: Tensor, steps: int, epoch: int, world_size: int = 0) -> float:
-        if not world_size:  # for the line of progress
-            return self.end(loss_sum, steps, epoch)
-        loss = self.end(loss_sum, steps, epoch, world_size)  # it reads the loss: all steps are done
-        self.clock()
-        self.steps = steps
-        return loss
-
-    def on_loader(self, *rest: object) -> object:
-        loader = self.make_loader(*rest)
-        if self.loader is not None:  # the one of the validation
-            return loader
-        self.loader = loader
-        return WatchedLoader(loader, self.clock)
-
-    def fastest(self) -> tuple[float, float]:
-        """Seconds of the fastest training and validation, without the first epoch."""
-        begins, ends, saves = (self.clocks[k::3] for k in (3, 4, 5))  # three calls an epoch
-        training = min(end - begin for begin, end in zip(begins, ends, strict=True))
-        return training, min(save - end for end, save in zip(ends, saves, strict=True))
-
-
-class WatchedLoader:
-    """A loader that says when an epoch begins, and may give a single batch again and again."""
-
-    def __init__(self, loader: object, on_begin: Callable = int, batch: tuple = ()) -> None:
-        self.loader = loader
-        self.sampler = loader.sampler
-        self.dataset = loader.dataset
-        self.on_begin = on_begin
-        self.batch = batch
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator:
-        self.on_begin()
-        return iter([self.batch] * len(self.loader) if self.batch else self.loader)
-
-
-@contextlib.contextmanager
-def resident_batch(train: ModuleType) -> Iterator[None]:
-    """Let train.py train on one batch that is loaded and augmented once."""
-    make_loader = train.make_loader
+def measure(
+    train: ModuleType, device: str, command: list[str], is_resident: bool = False
+) -> tuple[int, float]:
+    """Run a training, or its steps on one batch: the steps of an epoch, seconds of the fastest."""
+    load = DataLoader.__iter__
     to_input = train.to_input
-    loaders = []
-    inputs = []
+    batch = []  # the resident one, as it is loaded
+    inputs = []  # the same, on the device and augmented
+    epochs = []
 
-    def make(*rest: object) -> object:
-        loader = make_loader(*rest)
-        if not loaders:  # the first one is that of the training
+    def iterate(loader: DataLoader) -> Iterator:
+        if not hasattr(loader.sampler, "epoch"):  # this one is for the validation
+            yield from load(loader)
+            return
+        if is_resident and not batch:
             images, targets = loader.dataset[next(iter(loader.sampler))]
-            loader = WatchedLoader(loader, batch=(images, targets.to(rest[-1])))
-        loaders.append(loader)
-        return loader
+            batch.extend([images, targets.to(device)])
+        begin = time.perf_counter()
+        yield from [batch] * len(loader) if is_resident else load(loader)
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()  # the last steps are queued, not done
+        epochs.append((len(loader), time.perf_counter() - begin))
 
     def prepare(images: Tensor, *rest: object) -> Tensor | tuple[Tensor, Tensor]:
-        if images is not loaders[0].batch[0]:
+        if not batch or images is not batch[0]:
             return to_input(images, *rest)
         if not inputs:
             inputs.append(to_input(images, *rest))
         return inputs[0]
 
-    with patch.object(train, "make_loader", make), patch.object(train, "to_input", prepare):
-        yield
+    torch._dynamo.reset()  # what a run before has compiled is for its own model
+    with (
+        patch.object(DataLoader, "__iter__", iterate),
+        patch.object(train, "to_input", prepare),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        train.main(command)
+    return min(epochs[1:])
 
 
 if __name__ == "__main__":
