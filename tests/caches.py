@@ -47,9 +47,13 @@ def write_index(cache: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def read_rows(cache: Path) -> list[dict]:
-    with open(cache / "index.csv", newline="") as file:
+def read_table(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def read_rows(cache: Path) -> list[dict[str, str]]:
+    return read_table(cache / "index.csv")
 
 
 def change_rows(cache: Path, change: Callable) -> None:
@@ -221,9 +225,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-def copy(source: Path, target: Path) -> Path:
-    shutil.copytree(source, target)
-    return target
+copy = shutil.copytree  # it returns the copy
 
 
 @contextmanager
