@@ -27,7 +27,7 @@ XRAYS = pytest.mark.parametrize("task", NAMES[:2])
 # What log.csv has with the prefix val_, and what decides which checkpoint is the best
 SCORES = {"classification": "auroc", "detection": "mean_iou", "segmentation": "dice"}
 SMALL = {
-    "classification": "--batch-size 6",
+    "classification": "--batch-size 6 --channels 16",
     "detection": "--batch-size 6 --channels 16",
     "segmentation": "--batch-size 8 --channels 2",
 }
