@@ -12,7 +12,8 @@ from PIL import Image
 from common.checkpoint import list_trained_on, load_checkpoint, save_checkpoint
 from segmentation.eval import keep_largest
 from tests import caches as kit
-from tests.conftest import read_table
+from tests.caches import read_table
+from tests.raw import draw, noise
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick")]
 FOLDS = ("0", "1", "2", "3", "4")
@@ -261,9 +262,8 @@ def test_by_gives_every_metric_of_every_value(studies, tmp_path, task, capsys):
         else:
             scores = [case["iou" if task == "detection" else "dice"] for case in cases]
         assert row["summary"].keys() == result["summary"].keys()
-        assert row["summary"][metric]["value"] == pytest.approx(
-            np.nanmean(np.array(scores, float)), abs=1e-4
-        )
+        mean = np.nanmean(np.array(scores, float))
+        assert row["summary"][metric]["value"] == pytest.approx(mean, abs=1e-4)
         assert row["summary"][metric]["low"] is None  # ten images of five patients
     printed = capsys.readouterr().out
     assert f"{metric} by sex\n  F " in printed
@@ -278,9 +278,8 @@ def test_patients_and_not_images_are_drawn_for_the_intervals(runs, tmp_path, tas
     cache = tmp_path / "cache"
     cache = kit.draw_volumes(cache, 12) if task == "segmentation" else kit.draw_images(cache, task)
     kit.change_rows(cache, lambda k, row: row.update(fold="test", patient="one", digest=f"x{k}"))
-    kit.evaluate(
-        task, cache, f"--checkpoint {runs[task]}/best.pt --split test --out {tmp_path}/out"
-    )
+    options = f"--checkpoint {runs[task]}/best.pt --split test --out {tmp_path}/out"
+    kit.evaluate(task, cache, options)
     assert {metric["low"] for metric in kit.report(tmp_path / "out")["summary"].values()} == {None}
 
 
@@ -299,10 +298,9 @@ def test_eval_gives_the_score_that_train_printed(caches, tmp_path, task):
 def test_boxes_and_their_errors_by_hand(studies, tmp_path, monkeypatch, capsys):
     cache, (path, *_) = studies["detection"]
     cache = kit.copy(cache, tmp_path / "cache")
-    kit.change_rows(cache, lambda k, row: row.update(fold="test", digest="", patient=f"x{k}"))
-    kit.change_rows(
-        cache, lambda k, row: row.update(spacing="0.5 0.25", fold="test" if k < 8 else "0")
-    )
+    new = {"digest": "", "spacing": "0.5 0.25"}
+    fold = lambda k: "test" if k < 8 else "0"  # noqa: E731
+    kit.change_rows(cache, lambda k, row: row.update(new, patient=f"x{k}", fold=fold(k)))
     evaluation = kit.module("detection", "eval")
     real = evaluation.evaluate
 
@@ -432,14 +430,13 @@ def test_new_images_have_a_row_each_and_only_the_first_ones_an_overlay(
     """The constant of 100 pictures is lowered to 3; a bad file, and one that is given twice."""
     folder = tmp_path / "new"
     folder.mkdir()
-    rng = np.random.default_rng(0)
     is_volume = task == "segmentation"
     paths = [folder / f"i{k}.{'nii.gz' if is_volume else 'png'}" for k in range(8)]
     for path in paths:
         if is_volume:
-            nib.save(nib.Nifti1Image(rng.random((8, 8, 8), np.float32), np.eye(4)), path)
+            nib.save(nib.Nifti1Image(noise(path.name, 8, 8, 8), np.eye(4)), path)
         else:
-            Image.fromarray(rng.integers(0, 256, (20, 60), np.uint8)).save(path)
+            Image.fromarray(noise(path.name, 20, 60)).save(path)
     paths[2].write_bytes(b"nothing")
     evaluation = kit.module(task, "eval")
     name = {"classification": "draw_map", "detection": "draw_boxes"}.get(task, "draw_panels")
@@ -467,19 +464,18 @@ def test_new_images_have_a_row_each_and_only_the_first_ones_an_overlay(
     kit.predict(task, runs[task] / "best.pt", tmp_path / "alone", paths[7])
     (alone,) = read_table(tmp_path / "alone" / table)
     for key in alone.keys() - {"image", "overlay", "prediction", "mask"}:
-        assert float(rows[6][key]) == pytest.approx(float(alone[key]), abs=1e-3), key
+        # Another batch size rounds differently: 0.01 in a box, that is rounded to 0.01 px.
+        assert float(rows[6][key]) == pytest.approx(float(alone[key]), abs=0.011), key
 
 
 @kit.XRAYS
 def test_new_images_are_called_by_their_paths(runs, tmp_path, task):
-    paths = [tmp_path / "new" / name for name in ("a/x.png", "b/x.png")]
-    for path in paths:
-        path.parent.mkdir(parents=True)
-        Image.fromarray(np.eye(32, dtype=np.uint8)).save(path)
+    new = draw(tmp_path / "new", "a/x b/x")
     best = runs[task] / "best.pt"
-    kit.predict(task, best, tmp_path / "out", tmp_path / "new")
+    kit.predict(task, best, tmp_path / "out", new)
     rows = read_table(tmp_path / "out" / "predictions.csv")
     assert [row["image"] for row in rows] == ["a/x.png", "b/x.png"]
+    paths = [new / "a/x.png", new / "b/x.png"]
     assert "x.png" in kit.refusal(kit.predict, task, best, tmp_path / "two", *paths)
     assert not (tmp_path / "two").exists()
 

@@ -53,15 +53,6 @@ def test_what_is_there_is_never_replaced(tmp_path, make):
     assert kit.refusal(checkpoint.new_folder(Path("/")).__enter__).startswith("/: exists already")
 
 
-def test_the_first_free_name(tmp_path):
-    for name in ("run", "run-2", "run-3"):
-        path = checkpoint.free_name(tmp_path / "run")
-        assert path.name == name
-        path.mkdir()
-    assert checkpoint.free_name(tmp_path / "run", newest=True).name == "run-3"  # for --resume
-    assert checkpoint.free_name(tmp_path / "other", newest=True).name == "other"
-
-
 @pytest.mark.slow
 @kit.TASKS
 def test_no_command_replaces_files(caches, runs, tmp_path, task):
@@ -150,6 +141,7 @@ def test_a_second_run_takes_the_next_name_and_the_same_synthetic_set(
     write_demo = lambda folder: made.append(kit.write_raw(folder, task))  # noqa: E731
     monkeypatch.setattr(script.dataset, "write_demo", write_demo)
     words = kit.split_words("--epochs 1 --workers 0 --device cpu --batch-size 4 --channels 16")
+    assert script.parse_args(["--resume"]).out == Path(f"runs/{task}")
     for name in (task, f"{task}-2"):
         script.main(words)
         printed = capsys.readouterr().out
@@ -169,10 +161,9 @@ def test_a_second_run_takes_the_next_name_and_the_same_synthetic_set(
 
 @pytest.fixture
 def path(tmp_path) -> Path:
-    checkpoint.save_checkpoint(
-        tmp_path / "last.pt", {"model": {"weight": torch.ones(2)}, "epoch": 1}
-    )
-    return tmp_path / "last.pt"
+    path = tmp_path / "last.pt"
+    checkpoint.save_checkpoint(path, {"model": {"weight": torch.ones(2)}, "epoch": 1})
+    return path
 
 
 @pytest.mark.parametrize("crash", [KeyboardInterrupt, RuntimeError("no such kernel")])
@@ -203,10 +194,9 @@ def test_the_file_is_on_the_disk_before_it_gets_its_name(path, monkeypatch):
 def test_a_full_disk_is_one_line_and_the_old_file_stays(path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    values = {"model": {"weight": torch.zeros(1_000_000)}}
     try:
-        found = kit.refusal(
-            checkpoint.save_checkpoint, path, {"model": {"weight": torch.zeros(1_000_000)}}
-        )
+        found = kit.refusal(checkpoint.save_checkpoint, path, values)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert found.startswith(f"{path}: not written (") and "File too large" in found
