@@ -174,10 +174,8 @@ def evaluate(task: str, cache: Path, *options: object) -> None:
 
 
 def predict(task: str, checkpoint: Path, out: Path, *images: object) -> None:
-    """eval.py on new images."""
-    workers = "" if task == "segmentation" else "--workers 1"
-    words = split_words("--checkpoint", checkpoint, "--device cpu", workers, "--out", out)
-    module(task, "eval").main([*words, "--images", *map(str, images)])
+    words = split_words("--checkpoint", checkpoint, "--device cpu --out", out, "--images", *images)
+    module(task, "eval").main(words)
 
 
 def report(out: Path) -> dict:

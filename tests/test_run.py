@@ -177,7 +177,7 @@ def test_stop_and_resume_equal_the_straight_run_with_any_workers(caches, tmp_pat
 def test_a_killed_or_interrupted_run_resumes_to_the_bit(caches, tmp_path):
     script = kit.ROOT / "segmentation" / "train.py"
     words = kit.split_words(
-        "--data", caches["segmentation"], "--epochs 12 --workers 0 --device cpu"
+        "--data", caches["segmentation"], "--epochs 20 --workers 0 --device cpu"
     )
     words += kit.split_words(kit.SMALL["segmentation"])
     done = run_scripts(script, *words, "--out", "straight", cwd=tmp_path)
@@ -333,11 +333,10 @@ def test_log_png_marks_each_value_where_it_belongs():
     picture = np.asarray(draw_log(log, "val_auroc", 2)).astype(int)
     blue = (picture == (0x1F, 0x4E, 0x9C)).all(-1)
     red = (picture == (0xC0, 0x39, 0x2B)).all(-1)
-    for curve, y, x in (
-        *((blue, 50, 70), (blue, 200, 270), (blue, 350, 470)),  # falls from left to right
-        *((red, 350, 570), (red, 50, 770)),
-    ):
-        assert curve[y - 5 : y + 5, x - 4 : x + 4].any()
+    for y, x in ((50, 70), (200, 270), (350, 470)):  # falls from left to right
+        assert blue[y - 5 : y + 5, x - 4 : x + 4].any()
+    for y, x in ((350, 570), (50, 770)):
+        assert red[y - 5 : y + 5, x - 4 : x + 4].any()
     assert not red[60:360, 790:].any()  # NaN is no point
     best = (picture == 0x99).all(-1)
     assert best[100:300, 270].mean() > 0.9 and not best[100:300, 200].any()
@@ -566,18 +565,17 @@ def test_a_few_images_are_learned_by_heart(tmp_path, task):
     cache = kit.draw_cache(tmp_path / "cache", task)
     half = len(kit.read_rows(cache)) // 2
     kit.change_rows(cache, lambda k, row: row.update(fold="0" if k < half else "1"))
-    for path in cache.glob("volumes/*.npy"):
-        number, kind = path.name[1:].split(".", 1)
-        if int(number) < half:
-            shutil.copy(path, path.with_name(f"v{int(number) + half}.{kind}"))
-    if task != "segmentation":  # labels and boxes are equal already
+    if task == "segmentation":
+        kit.change_rows(cache, lambda k, row: row.update(id=f"v{k % half}"))
+    else:  # labels and boxes are equal already
         images = np.load(cache / "images.npy")
         images[half:] = images[:half]
         np.save(cache / "images.npy", images)
+    # With six seeds each reached 1, 0.95 and 1, or more.
     options, least = {
-        "classification": ("--epochs 60 --lr 1e-2", 0.99),
+        "classification": ("--epochs 20 --lr 1e-2", 0.9),
         "detection": ("--epochs 80 --lr 1e-2", 0.7),
-        "segmentation": ("--dims 3 --batch-size 1 --epochs 40 --channels 8", 0.9),
+        "segmentation": ("--dims 3 --batch-size 1 --epochs 30 --channels 16", 0.9),
     }[task]
     kit.train(task, cache, tmp_path / "run", options, "--augment 0 --weight-decay 0")
     assert last_of(tmp_path / "run")["metrics"][kit.SCORES[task]] > least
