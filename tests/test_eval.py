@@ -113,18 +113,7 @@ def test_every_image_is_predicted_by_the_network_that_left_it_out(studies, tmp_p
     assert value(result, "accuracy") == pytest.approx(12 / 20)
 
 
-def test_boxes_and_masks_are_pooled_likewise(studies, tmp_path):
-    result = measure(studies, "detection", tmp_path / "boxes")
-    for row in read_table(tmp_path / "boxes" / "predictions.csv"):
-        # The box spans the whole height and the given part of the width of 32 pixels.
-        width = 32 * ANSWERS[int(row["fold"])]
-        assert float(row["xmax"]) == pytest.approx(width, abs=0.01)
-        assert [float(row[f"true_{name}"]) for name in ("xmin", "xmax")] == [6, 14]
-        overlap = 8 * min(8, max(0, width - 6))
-        assert float(row["iou"]) == pytest.approx(overlap / (64 + 32 * width - overlap), abs=1e-4)
-    mean = sum(row["iou"] for row in result["cases"]) / 20
-    assert value(result, "mean_iou") == pytest.approx(mean, abs=1e-4)
-
+def test_a_case_with_nothing_to_find_and_nothing_found_has_no_dice(studies, tmp_path):
     result = measure(studies, "segmentation", tmp_path / "masks")
     # All voxels or none are the cube, of 4 x 4 voxels in each of 3 to 5 slices.
     expected = []
@@ -134,7 +123,15 @@ def test_boxes_and_masks_are_pooled_likewise(studies, tmp_path):
         expected.append(2 * cube / (cube + 8**3) if is_found else 0 if cube else math.nan)
         assert float(row["dice"]) == pytest.approx(expected[-1], nan_ok=True)
     assert value(result, "dice") == pytest.approx(np.nanmean(expected))
+    assert sum(math.isnan(dice) for dice in expected) == 1
     assert [row["n"] for row in result["by"]["values"]] == [2, 2, 1, 1, 1]
+
+
+PICTURES = {
+    "classification": {"confusion_matrix.png", "roc.png", "mistakes.png"},
+    "detection": {"gallery.png"},
+    "segmentation": {"worst.png", "worst.gif"},
+}
 
 
 @kit.TASKS
@@ -150,6 +147,9 @@ def test_a_fold_in_the_pool_is_the_fold_alone(studies, tmp_path, task, capsys):
     assert (fold["value"], other["value"], fold["n"]) == ("1", "2", alone["run"]["n"])
     assert fold["summary"].items() >= alone["summary"].items()  # tuned on the other one
     assert [case for case in pooled["cases"] if case["fold"] == "1"] == alone["cases"]
+    for name in PICTURES[task]:
+        picture = np.asarray(Image.open(tmp_path / "pooled" / name).convert("RGB"))
+        assert picture.min() < 30 and picture.max() > 200, name
 
 
 def test_checkpoints_of_one_fold_are_averaged_for_it(studies, tmp_path):
@@ -377,19 +377,6 @@ def test_the_largest_part_of_each_class_is_kept():
 
 
 # --- pictures ---
-
-
-@kit.TASKS
-def test_the_pictures_of_an_evaluation_are_not_empty(studies, tmp_path, task):
-    measure(studies, task, tmp_path / "out")
-    names = {
-        "classification": ["confusion_matrix.png", "roc.png", "mistakes.png"],
-        "detection": ["gallery.png"],
-        "segmentation": ["worst.png", "worst.gif"],
-    }[task]
-    for name in names:
-        picture = np.asarray(Image.open(tmp_path / "out" / name).convert("RGB")).astype(int)
-        assert picture.min() < 30 and picture.max() > 200, name
 
 
 def test_the_map_of_a_mistake_is_that_of_the_network_that_made_it(studies, tmp_path, monkeypatch):

@@ -80,7 +80,7 @@ SMALL = "--batch-size 8 --lr 0.02"
 @pytest.fixture(scope="module")
 def run(cache, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run") / "a"
-    options = "--epochs 8 --class-weights balanced --loss smooth_ce --augment 0.1"
+    options = "--epochs 20 --class-weights balanced --loss smooth_ce --augment 0.1"
     with caches.small_network():
         train("classification", cache, out, SMALL, options)
     return out
@@ -155,14 +155,14 @@ def test_the_worst_mistakes_of_each_label_come_first():
 
 
 def test_one_map_for_the_class_and_one_for_each_likely_label():
-    def choose(multi_label: bool, positive: str | None, *scores: float) -> list[int]:
+    for multi_label, positive, scores, targets in (
+        (False, "yes", [0.9, 0.1], [1]),
+        (False, None, [0.2, 0.7, 0.1], [1]),
+        (True, None, [0.5, 0.1, 0.9], [0, 2]),
+        (True, None, [0.1, 0.4], [1]),
+    ):
         meta = {"multi_label": multi_label, "positive_class": positive}
-        return evaluation.choose_targets(torch.tensor(scores), meta)
-
-    assert choose(False, "yes", 0.9, 0.1) == [1]
-    assert choose(False, None, 0.2, 0.7, 0.1) == [1]
-    assert choose(True, None, 0.5, 0.1, 0.9) == [0, 2]
-    assert choose(True, None, 0.1, 0.4) == [1]
+        assert evaluation.choose_targets(torch.tensor(scores), meta) == targets
 
 
 def test_labels_of_one_value_are_noted_and_none_with_two_refused(cache, tmp_path, capsys):

@@ -16,14 +16,8 @@ import torch
 from common import checkpoint
 from common.checkpoint import draw_log, load_checkpoint, save_checkpoint
 from tests import caches as kit
-from tests.conftest import (
-    assert_same_training,
-    read_table,
-    run_scripts,
-    same,
-    start_script,
-    wait_for,
-)
+from tests.caches import read_table
+from tests.conftest import assert_same_training, run_scripts, same, start_script, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick")]
 
@@ -176,10 +170,8 @@ def test_stop_and_resume_equal_the_straight_run_with_any_workers(caches, tmp_pat
 
 def test_a_killed_or_interrupted_run_resumes_to_the_bit(caches, tmp_path):
     script = kit.ROOT / "segmentation" / "train.py"
-    words = kit.split_words(
-        "--data", caches["segmentation"], "--epochs 20 --workers 0 --device cpu"
-    )
-    words += kit.split_words(kit.SMALL["segmentation"])
+    options = f"--epochs 20 --workers 0 --device cpu {kit.SMALL['segmentation']}"
+    words = kit.split_words("--data", caches["segmentation"], options)
     done = run_scripts(script, *words, "--out", "straight", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     words += ["--out", "stopped"]
