@@ -239,8 +239,8 @@ def test_an_operating_point_is_chosen_by_the_validation_predictions(studies, tmp
         assert result["run"]["thresholds_tuned"]["test"] == pytest.approx(threshold)
     for point in ("accuracy=0.9", "sensitivity=0", "sensitivity", "specificity=2"):
         with pytest.raises(SystemExit, match="2"):
-            measure(studies, "classification", tmp_path / "no", f"--operating-point {point}")
-        assert "--operating-point" in capsys.readouterr().err
+            kit.module("classification", "eval").main(["--operating-point", point])
+        assert "argument --operating-point" in capsys.readouterr().err
 
 
 # --- subgroups, intervals ---
@@ -319,6 +319,8 @@ def test_boxes_and_their_errors_by_hand(studies, tmp_path, monkeypatch, capsys):
         assert summary["mean_iou"]["value"] == pytest.approx(expected, abs=1e-6)
         assert summary["mae_px"]["value"] == pytest.approx(shift / 2, abs=1e-5)
         assert summary["mae_mm"]["value"] == pytest.approx(0.25 * shift / 2, abs=1e-5)  # across
+    for k, row in enumerate(read_table(tmp_path / "out" / "predictions.csv")):
+        assert float(row["xmin"]) - float(row["true_xmin"]) == pytest.approx(k, abs=0.011)
     printed = capsys.readouterr().out
     doubtful = [k for k in range(8) if iou[k] < 0.5]
     assert f"{len(doubtful)} with an IoU below 0.5" in printed

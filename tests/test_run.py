@@ -229,11 +229,6 @@ def test_a_compiled_run_resumes_a_bare_one(caches, tmp_path, task, monkeypatch):
         torch.testing.assert_close(model[name], weight, rtol=0.05, atol=5e-3)
 
 
-def set_row(cache: Path, **values: str) -> None:
-    """Change the second row of index.csv."""
-    kit.change_rows(cache, lambda k, row: row.update(values) if k == 1 else None)
-
-
 CHANGES = {  # of meta.json
     "classification": ({"fit": "pad"}, "fit squash (now pad)"),
     "detection": ({"mean": 0.1}, "mean 0.2 (now 0.1)"),
@@ -252,7 +247,7 @@ def test_resume_refuses_other_settings_and_another_cache(caches, runs, tmp_path,
     change, message = CHANGES[task]
     kit.change_meta(cache, **change)
     assert message in resume()
-    set_row(cache, patient="other")
+    kit.change_rows(cache, lambda k, row: row.update(patient="other"))
     assert "index" in resume()
     (run / "last.pt").write_bytes((run / "best.pt").read_bytes())
     assert "as in a copy of best.pt" in resume()
@@ -449,7 +444,7 @@ def as_signed(array: bytes) -> bytes:
     return array.replace(b"'|u1'", b"'|i1'").replace(b"'<f2'", b"'<i2'")
 
 
-# What becomes of the bytes of a file, or of the values of the second row
+# What becomes of the bytes of a file, or of the values of all rows
 DAMAGED = [("meta.json", lambda _, text=text: text) for text in (b"{}", b"[]", 100_000 * b"[")]
 DAMAGED += [("meta.json", lambda meta: meta.replace(b'"format": 1', b'"format": 0'))]
 DAMAGED += [("index.csv", lambda index: b""), ("index.csv", lambda index: index.rsplit(b",", 3)[0])]
@@ -463,7 +458,7 @@ def test_a_bad_cache_is_one_line(caches, runs, tmp_path, task):
     for number, change in enumerate(DAMAGED + missing):
         cache = kit.copy(caches[task], tmp_path / f"cache{number}")
         if isinstance(change, dict):
-            set_row(cache, **change)
+            kit.change_rows(cache, lambda k, row, change=change: row.update(change))
         else:
             path = min(cache.rglob(change[0]))
             before = path.read_bytes()
@@ -553,7 +548,7 @@ def test_a_step_reads_nothing_from_the_device(caches, tmp_path, monkeypatch, tas
 
 @kit.TASKS
 def test_a_few_images_are_learned_by_heart(tmp_path, task):
-    """Validated on the images of the training themselves: the second half copies the first."""
+    """Validated on the images of the training: the second half copies the first."""
     cache = kit.draw_cache(tmp_path / "cache", task)
     half = len(kit.read_rows(cache)) // 2
     kit.change_rows(cache, lambda k, row: row.update(fold="0" if k < half else "1"))
