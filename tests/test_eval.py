@@ -271,8 +271,7 @@ def test_by_gives_every_metric_of_every_value(studies, tmp_path, task, capsys):
 
 
 @kit.TASKS
-def test_patients_and_not_images_are_drawn_for_the_intervals(runs, tmp_path, task):
-    """Many images or volumes of one patient have no interval."""
+def test_many_images_of_one_patient_have_no_interval(runs, tmp_path, task):
     cache = tmp_path / "cache"
     cache = kit.draw_volumes(cache, 12) if task == "segmentation" else kit.draw_images(cache, task)
     kit.change_rows(cache, lambda k, row: row.update(fold="test", patient="one", digest=f"x{k}"))

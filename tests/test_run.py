@@ -93,7 +93,7 @@ def test_every_random_number_depends_on_the_seed(caches, tmp_path, task, monkeyp
 def test_a_step_and_a_validation_have_their_rows_modes_and_precision(
     caches, tmp_path, task, monkeypatch
 ):
-    """The other folds are not trained on; gradients are clipped to 1 before they are applied."""
+    """And the gradients are clipped to 1 before they are applied."""
     script = kit.module(task, "train")
     batches = script.dataset.EpochBatches
     losses = dict(script.LOSSES)
@@ -419,7 +419,6 @@ def test_eval_knows_what_init_was_trained_on(caches, runs, tmp_path, task, capsy
     ("task", "prefix", "new"), [("classification", "", "fc"), ("detection", "backbone.", "out")]
 )
 def test_init_takes_what_fits(caches, runs, tmp_path, capsys, task, prefix, new):
-    """All but the last layer with another number of classes, the backbone in another task."""
     cache = kit.copy(caches[task], tmp_path / "cache")
     if task == "classification":
         names = ["no", "yes", "perhaps"]
@@ -440,7 +439,6 @@ def test_init_takes_what_fits(caches, runs, tmp_path, capsys, task, prefix, new)
 
 
 def as_signed(array: bytes) -> bytes:
-    """The file of an array with another type in its header."""
     return array.replace(b"'|u1'", b"'|i1'").replace(b"'<f2'", b"'<i2'")
 
 
@@ -548,9 +546,8 @@ def test_a_step_reads_nothing_from_the_device(caches, tmp_path, monkeypatch, tas
 
 @kit.TASKS
 def test_a_few_images_are_learned_by_heart(tmp_path, task):
-    """Validated on the images of the training: the second half copies the first."""
     cache = kit.draw_cache(tmp_path / "cache", task)
-    half = len(kit.read_rows(cache)) // 2
+    half = len(kit.read_rows(cache)) // 2  # the second one, for training, is a copy of the first
     kit.change_rows(cache, lambda k, row: row.update(fold="0" if k < half else "1"))
     if task == "segmentation":
         kit.change_rows(cache, lambda k, row: row.update(id=f"v{k % half}"))
