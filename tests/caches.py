@@ -27,7 +27,7 @@ XRAYS = pytest.mark.parametrize("task", NAMES[:2])
 # What log.csv has with the prefix val_, and what decides which checkpoint is the best
 SCORES = {"classification": "auroc", "detection": "mean_iou", "segmentation": "dice"}
 SMALL = {
-    "classification": "--batch-size 6",
+    "classification": "--batch-size 6 --channels 16",
     "detection": "--batch-size 6 --channels 16",
     "segmentation": "--batch-size 8 --channels 2",
 }
@@ -47,9 +47,13 @@ def write_index(cache: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def read_rows(cache: Path) -> list[dict]:
-    with open(cache / "index.csv", newline="") as file:
+def read_table(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def read_rows(cache: Path) -> list[dict[str, str]]:
+    return read_table(cache / "index.csv")
 
 
 def change_rows(cache: Path, change: Callable) -> None:
@@ -170,10 +174,8 @@ def evaluate(task: str, cache: Path, *options: object) -> None:
 
 
 def predict(task: str, checkpoint: Path, out: Path, *images: object) -> None:
-    """eval.py on new images."""
-    workers = "" if task == "segmentation" else "--workers 1"
-    words = split_words("--checkpoint", checkpoint, "--device cpu", workers, "--out", out)
-    module(task, "eval").main([*words, "--images", *map(str, images)])
+    words = split_words("--checkpoint", checkpoint, "--device cpu --out", out, "--images", *images)
+    module(task, "eval").main(words)
 
 
 def report(out: Path) -> dict:
@@ -221,9 +223,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-def copy(source: Path, target: Path) -> Path:
-    shutil.copytree(source, target)
-    return target
+copy = shutil.copytree  # it returns the copy
 
 
 @contextmanager

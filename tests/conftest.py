@@ -1,6 +1,5 @@
-"""What several test files use: tables, commands, and training runs compared to the bit."""
+"""What several test files use: caches, commands, and training runs compared to the bit."""
 
-import csv
 import multiprocessing
 import os
 import runpy
@@ -16,7 +15,7 @@ import pytest
 import torch
 
 from common.checkpoint import load_checkpoint
-from tests.caches import NAMES, draw_cache, small_network, train
+from tests.caches import NAMES, draw_cache, read_table, small_network, train  # noqa: F401
 
 # What is compared to the bit has to be computed in one place, and a GPU may be busy or too old. What
 # the shell said is kept for tests/test_cuda.py, in the environment: it passes on to pytest's workers.
@@ -25,11 +24,6 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # A job in the background of a script ignores Ctrl-C, and so would the commands that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def read_table(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 # --- caches, and runs on them: made once, so a test that changes one copies it ---
@@ -114,7 +108,8 @@ def run_scripts(
         started.append(start_script(script, *options, cwd=cwd, name=f".rank{rank}", **environment))
     for process in started:
         process.join(300)
-    code = next(filter(None, [process.exitcode for process in started]), 0)
+    # None, of a process that still runs, is no success either
+    code = next((process.exitcode for process in started if process.exitcode != 0), 0)
     outputs = []
     for suffix in ("out", "err"):
         texts = [(cwd / f".rank{rank}.{suffix}").read_text() for rank in range(processes)]

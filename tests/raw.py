@@ -1,10 +1,7 @@
 """Small raw files that tests write: drawn pictures, DICOM of 12 or 8 bits, tables; and what was made of them."""
 
-import csv
 import json
-import shlex
 import zlib
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +11,7 @@ from PIL import Image
 from pydicom.uid import ComputedRadiographyImageStorage, ExplicitVRLittleEndian
 
 from common.checkpoint import DataError
+from tests.caches import preprocess, read_rows
 
 
 def noise(name: str, *shape: int) -> np.ndarray:
@@ -80,11 +78,9 @@ def table(raw: Path, text: str, files: str = "a b c d", name: str = "labels.csv"
 def run(raw: Path, options: str = "", task: str = "classification", out: str = "out") -> tuple:
     """Preprocess: images.npy, the rows of index.csv, meta.json."""
     cache = raw.parent / out
-    command = ["--data", str(raw), "--out", str(cache), "--workers", "1", *shlex.split(options)]
-    import_module(f"{task}.preprocess").main(command)
-    with open(cache / "index.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return np.load(cache / "images.npy"), rows, json.loads((cache / "meta.json").read_text())
+    preprocess(task, raw, cache, options)
+    meta = json.loads((cache / "meta.json").read_text())
+    return np.load(cache / "images.npy"), read_rows(cache), meta
 
 
 def refused(

@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 
 from common.checkpoint import list_trained_on, load_checkpoint, save_checkpoint
+from common.metrics import auroc
 from segmentation.eval import keep_largest
 from tests import caches as kit
-from tests.conftest import read_table
+from tests.caches import read_table
+from tests.raw import draw, noise
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick")]
 FOLDS = ("0", "1", "2", "3", "4")
@@ -38,6 +40,15 @@ def validation(threshold: float) -> dict:
     return {"ids": ["a", "b"], "labels": torch.tensor([0, 1]), "probabilities": probabilities}
 
 
+def refold(k: int, row: dict) -> None:
+    """A fold, or test, for each patient, and a sex; X-rays have two images of each, and 12 patients."""
+    patient = k if "mask" in row else k // 2
+    row["fold"] = (*FOLDS, "test")[patient % 6]
+    row["sex"] = "MF"[patient % 2]
+    if "label" in row:
+        row["label"] = ("no", "yes")[int(LABELS[row["fold"]][k // 12 * 2 + k % 2])]
+
+
 @pytest.fixture(scope="module")
 def studies(tmp_path_factory) -> dict[str, tuple[Path, list[Path]]]:
     """For each task a cache of five folds and a test set, and checkpoints of five trainings.
@@ -49,15 +60,6 @@ def studies(tmp_path_factory) -> dict[str, tuple[Path, list[Path]]]:
     for task in kit.NAMES:
         folder = tmp_path_factory.mktemp(task)
         cache = kit.draw_cache(folder / "cache", task)
-        labels = {fold: iter(values) for fold, values in LABELS.items()}
-
-        def refold(k: int, row: dict, labels: dict = labels) -> None:
-            group = k if "mask" in row else k // 2
-            row["fold"] = (*FOLDS, "test")[group % 6]
-            row["sex"] = "MF"[group % 2]
-            if "label" in row:
-                row["label"] = ("no", "yes")[int(next(labels[row["fold"]]))]
-
         kit.change_rows(cache, refold)
         if task == "segmentation":  # nothing to find, and nothing found: no Dice
             nothing = np.zeros((8, 8, 8), np.uint8)
@@ -100,12 +102,9 @@ def test_every_image_is_predicted_by_the_network_that_left_it_out(studies, tmp_p
     for row in rows:
         assert float(row["probability_yes"]) == pytest.approx(ANSWERS[int(folds_of[row["id"]])])
     assert value(result, "sensitivity") == pytest.approx((3 + 3 + 1) / 10)
-    wins = 0.0
-    for a, score in zip(FOLDS, ANSWERS, strict=True):
-        for b, other in zip(FOLDS, ANSWERS, strict=True):
-            pairs = LABELS[a].count("1") * LABELS[b].count("0")
-            wins += pairs * (1 if score > other else 0.5 * (score == other))
-    assert value(result, "auroc") == pytest.approx(wins / 100)
+    labels = torch.tensor([int(label) for fold in FOLDS for label in LABELS[fold]])
+    scores = torch.tensor(ANSWERS).repeat_interleave(4)  # four images a fold
+    assert value(result, "auroc") == pytest.approx(auroc(labels, scores))
     # Folds are --by fold: right are the negatives of folds 0 and 3, the positives of the others.
     assert result["by"]["column"] == "fold"
     assert [(row["value"], row["n"]) for row in result["by"]["values"]] == [(k, 4) for k in FOLDS]
@@ -114,18 +113,7 @@ def test_every_image_is_predicted_by_the_network_that_left_it_out(studies, tmp_p
     assert value(result, "accuracy") == pytest.approx(12 / 20)
 
 
-def test_boxes_and_masks_are_pooled_likewise(studies, tmp_path):
-    result = measure(studies, "detection", tmp_path / "boxes")
-    for row in read_table(tmp_path / "boxes" / "predictions.csv"):
-        # The box spans the whole height and the given part of the width of 32 pixels.
-        width = 32 * ANSWERS[int(row["fold"])]
-        assert float(row["xmax"]) == pytest.approx(width, abs=0.01)
-        assert [float(row[f"true_{name}"]) for name in ("xmin", "xmax")] == [6, 14]
-        overlap = 8 * min(8, max(0, width - 6))
-        assert float(row["iou"]) == pytest.approx(overlap / (64 + 32 * width - overlap), abs=1e-4)
-    mean = sum(row["iou"] for row in result["cases"]) / 20
-    assert value(result, "mean_iou") == pytest.approx(mean, abs=1e-4)
-
+def test_a_case_with_nothing_to_find_and_nothing_found_has_no_dice(studies, tmp_path):
     result = measure(studies, "segmentation", tmp_path / "masks")
     # All voxels or none are the cube, of 4 x 4 voxels in each of 3 to 5 slices.
     expected = []
@@ -135,7 +123,15 @@ def test_boxes_and_masks_are_pooled_likewise(studies, tmp_path):
         expected.append(2 * cube / (cube + 8**3) if is_found else 0 if cube else math.nan)
         assert float(row["dice"]) == pytest.approx(expected[-1], nan_ok=True)
     assert value(result, "dice") == pytest.approx(np.nanmean(expected))
+    assert sum(math.isnan(dice) for dice in expected) == 1
     assert [row["n"] for row in result["by"]["values"]] == [2, 2, 1, 1, 1]
+
+
+PICTURES = {
+    "classification": {"confusion_matrix.png", "roc.png", "mistakes.png"},
+    "detection": {"gallery.png"},
+    "segmentation": {"worst.png", "worst.gif"},
+}
 
 
 @kit.TASKS
@@ -151,6 +147,9 @@ def test_a_fold_in_the_pool_is_the_fold_alone(studies, tmp_path, task, capsys):
     assert (fold["value"], other["value"], fold["n"]) == ("1", "2", alone["run"]["n"])
     assert fold["summary"].items() >= alone["summary"].items()  # tuned on the other one
     assert [case for case in pooled["cases"] if case["fold"] == "1"] == alone["cases"]
+    for name in PICTURES[task]:
+        picture = np.asarray(Image.open(tmp_path / "pooled" / name).convert("RGB"))
+        assert picture.min() < 30 and picture.max() > 200, name
 
 
 def test_checkpoints_of_one_fold_are_averaged_for_it(studies, tmp_path):
@@ -240,8 +239,8 @@ def test_an_operating_point_is_chosen_by_the_validation_predictions(studies, tmp
         assert result["run"]["thresholds_tuned"]["test"] == pytest.approx(threshold)
     for point in ("accuracy=0.9", "sensitivity=0", "sensitivity", "specificity=2"):
         with pytest.raises(SystemExit, match="2"):
-            measure(studies, "classification", tmp_path / "no", f"--operating-point {point}")
-        assert "--operating-point" in capsys.readouterr().err
+            kit.module("classification", "eval").main(["--operating-point", point])
+        assert "argument --operating-point" in capsys.readouterr().err
 
 
 # --- subgroups, intervals ---
@@ -261,9 +260,8 @@ def test_by_gives_every_metric_of_every_value(studies, tmp_path, task, capsys):
         else:
             scores = [case["iou" if task == "detection" else "dice"] for case in cases]
         assert row["summary"].keys() == result["summary"].keys()
-        assert row["summary"][metric]["value"] == pytest.approx(
-            np.nanmean(np.array(scores, float)), abs=1e-4
-        )
+        mean = np.nanmean(np.array(scores, float))
+        assert row["summary"][metric]["value"] == pytest.approx(mean, abs=1e-4)
         assert row["summary"][metric]["low"] is None  # ten images of five patients
     printed = capsys.readouterr().out
     assert f"{metric} by sex\n  F " in printed
@@ -273,14 +271,12 @@ def test_by_gives_every_metric_of_every_value(studies, tmp_path, task, capsys):
 
 
 @kit.TASKS
-def test_patients_and_not_images_are_drawn_for_the_intervals(runs, tmp_path, task):
-    """Many images or volumes of one patient have no interval."""
+def test_many_images_of_one_patient_have_no_interval(runs, tmp_path, task):
     cache = tmp_path / "cache"
     cache = kit.draw_volumes(cache, 12) if task == "segmentation" else kit.draw_images(cache, task)
     kit.change_rows(cache, lambda k, row: row.update(fold="test", patient="one", digest=f"x{k}"))
-    kit.evaluate(
-        task, cache, f"--checkpoint {runs[task]}/best.pt --split test --out {tmp_path}/out"
-    )
+    options = f"--checkpoint {runs[task]}/best.pt --split test --out {tmp_path}/out"
+    kit.evaluate(task, cache, options)
     assert {metric["low"] for metric in kit.report(tmp_path / "out")["summary"].values()} == {None}
 
 
@@ -299,10 +295,9 @@ def test_eval_gives_the_score_that_train_printed(caches, tmp_path, task):
 def test_boxes_and_their_errors_by_hand(studies, tmp_path, monkeypatch, capsys):
     cache, (path, *_) = studies["detection"]
     cache = kit.copy(cache, tmp_path / "cache")
-    kit.change_rows(cache, lambda k, row: row.update(fold="test", digest="", patient=f"x{k}"))
-    kit.change_rows(
-        cache, lambda k, row: row.update(spacing="0.5 0.25", fold="test" if k < 8 else "0")
-    )
+    new = {"digest": "", "spacing": "0.5 0.25"}
+    fold = lambda k: "test" if k < 8 else "0"  # noqa: E731
+    kit.change_rows(cache, lambda k, row: row.update(new, patient=f"x{k}", fold=fold(k)))
     evaluation = kit.module("detection", "eval")
     real = evaluation.evaluate
 
@@ -323,6 +318,8 @@ def test_boxes_and_their_errors_by_hand(studies, tmp_path, monkeypatch, capsys):
         assert summary["mean_iou"]["value"] == pytest.approx(expected, abs=1e-6)
         assert summary["mae_px"]["value"] == pytest.approx(shift / 2, abs=1e-5)
         assert summary["mae_mm"]["value"] == pytest.approx(0.25 * shift / 2, abs=1e-5)  # across
+    for k, row in enumerate(read_table(tmp_path / "out" / "predictions.csv")):
+        assert float(row["xmin"]) - float(row["true_xmin"]) == pytest.approx(k, abs=0.011)
     printed = capsys.readouterr().out
     doubtful = [k for k in range(8) if iou[k] < 0.5]
     assert f"{len(doubtful)} with an IoU below 0.5" in printed
@@ -383,19 +380,6 @@ def test_the_largest_part_of_each_class_is_kept():
 # --- pictures ---
 
 
-@kit.TASKS
-def test_the_pictures_of_an_evaluation_are_not_empty(studies, tmp_path, task):
-    measure(studies, task, tmp_path / "out")
-    names = {
-        "classification": ["confusion_matrix.png", "roc.png", "mistakes.png"],
-        "detection": ["gallery.png"],
-        "segmentation": ["worst.png", "worst.gif"],
-    }[task]
-    for name in names:
-        picture = np.asarray(Image.open(tmp_path / "out" / name).convert("RGB")).astype(int)
-        assert picture.min() < 30 and picture.max() > 200, name
-
-
 def test_the_map_of_a_mistake_is_that_of_the_network_that_made_it(studies, tmp_path, monkeypatch):
     evaluation = kit.module("classification", "eval")
     draw = evaluation.draw_map
@@ -432,14 +416,13 @@ def test_new_images_have_a_row_each_and_only_the_first_ones_an_overlay(
     """The constant of 100 pictures is lowered to 3; a bad file, and one that is given twice."""
     folder = tmp_path / "new"
     folder.mkdir()
-    rng = np.random.default_rng(0)
     is_volume = task == "segmentation"
     paths = [folder / f"i{k}.{'nii.gz' if is_volume else 'png'}" for k in range(8)]
     for path in paths:
         if is_volume:
-            nib.save(nib.Nifti1Image(rng.random((8, 8, 8), np.float32), np.eye(4)), path)
+            nib.save(nib.Nifti1Image(noise(path.name, 8, 8, 8), np.eye(4)), path)
         else:
-            Image.fromarray(rng.integers(0, 256, (20, 60), np.uint8)).save(path)
+            Image.fromarray(noise(path.name, 20, 60)).save(path)
     paths[2].write_bytes(b"nothing")
     evaluation = kit.module(task, "eval")
     name = {"classification": "draw_map", "detection": "draw_boxes"}.get(task, "draw_panels")
@@ -467,19 +450,18 @@ def test_new_images_have_a_row_each_and_only_the_first_ones_an_overlay(
     kit.predict(task, runs[task] / "best.pt", tmp_path / "alone", paths[7])
     (alone,) = read_table(tmp_path / "alone" / table)
     for key in alone.keys() - {"image", "overlay", "prediction", "mask"}:
-        assert float(rows[6][key]) == pytest.approx(float(alone[key]), abs=1e-3), key
+        # Another batch size rounds differently: 0.01 in a box, that is rounded to 0.01 px.
+        assert float(rows[6][key]) == pytest.approx(float(alone[key]), abs=0.011), key
 
 
 @kit.XRAYS
 def test_new_images_are_called_by_their_paths(runs, tmp_path, task):
-    paths = [tmp_path / "new" / name for name in ("a/x.png", "b/x.png")]
-    for path in paths:
-        path.parent.mkdir(parents=True)
-        Image.fromarray(np.eye(32, dtype=np.uint8)).save(path)
+    new = draw(tmp_path / "new", "a/x b/x")
     best = runs[task] / "best.pt"
-    kit.predict(task, best, tmp_path / "out", tmp_path / "new")
+    kit.predict(task, best, tmp_path / "out", new)
     rows = read_table(tmp_path / "out" / "predictions.csv")
     assert [row["image"] for row in rows] == ["a/x.png", "b/x.png"]
+    paths = [new / "a/x.png", new / "b/x.png"]
     assert "x.png" in kit.refusal(kit.predict, task, best, tmp_path / "two", *paths)
     assert not (tmp_path / "two").exists()
 

@@ -1,6 +1,5 @@
 """Several labels an image: metrics, thresholds, and the way from a training to a prediction."""
 
-import json
 import math
 from pathlib import Path
 
@@ -10,11 +9,10 @@ import torch
 from PIL import Image
 
 from classification import eval as evaluation
-from common.checkpoint import FORMAT, load_checkpoint
+from common.checkpoint import load_checkpoint
 from common.metrics import auroc, best_threshold, classification_metrics
 from tests import caches
-from tests.caches import predict, refusal, report, train
-from tests.conftest import read_table
+from tests.caches import predict, read_table, refusal, report, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick")]
 SCORES = torch.tensor([[0.9, 0.2, 0.3], [0.6, 0.7, 0.3], [0.4, 0.6, 0.3], [0.1, 0.8, 0.3]])
@@ -58,23 +56,21 @@ def test_thresholds_are_tuned_for_each_label():
 def cache(tmp_path_factory) -> Path:
     """Two squares that are there or not, independently, one of them often unknown; a third never."""
     folder = tmp_path_factory.mktemp("multi") / "cache"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 60, (120, 32, 32), dtype=np.uint8)
-    rows = []
-    for k in range(120):
-        top, low = k % 2, k // 2 % 2
+    caches.draw_images(folder, "classification", 120)
+    images = np.load(folder / "images.npy") // 4
+
+    def relabel(k: int, row: dict) -> None:
+        top = k % 2
+        low = k // 8 % 2  # in every fold
         images[k, 2:12, 2:30] += 150 * top
         images[k, 20:30, 2:30] += 150 * low
-        row = {"id": f"i{k}", "patient": f"p{k // 4}", "fold": ("0", "1", "2", "test")[k // 4 % 4]}
-        row |= {"split": "", "digest": f"digest{k}", "top": top, "low": "" if k % 5 == 0 else low}
-        rows.append(row | {"never": 0, "source": f"i{k}.png"})
-    caches.write_index(folder, rows)
+        del row["label"]
+        row.update(top=top, low="" if k % 5 == 0 else low, never=0)
+
+    caches.change_rows(folder, relabel)
     np.save(folder / "images.npy", images)
-    meta = {"format": FORMAT, "task": "classification", "n": 120, "positive_class": None}
-    meta |= {"classes": ["top", "low", "never"], "multi_label": True}
-    meta |= {"size": 32, "fit": "squash", "channels": 1}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    names = ["top", "low", "never"]
+    caches.change_meta(folder, classes=names, multi_label=True, positive_class=None)
     return folder
 
 
@@ -84,7 +80,7 @@ SMALL = "--batch-size 8 --lr 0.02"
 @pytest.fixture(scope="module")
 def run(cache, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run") / "a"
-    options = "--epochs 8 --class-weights balanced --loss smooth_ce --augment 0.1"
+    options = "--epochs 20 --class-weights balanced --loss smooth_ce --augment 0.1"
     with caches.small_network():
         train("classification", cache, out, SMALL, options)
     return out
@@ -132,7 +128,7 @@ def test_folds_and_thresholds_of_several_labels(cache, run, tmp_path):
 
 def test_new_images_get_a_map_for_each_likely_label(cache, run, tmp_path):
     images = np.load(cache / "images.npy")
-    for k, name in ((3, "both"), (4, "none")):
+    for k, name in ((9, "both"), (2, "none")):
         Image.fromarray(images[k]).save(tmp_path / f"{name}.png")
     images = [tmp_path / "both.png", tmp_path / "none.png"]
     predict("classification", run / "best.pt", tmp_path / "new", *images)
@@ -159,14 +155,14 @@ def test_the_worst_mistakes_of_each_label_come_first():
 
 
 def test_one_map_for_the_class_and_one_for_each_likely_label():
-    def choose(multi_label: bool, positive: str | None, *scores: float) -> list[int]:
+    for multi_label, positive, scores, targets in (
+        (False, "yes", [0.9, 0.1], [1]),
+        (False, None, [0.2, 0.7, 0.1], [1]),
+        (True, None, [0.5, 0.1, 0.9], [0, 2]),
+        (True, None, [0.1, 0.4], [1]),
+    ):
         meta = {"multi_label": multi_label, "positive_class": positive}
-        return evaluation.choose_targets(torch.tensor(scores), meta)
-
-    assert choose(False, "yes", 0.9, 0.1) == [1]
-    assert choose(False, None, 0.2, 0.7, 0.1) == [1]
-    assert choose(True, None, 0.5, 0.1, 0.9) == [0, 2]
-    assert choose(True, None, 0.1, 0.4) == [1]
+        assert evaluation.choose_targets(torch.tensor(scores), meta) == targets
 
 
 def test_labels_of_one_value_are_noted_and_none_with_two_refused(cache, tmp_path, capsys):

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,14 +16,8 @@ import torch
 from common import checkpoint
 from common.checkpoint import draw_log, load_checkpoint, save_checkpoint
 from tests import caches as kit
-from tests.conftest import (
-    assert_same_training,
-    read_table,
-    run_scripts,
-    same,
-    start_script,
-    wait_for,
-)
+from tests.caches import read_table
+from tests.conftest import assert_same_training, run_scripts, same, start_script, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick")]
 
@@ -32,14 +26,15 @@ def last_of(run: Path) -> dict:
     return load_checkpoint(run / "last.pt")
 
 
-def record_models(monkeypatch, task: str) -> list[dict]:
-    """The first weights of every network that train.py builds from here on."""
+def record_models(monkeypatch, task: str, hook: Callable = lambda *_: None) -> list[dict]:
+    """The first weights of every network that train.py builds from here on, whose calls are hooked."""
     script = kit.module(task, "train")
     build = script.build_model
     weights = []
 
     def build_and_record(*args: object) -> torch.nn.Module:
         model = build(*args)
+        model.register_forward_pre_hook(hook)
         weights.append({name: value.clone() for name, value in model.named_parameters()})
         return model
 
@@ -71,10 +66,11 @@ def test_each_option_alone_changes_the_weights(caches, tmp_path, task):
 def test_every_random_number_depends_on_the_seed(caches, tmp_path, task, monkeypatch):
     """First weights, order of the images, and the draws of every step and epoch."""
     real = np.random.default_rng
-    seeds = []
+    seeds = {2: [], 4: []}  # by their number of values: (seed, epoch) or with step and rank
 
     def record(seed: object) -> np.random.Generator:
-        seeds.append(seed)
+        if isinstance(seed, tuple):
+            seeds[len(seed)].append(seed)
         return real(np.abs(seed))
 
     weights = record_models(monkeypatch, task)
@@ -82,27 +78,23 @@ def test_every_random_number_depends_on_the_seed(caches, tmp_path, task, monkeyp
     for number, seed in enumerate((5, 5, 6)):
         kit.train(task, caches[task], tmp_path / f"run{number}", f"--seed {seed} --epochs 2")
     assert same(weights[0], weights[1]) and not same(weights[0], weights[2])
-    draws = [seed for seed in seeds if isinstance(seed, tuple) and len(seed) == 4]
-    steps = len(draws) // 6
-    expected = [(seed, e, s + 1, 0) for seed in (5, 5, 6) for e in (0, 1) for s in range(steps)]
-    assert draws == expected and steps >= 2
-    orders = [seed for seed in seeds if isinstance(seed, tuple) and len(seed) == 2]
-    assert orders == [(seed, e) for seed in (5, 5, 6) for e in (0, 1)]
-    seeds.clear()
+    assert seeds[2] == [(seed, e) for seed in (5, 5, 6) for e in (0, 1)]
+    steps = len(seeds[4]) // 6
+    assert steps >= 2
+    assert seeds[4] == [(*order, s + 1, 0) for order in seeds[2] for s in range(steps)]
+    seeds[4].clear()
     other = (torch.device("cpu"), -1, 1)  # a rank that no other process has
     monkeypatch.setattr(kit.module(task, "train"), "start_processes", lambda *_: other)
     kit.train(task, caches[task], tmp_path / "other")
-    draws = [seed for seed in seeds if isinstance(seed, tuple) and len(seed) == 4]
-    assert draws == [(0, 0, s + 1, -1) for s in range(steps)]
+    assert seeds[4] == [(0, 0, s + 1, -1) for s in range(steps)]
 
 
 @kit.TASKS
 def test_a_step_and_a_validation_have_their_rows_modes_and_precision(
     caches, tmp_path, task, monkeypatch
 ):
-    """The other folds are not trained on; gradients are clipped to 1 before they are applied."""
+    """And the gradients are clipped to 1 before they are applied."""
     script = kit.module(task, "train")
-    build = script.build_model
     batches = script.dataset.EpochBatches
     losses = dict(script.LOSSES)
     rows = []
@@ -110,11 +102,8 @@ def test_a_step_and_a_validation_have_their_rows_modes_and_precision(
     types = set()
     clipped = []
 
-    def build_and_watch(*args: object) -> torch.nn.Module:
-        model = build(*args)
-        watch = lambda model, _: modes.append((model.training, torch.is_grad_enabled()))  # noqa: E731
-        model.register_forward_pre_hook(watch)
-        return model
+    def record_mode(model: torch.nn.Module, _: tuple) -> None:
+        modes.append((model.training, torch.is_grad_enabled()))
 
     def record_rows(*args: object) -> object:
         rows.extend(next(arg for arg in args if isinstance(arg, list)))
@@ -129,11 +118,10 @@ def test_a_step_and_a_validation_have_their_rows_modes_and_precision(
         for parameter in parameters:
             parameter.grad.zero_()
 
-    monkeypatch.setattr(script, "build_model", build_and_watch)
     monkeypatch.setattr(script.dataset, "EpochBatches", record_rows)
     monkeypatch.setattr(script, "LOSSES", dict.fromkeys(losses, record_type))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_to_nothing)
-    weights = record_models(monkeypatch, task)
+    weights = record_models(monkeypatch, task, record_mode)
     kit.train(task, caches[task], tmp_path / "run", "--amp bf16 --epochs 2 --weight-decay 1e-12")
     index = kit.read_rows(caches[task])
     assert rows == [k for k, row in enumerate(index) if row["fold"] in ("1", "2")]
@@ -182,10 +170,8 @@ def test_stop_and_resume_equal_the_straight_run_with_any_workers(caches, tmp_pat
 
 def test_a_killed_or_interrupted_run_resumes_to_the_bit(caches, tmp_path):
     script = kit.ROOT / "segmentation" / "train.py"
-    words = kit.split_words(
-        "--data", caches["segmentation"], "--epochs 12 --workers 0 --device cpu"
-    )
-    words += kit.split_words(kit.SMALL["segmentation"])
+    options = f"--epochs 20 --workers 0 --device cpu {kit.SMALL['segmentation']}"
+    words = kit.split_words("--data", caches["segmentation"], options)
     done = run_scripts(script, *words, "--out", "straight", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     words += ["--out", "stopped"]
@@ -205,10 +191,11 @@ def test_a_killed_or_interrupted_run_resumes_to_the_bit(caches, tmp_path):
 
 @kit.TASKS
 def test_two_processes_resume_and_are_evaluated_as_one(caches, tmp_path, task):
-    size = "4" if task == "segmentation" else "3"
-    words = ["--data", str(caches[task]), "--workers", "0", "--device", "cpu"]
-    options = kit.split_words("--epochs 2 --out run", kit.SMALL[task], "--batch-size", size)
-    options += [] if task == "segmentation" else ["--channels", "16"]
+    size, workers = (4, "") if task == "segmentation" else (3, "--workers 0")
+    words = kit.split_words("--data", caches[task], "--device cpu", workers)
+    options = kit.split_words(
+        "--epochs 2 --workers 0 --out run", kit.SMALL[task], "--batch-size", size
+    )
     done = run_scripts(kit.ROOT / task / "train.py", *words, *options, cwd=tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 2 ") == 1  # only rank 0 prints
@@ -217,7 +204,6 @@ def test_two_processes_resume_and_are_evaluated_as_one(caches, tmp_path, task):
     score = kit.SCORES[task]
     assert last["log"][-1][f"val_{score}"] == last["metrics"][score]
     # The validation that the ranks share has every image once, and the buffers of rank 0.
-    words = words[:2] + words[4:] if task == "segmentation" else words
     options = ["--checkpoint", "run/last.pt", "--out", "out"]
     done = run_scripts(kit.ROOT / task / "eval.py", *words, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -243,11 +229,6 @@ def test_a_compiled_run_resumes_a_bare_one(caches, tmp_path, task, monkeypatch):
         torch.testing.assert_close(model[name], weight, rtol=0.05, atol=5e-3)
 
 
-def set_row(cache: Path, **values: str) -> None:
-    """Change the second row of index.csv."""
-    kit.change_rows(cache, lambda k, row: row.update(values) if k == 1 else None)
-
-
 CHANGES = {  # of meta.json
     "classification": ({"fit": "pad"}, "fit squash (now pad)"),
     "detection": ({"mean": 0.1}, "mean 0.2 (now 0.1)"),
@@ -266,7 +247,7 @@ def test_resume_refuses_other_settings_and_another_cache(caches, runs, tmp_path,
     change, message = CHANGES[task]
     kit.change_meta(cache, **change)
     assert message in resume()
-    set_row(cache, patient="other")
+    kit.change_rows(cache, lambda k, row: row.update(patient="other"))
     assert "index" in resume()
     (run / "last.pt").write_bytes((run / "best.pt").read_bytes())
     assert "as in a copy of best.pt" in resume()
@@ -323,11 +304,8 @@ def test_a_training_on_all_folds_leaves_out_the_test_set_alone(caches, tmp_path,
     command = f"next: python {task}/eval.py --data {cache} --checkpoint {run}/last.pt --split test"
     assert command in capsys.readouterr().out
     assert not (run / "best.pt").exists()
-    expected = set()
-    for row in kit.read_rows(cache):
-        if row["fold"] != "test":
-            expected |= checkpoint.hash_row(row)
-    assert last_of(run)["trained_on"] == sorted(expected)
+    hashes = [checkpoint.hash_row(row) for row in kit.read_rows(cache) if row["fold"] != "test"]
+    assert last_of(run)["trained_on"] == sorted(set().union(*hashes))
     assert not any(name.startswith("val_") for name in read_table(run / "log.csv")[1])
     found = kit.refusal(kit.evaluate, task, cache, f"--checkpoint {run}/last.pt")
     assert "left no fold out (--fold -1); use --split test" in found
@@ -342,11 +320,10 @@ def test_log_png_marks_each_value_where_it_belongs():
     picture = np.asarray(draw_log(log, "val_auroc", 2)).astype(int)
     blue = (picture == (0x1F, 0x4E, 0x9C)).all(-1)
     red = (picture == (0xC0, 0x39, 0x2B)).all(-1)
-    for curve, y, x in (
-        *((blue, 50, 70), (blue, 200, 270), (blue, 350, 470)),  # falls from left to right
-        *((red, 350, 570), (red, 50, 770)),
-    ):
-        assert curve[y - 5 : y + 5, x - 4 : x + 4].any()
+    for y, x in ((50, 70), (200, 270), (350, 470)):  # falls from left to right
+        assert blue[y - 5 : y + 5, x - 4 : x + 4].any()
+    for y, x in ((350, 570), (50, 770)):
+        assert red[y - 5 : y + 5, x - 4 : x + 4].any()
     assert not red[60:360, 790:].any()  # NaN is no point
     best = (picture == 0x99).all(-1)
     assert best[100:300, 270].mean() > 0.9 and not best[100:300, 200].any()
@@ -379,13 +356,12 @@ def test_a_loss_or_weights_that_are_not_finite_stop(caches, runs, tmp_path, task
     path = tmp_path / "nan.pt"
     save_checkpoint(path, broken)
     expected = f"nan.pt: {name} holds NaN or infinite weights"
-    assert expected in kit.refusal(
-        kit.train, task, caches[task], tmp_path / "run", f"--init {path}"
-    )
+    run = tmp_path / "run"
+    assert expected in kit.refusal(kit.train, task, caches[task], run, f"--init {path}")
     assert expected in kit.refusal(kit.evaluate, task, caches[task], f"--checkpoint {path}")
     losses = {name: lambda *args: args[0].sum() * math.inf for name in ("ce", "mse", "dice_ce")}
     monkeypatch.setattr(kit.module(task, "train"), "LOSSES", losses)
-    assert "epoch 1: the loss is" in kit.refusal(kit.train, task, caches[task], tmp_path / "run")
+    assert "epoch 1: the loss is" in kit.refusal(kit.train, task, caches[task], run)
 
 
 # --- what was trained on ---
@@ -443,17 +419,11 @@ def test_eval_knows_what_init_was_trained_on(caches, runs, tmp_path, task, capsy
     ("task", "prefix", "new"), [("classification", "", "fc"), ("detection", "backbone.", "out")]
 )
 def test_init_takes_what_fits(caches, runs, tmp_path, capsys, task, prefix, new):
-    """All but the last layer with another number of classes, the backbone in another task."""
     cache = kit.copy(caches[task], tmp_path / "cache")
     if task == "classification":
-        kit.change_meta(cache, classes=["no", "yes", "perhaps"])
-        for k, label in enumerate(("no", "yes", "perhaps") * 2):
-            kit.change_rows(
-                cache,
-                lambda n, row, k=k, label=label: (
-                    n % 6 == k and row.update(label=label, fold=str(k // 3))
-                ),
-            )
+        names = ["no", "yes", "perhaps"]
+        kit.change_meta(cache, classes=names)
+        kit.change_rows(cache, lambda k, row: row.update(label=names[k % 3], fold=str(k // 3 % 2)))
     init = runs["classification"] / "best.pt"
     kit.train(task, cache, tmp_path / "run", f"--init {init} --lr 1e-12 --weight-decay 0")
     said = f"--init {init}: 7 of 9 arrays taken; at random: {new}.bias, {new}.weight"
@@ -469,29 +439,24 @@ def test_init_takes_what_fits(caches, runs, tmp_path, capsys, task, prefix, new)
 
 
 def as_signed(array: bytes) -> bytes:
-    """The file of an array with another type in its header."""
     return array.replace(b"'|u1'", b"'|i1'").replace(b"'<f2'", b"'<i2'")
 
 
-# What becomes of the bytes of a file
+# What becomes of the bytes of a file, or of the values of all rows
 DAMAGED = [("meta.json", lambda _, text=text: text) for text in (b"{}", b"[]", 100_000 * b"[")]
 DAMAGED += [("meta.json", lambda meta: meta.replace(b'"format": 1', b'"format": 0'))]
 DAMAGED += [("index.csv", lambda index: b""), ("index.csv", lambda index: index.rsplit(b",", 3)[0])]
 DAMAGED += [("index.csv", lambda index: index.rstrip().rpartition(b"\n")[0])]
-DAMAGED += [("*.npy", lambda array: array[:-50]), ("*.npy", as_signed)]
-WRONG = {  # values of the second row
-    "classification": [{"fold": "5"}],
-    "detection": [{"fold": "5"}],
-    "segmentation": [{"id": "v99"}, {"fold": "5"}],
-}
+DAMAGED += [("*.npy", lambda array: array[:-50]), ("*.npy", as_signed), {"fold": "5"}]
 
 
 @kit.TASKS
 def test_a_bad_cache_is_one_line(caches, runs, tmp_path, task):
-    for number, change in enumerate(DAMAGED + WRONG[task]):
+    missing = [{"id": "v99"}] if task == "segmentation" else []
+    for number, change in enumerate(DAMAGED + missing):
         cache = kit.copy(caches[task], tmp_path / f"cache{number}")
         if isinstance(change, dict):
-            set_row(cache, **change)
+            kit.change_rows(cache, lambda k, row, change=change: row.update(change))
         else:
             path = min(cache.rglob(change[0]))
             before = path.read_bytes()
@@ -581,22 +546,20 @@ def test_a_step_reads_nothing_from_the_device(caches, tmp_path, monkeypatch, tas
 
 @kit.TASKS
 def test_a_few_images_are_learned_by_heart(tmp_path, task):
-    """Validated on the images of the training themselves: the second half copies the first."""
     cache = kit.draw_cache(tmp_path / "cache", task)
-    half = len(kit.read_rows(cache)) // 2
+    half = len(kit.read_rows(cache)) // 2  # the second one, for training, is a copy of the first
     kit.change_rows(cache, lambda k, row: row.update(fold="0" if k < half else "1"))
-    for path in cache.glob("volumes/*.npy"):
-        number, kind = path.name[1:].split(".", 1)
-        if int(number) < half:
-            shutil.copy(path, path.with_name(f"v{int(number) + half}.{kind}"))
-    if task != "segmentation":  # labels and boxes are equal already
+    if task == "segmentation":
+        kit.change_rows(cache, lambda k, row: row.update(id=f"v{k % half}"))
+    else:  # labels and boxes are equal already
         images = np.load(cache / "images.npy")
         images[half:] = images[:half]
         np.save(cache / "images.npy", images)
+    # With six seeds each reached 1, 0.95 and 1, or more.
     options, least = {
-        "classification": ("--epochs 60 --lr 1e-2", 0.99),
+        "classification": ("--epochs 20 --lr 1e-2", 0.9),
         "detection": ("--epochs 80 --lr 1e-2", 0.7),
-        "segmentation": ("--dims 3 --batch-size 1 --epochs 40 --channels 8", 0.9),
+        "segmentation": ("--dims 3 --batch-size 1 --epochs 30 --channels 16", 0.9),
     }[task]
     kit.train(task, cache, tmp_path / "run", options, "--augment 0 --weight-decay 0")
     assert last_of(tmp_path / "run")["metrics"][kit.SCORES[task]] > least

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,10 @@ def recipes(task: str) -> dict[str, str]:
     """The code blocks of the section by the bold name before them; the first, of what all use, by ""."""
     text = (ROOT / task / "README.md").read_text(encoding="utf-8")
     section = text.split("## From other formats\n")[1].split("\n## ")[0]
-    found = {}
-    for block in re.split(r"\n(?=\S)", section):
-        name = "".join(re.findall(r"^\*\*(.+?)\*\*", block)[:1])
-        lines = [line for line in block.split("\n")[1:] if line.startswith("    ") or not line]
-        if any(lines):
-            found[name] = "\n".join(line[4:] for line in lines)
-    return found
+    code = r"((?:(?: {4}.*)?\n)+)"
+    first = re.search(rf"\n\n{code}", section)[1]
+    blocks = re.findall(rf"^\*\*(.+?)\*\*.*\n(?:\S.*\n)*\n{code}", section + "\n", re.MULTILINE)
+    return {name: textwrap.dedent(block) for name, block in [("", first), *blocks]}
 
 
 def convert(task: str, name: str, raw: Path, files: dict[str, str], monkeypatch) -> None:
