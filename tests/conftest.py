@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from common.checkpoint import load_checkpoint
-from tests.caches import NAMES, draw_cache, read_table, small_network, train  # noqa: F401
+from tests.caches import NAMES, draw_cache, small_network, train
 
 # What is compared to the bit has to be computed in one place, and a GPU may be busy or too old. What
 # the shell said is kept for tests/test_cuda.py, in the environment: it passes on to pytest's workers.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from segmentation.preprocess import main
-from tests.conftest import read_table
+from tests.caches import read_table
 from tests.test_volume_sets import pairs, write
 from tests.test_volumes import COLOUR, DRAWN, IMAGE, MASK, save
 

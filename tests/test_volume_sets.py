@@ -12,8 +12,7 @@ import pytest
 
 from segmentation import preprocess
 from segmentation.preprocess import PREDICTION, DataError, find_new, main, read_new, write_mask
-from tests.caches import refusal
-from tests.conftest import read_table
+from tests.caches import read_table, refusal
 from tests.test_volumes import (
     COLOUR,
     DRAWN,
