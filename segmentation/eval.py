@@ -302,7 +302,7 @@ def describe_run(args: argparse.Namespace, count: int) -> dict:
 def keep_largest(labels: np.ndarray) -> tuple[np.ndarray, int]:
     """Class numbers uint8 (X, Y, Z) with the largest part of each class, connected by faces.
 
-    The others become 0. Also returns how many voxels that are. Of two equal parts the first is kept.
+    The others become 0; also returns how many voxels. Of two equal parts the first is kept.
     """
     volume = torch.from_numpy(labels.copy())  # torch has no negative strides
     inside = volume > 0

@@ -351,10 +351,9 @@ def name_format(head: bytes) -> str:
 
 def case_name(path: Path) -> str:
     """The name of a case: of a file without its suffix, or of the folder of a series."""
-    name = NIFTI.sub("", path.name)
-    if name != path.name or path.is_dir():
-        return name
-    return re.sub(r"\.[A-Za-z]+$", "", name)  # but not the end of 1.2.840.5
+    if path.is_dir() or NIFTI.search(path.name):
+        return NIFTI.sub("", path.name)
+    return re.sub(r"\.[A-Za-z]+$", "", path.name)  # but not the end of 1.2.840.5
 
 
 def pair_masks(raw: Path, images_in: Path, masks_in: Path, split: str, bad: Reasons) -> list[Case]:
@@ -377,7 +376,7 @@ def pair_masks(raw: Path, images_in: Path, masks_in: Path, split: str, bad: Reas
     channels = defaultdict(list)
     for name, paths in images.items():
         stem, number = split_channel(name)
-        if number is None or name in masks or stem in images or stem not in masks:
+        if name in masks or stem in images or stem not in masks:
             stem, number = name, 0
         channels[stem] += [(number, path) for path in paths]
     cases = []
@@ -1405,10 +1404,9 @@ def draw_points(labels: np.ndarray, classes: int) -> np.ndarray:
 def write_mask(
     path: Path, mask: np.ndarray, affine: np.ndarray, header: Header, description: bytes = b""
 ) -> None:
-    """Write uint8 (X, Y, Z) with the forms, codes and unit of its image's header.
+    """Write uint8 (X, Y, Z) with the forms and unit of its image's header, or else `affine` in mm.
 
-    Without one (DICOM) both forms are the affine, in mm. Left out are window and intent, which are
-    none of classes, and texts and extensions, which may hold the patient's name.
+    Left out are window and intent, and texts and extensions, which may hold the patient's name.
     """
     kind = nib.Nifti2Image if isinstance(header, Nifti2Header) else nib.Nifti1Image
     nifti = kind(mask, None if header else affine, header)
