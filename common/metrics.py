@@ -253,8 +253,7 @@ def detection_metrics(pred: Tensor, truth: Tensor) -> dict[str, float]:
     """Metrics of one box per image; boxes (N, 4) xmin ymin xmax ymax in fractions of the image.
 
     iou_75 is the share of the images with an IoU of at least 0.75; mse_224 the mean squared error
-    of the four coordinates in pixels of the image squashed to 224x224, and median_se_224 the median
-    over the images, because one wrong label can make up half of the mean.
+    of the coordinates in pixels of the image squashed to 224x224, median_se_224 the median.
     """
     iou = box_iou(pred, truth)
     squared_error = (224 * (pred - truth)).double().square().mean(1)  # (N,)
@@ -292,19 +291,18 @@ def segmentation_metrics(
     pooled; volume_error_ml is the absolute difference. Both masks empty: NaN except for the volume
     error; one empty: the distances are the diagonal of the volume.
     """
-    metrics = {**overlap(truth, prediction), "hd95_mm": math.nan, "assd_mm": math.nan}
+    metrics = overlap(truth, prediction)
     true_size = int(truth.sum())
     predicted_size = int(prediction.sum())
+    distances = torch.tensor([math.nan], dtype=torch.float64)
     if true_size and predicted_size:
         distances = surface_distances(truth, prediction, spacing)
-        metrics["hd95_mm"] = distances.quantile(0.95).item()
-        metrics["assd_mm"] = distances.mean().item()
-    elif true_size or predicted_size:
-        lengths = [n * mm for n, mm in zip(truth.shape, spacing, strict=True)]
-        diagonal = math.hypot(*lengths)
-        metrics |= {"hd95_mm": diagonal, "assd_mm": diagonal}
-    error_ml = abs(true_size - predicted_size) * math.prod(spacing) / 1000
-    return metrics | {"volume_error_ml": error_ml}
+    elif true_size or predicted_size:  # the diagonal
+        distances[0] = math.hypot(*(n * mm for n, mm in zip(truth.shape, spacing, strict=True)))
+    metrics["hd95_mm"] = distances.quantile(0.95).item()
+    metrics["assd_mm"] = distances.mean().item()
+    metrics["volume_error_ml"] = abs(true_size - predicted_size) * math.prod(spacing) / 1000
+    return metrics
 
 
 def overlap(truth: Tensor, prediction: Tensor) -> dict[str, float]:

@@ -229,8 +229,7 @@ def conv_unit(
 def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
     """Soft Dice loss (Milletari et al., 3DV 2016).
 
-    Logits float32 (B, K, *S): sums would overflow in half precision. Masks int64 (B, *S), class
-    numbers.
+    Logits float32 (B, K, *S): sums would overflow in half precision. Masks int64 (B, *S).
 
     Dice is computed per image and foreground class, then averaged: a small structure counts as much
     as a large one. If a class is absent Dice is undefined; the loss is then the share of voxels
