@@ -1,8 +1,5 @@
 """Files of a run: new folders, atomic writing, checkpoints that are safe to read, resuming.
 
-In this order: errors and the command line, new folders, writing, reading checkpoints, a run (`Run`
-is what the three train.py use), the picture of its log, and what a run was trained on.
-
 torch is imported where it is used: preprocess.py needs only the first parts, and starts ten times
 as fast without it.
 """
@@ -97,11 +94,7 @@ def free_name(path: Path, newest: bool = False) -> Path:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into, OUT.unfinished, which becomes OUT at the end.
-
-    An error removes it. A killed or interrupted run leaves it, with its results so far. Raises
-    DataError if OUT or OUT.unfinished exists.
-    """
+    """A folder, OUT.unfinished, which becomes OUT at the end. Raises DataError if one exists."""
     refuse_existing(out)
     unfinished = out.with_name(f"{out.name}.unfinished")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +106,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     try:
         yield unfinished
         unfinished.rename(out)
-    except Exception:
+    except Exception:  # but a killed or interrupted run leaves its results so far
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
 
@@ -129,10 +122,7 @@ def refuse_existing(out: Path, hint: str = "") -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed at the end, so a file called `path` is complete.
-
-    Raises DataError naming the file if it cannot be written.
-    """
+    """A temporary path beside `path`, renamed at the end. Raises DataError if it is not written."""
     temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")  # the suffix decides the format
     try:
         yield temporary
@@ -148,7 +138,6 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """Write a dict of plain values, lists, dicts, tensors; a crash leaves the old or the new file.
 
     Put the bare model's `state_dict()` into it, not that of a compiled or distributed wrapper.
-    Raises DataError naming the file.
     """
     import torch
 
@@ -194,7 +183,7 @@ def read_meta(cache: Path, task: str, keys: tuple[str, ...]) -> dict:
     except (OSError, ValueError, RecursionError) as error:
         command = f"python {task}/preprocess.py --data RAW --out {cache}"
         raise DataError(f"{cache}: no finished cache here; make one by: {command}") from error
-    check_version(path, meta, task, f"{task}/preprocess.py", "preprocess again")
+    check_version(path, meta, task, "preprocess")
     missing = [name for name in keys if name not in meta]
     if missing:
         raise DataError(f"{path}: no {', '.join(missing)} in it; preprocess again")
@@ -219,7 +208,7 @@ def load_checkpoint(path: Path, task: str | None = None) -> dict:
         raise DataError(f"{path}: not a checkpoint of train.py ({reason[:120]})") from error
     if damaged:
         raise DataError(f"{path}: not a whole checkpoint, the checksum of {damaged} is wrong")
-    check_version(path, checkpoint, task, f"{task or 'TASK'}/train.py", "train again")
+    check_version(path, checkpoint, task, "train")
     with suppress(Exception):  # keys and values of any type
         if checkpoint["digest"] == hash_values(checkpoint):
             return checkpoint
@@ -227,10 +216,11 @@ def load_checkpoint(path: Path, task: str | None = None) -> dict:
     raise DataError(f"{path}: {problem}; train again")
 
 
-def check_version(path: Path, values: object, task: str | None, script: str, hint: str) -> None:
+def check_version(path: Path, values: object, task: str | None, step: str) -> None:
     """Raise DataError unless the contents of a file name this format and task."""
     if not isinstance(values, dict) or str(values.get("format")) != str(FORMAT):  # or a tensor
-        raise DataError(f"{path}: not made by this version of {script}; {hint}")
+        script = f"{task or 'TASK'}/{step}.py"
+        raise DataError(f"{path}: not made by this version of {script}; {step} again")
     if task not in (None, values.get("task")):
         raise DataError(f"{path}: made for {values.get('task')}, expected {task}")
 
@@ -249,8 +239,8 @@ def load_weights(model: nn.Module, weights: dict, path: Path) -> None:
 def load_init(path: Path, model: nn.Module, is_main: bool) -> dict:
     """Copy the weights of --init whose name and shape fit into a bare model; return its checkpoint.
 
-    With other classes all but the last layer fits. Between classification and detection the ResNet
-    fits, whose weights have a prefix in detection. Raises DataError if nothing fits.
+    With other classes all but the last layer fits, between classification and detection the ResNet.
+    Raises DataError if nothing fits.
     """
     checkpoint = load_checkpoint(path)
     model_weights = model.state_dict()
@@ -267,9 +257,8 @@ def load_init(path: Path, model: nn.Module, is_main: bool) -> dict:
     load_weights(model, model_weights | fitting, path)
     if is_main:
         missing = ", ".join(sorted(model_weights.keys() - fitting.keys())[:4]) or "none"
-        print(
-            f"--init {path}: {len(fitting)} of {len(init)} arrays taken; at random: {missing}, ..."
-        )
+        taken = f"{len(fitting)} of {len(init)} arrays taken"
+        print(f"--init {path}: {taken}; at random: {missing}, ...")
     return checkpoint
 
 
@@ -294,10 +283,7 @@ class Run:
     def begin(
         self, args: Namespace, settings: dict, meta: dict, index: list[dict], is_main: bool
     ) -> None:
-        """Resume from last.pt, or make the folder and start from the weights of --init.
-
-        Raises DataError if the settings or the cache are not those of last.pt.
-        """
+        """Resume from last.pt of the same settings and cache, or make the folder; take --init."""
         if not args.resume:
             init = load_init(args.init, self.model, is_main) if args.init else {}
             if is_main:
@@ -325,7 +311,7 @@ class Run:
         """Save an epoch: best.pt if its score is the best so far, then last.pt; log and print it.
 
         `score` is None without validation. On a tie keep the later epoch, whose learning rate is
-        lower. Because best.pt is written first, a crash never leaves a last.pt without its best.pt.
+        lower. A crash never leaves a last.pt without its best.pt, which is written first.
         """
         self.epoch = row["epoch"]
         self.log.append(row)
@@ -349,10 +335,8 @@ class Run:
 
 def check_settings(saved: dict, current: dict, path: Path) -> None:
     """Raise DataError listing the settings that differ from those of the run to resume."""
-    changes = []
-    for name in {**saved, **current}:
-        if saved.get(name) != current.get(name):
-            changes.append(f"{name} {saved.get(name)} (now {current.get(name)})")
+    names = [name for name in saved | current if saved.get(name) != current.get(name)]
+    changes = [f"{name} {saved.get(name)} (now {current.get(name)})" for name in names]
     if changes:  # more epochs too: the learning rate has ended at zero
         hint = f"to continue from its weights: --init {path}"
         raise DataError(f"{path}: was trained with {', '.join(changes)}; {hint}")
@@ -362,10 +346,7 @@ def check_settings(saved: dict, current: dict, path: Path) -> None:
 
 
 def draw_log(log: list[dict], score: str, best: int) -> Image.Image:
-    """Two panels, loss and score by epoch, from the rows of log.csv.
-
-    `score` is a column, `best` an epoch, or 0 for none. Only the ends of the axes are labelled.
-    """
+    """Two panels, loss and `score` by epoch, from the rows of log.csv; `best` is an epoch, or 0."""
     picture = Image.new("RGB", (2 * PANEL[0], PANEL[1]), "white")
     for k, columns in enumerate((("train_loss", "val_loss"), (score,))):
         curves = {}  # (epoch, value) by column, finite values only
@@ -423,10 +404,7 @@ def file_sha256(path: Path) -> str:
 
 
 def list_trained_on(index: list[dict], fold: str, init: dict) -> list[str]:
-    """Sorted hashes of the training rows, including those of --init, for a checkpoint to keep.
-
-    `index` are the rows of index.csv; `init` is the checkpoint of --init, {} without one.
-    """
+    """Sorted hashes of the training rows of index.csv, and of the checkpoint of --init, if any."""
     hashes = set(init.get("trained_on", []))
     val = [row for row in index if row["fold"] == fold]
     seen = sum(not hashes.isdisjoint(hash_row(row)) for row in val)
@@ -451,8 +429,8 @@ def refuse_trained_on(
     """Raise DataError if a checkpoint, or its --init, was trained on some of these rows.
 
     Shared images and shared patients both count. Patients on both sides of an official split are
-    reported, not refused: such splits are kept as they are. `rows` are a part of `index`, the rows
-    of index.csv; `is_own_cache`: this cache is the one of the training.
+    reported, not refused. `rows` are a part of `index`, the rows of index.csv; `is_own_cache`: this
+    cache is the one of the training.
     """
     splits_of = defaultdict(set)  # the official splits of each patient
     for row in index:

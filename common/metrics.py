@@ -16,6 +16,8 @@ from common.checkpoint import write_json
 
 FEW_GROUPS = 10  # with fewer patients an interval is too narrow to report
 
+Measure = Callable[[Tensor], dict[str, float]]  # metrics of the rows of a table
+
 
 def divide(a: float, b: float) -> float:
     """a / b, or NaN if b is 0: a metric without cases is undefined."""
@@ -251,8 +253,7 @@ def detection_metrics(pred: Tensor, truth: Tensor) -> dict[str, float]:
     """Metrics of one box per image; boxes (N, 4) xmin ymin xmax ymax in fractions of the image.
 
     iou_75 is the share of the images with an IoU of at least 0.75; mse_224 the mean squared error
-    of the four coordinates in pixels of the image squashed to 224x224, and median_se_224 the median
-    over the images, because one wrong label can make up half of the mean.
+    of the coordinates in pixels of the image squashed to 224x224, median_se_224 the median.
     """
     iou = box_iou(pred, truth)
     squared_error = (224 * (pred - truth)).double().square().mean(1)  # (N,)
@@ -269,10 +270,7 @@ def detection_metrics(pred: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def box_iou(pred: Tensor, truth: Tensor) -> Tensor:
-    """Intersection over union (N,) of boxes (N, 4), row by row.
-
-    Inverted or empty boxes have IoU 0. (torchvision's box_iou compares all pairs.)
-    """
+    """Intersection over union (N,) of boxes (N, 4), row by row; 0 for inverted and empty boxes."""
     top_left = torch.maximum(pred, truth)[:, :2]  # (N, 2), of the intersection
     bottom_right = torch.minimum(pred, truth)[:, 2:]
     intersection = (bottom_right - top_left).clamp(min=0).prod(1)  # (N,), 0 if disjoint
@@ -293,19 +291,18 @@ def segmentation_metrics(
     pooled; volume_error_ml is the absolute difference. Both masks empty: NaN except for the volume
     error; one empty: the distances are the diagonal of the volume.
     """
-    metrics = {**overlap(truth, prediction), "hd95_mm": math.nan, "assd_mm": math.nan}
+    metrics = overlap(truth, prediction)
     true_size = int(truth.sum())
     predicted_size = int(prediction.sum())
+    distances = torch.tensor([math.nan], dtype=torch.float64)
     if true_size and predicted_size:
         distances = surface_distances(truth, prediction, spacing)
-        metrics["hd95_mm"] = distances.quantile(0.95).item()
-        metrics["assd_mm"] = distances.mean().item()
-    elif true_size or predicted_size:
-        lengths = [n * mm for n, mm in zip(truth.shape, spacing, strict=True)]
-        diagonal = math.hypot(*lengths)
-        metrics |= {"hd95_mm": diagonal, "assd_mm": diagonal}
-    error_ml = abs(true_size - predicted_size) * math.prod(spacing) / 1000
-    return metrics | {"volume_error_ml": error_ml}
+    elif true_size or predicted_size:  # the diagonal
+        distances[0] = math.hypot(*(n * mm for n, mm in zip(truth.shape, spacing, strict=True)))
+    metrics["hd95_mm"] = distances.quantile(0.95).item()
+    metrics["assd_mm"] = distances.mean().item()
+    metrics["volume_error_ml"] = abs(true_size - predicted_size) * math.prod(spacing) / 1000
+    return metrics
 
 
 def overlap(truth: Tensor, prediction: Tensor) -> dict[str, float]:
@@ -334,16 +331,13 @@ def dice_metrics(scores: Tensor, classes: list[str]) -> dict[str, float]:
 
 
 def surface_distances(truth: Tensor, prediction: Tensor, spacing: list[float]) -> Tensor:
-    """Distances in mm between the surfaces of two bool masks (X, Y, Z), not empty, both ways.
-
-    In a volume of one slice, a picture, the surfaces are outlines.
-    """
+    """Distances in mm between the surfaces of two bool masks (X, Y, Z), not empty, both ways."""
     # A picture has no neighbours along z; as borders they would make every pixel surface.
     axes = [axis for axis in range(3) if truth.shape[axis] > 1] or [0]
+    union = truth | prediction
     box = []  # crop to both masks: no distance depends on anything outside
     for axis in range(3):
-        first, second = (k for k in range(3) if k != axis)
-        used = (truth | prediction).any(second).any(first).nonzero()
+        used = union.transpose(axis, 0).flatten(1).any(1).nonzero()
         box.append(slice(int(used[0]), int(used[-1]) + 1))
     truth = surface(truth[tuple(box)], axes)
     prediction = surface(prediction[tuple(box)], axes)
@@ -365,9 +359,7 @@ def distances_to(points: Tensor, feature: Tensor, spacing: list[float]) -> Tenso
     """Distance in mm, float64 (N,), from voxels (N, 3) to the nearest one of `feature` (X, Y, Z).
 
     Exact: squared distances are separable (Felzenszwalb & Huttenlocher, Theory of Computing 2012),
-    so each axis in turn takes the minimum, along its lines, of the value plus the squared distance
-    to it. The first axis only needs the nearest feature on either side; the last one is computed at
-    the points only.
+    so each axis in turn takes the minimum, along its lines, of the value plus the squared distance.
     """
     middle, last, first = sorted(range(3), key=lambda axis: feature.shape[axis])
     feature = feature.permute(first, last, middle)
@@ -382,7 +374,7 @@ def distances_to(points: Tensor, feature: Tensor, spacing: list[float]) -> Tenso
 
     position = torch.arange(feature.shape[1], dtype=torch.float64) * steps[1]  # mm
     cost = (position[:, None] - position).square()  # (Y, Y): squared distance between two places
-    nearest = []
+    nearest = []  # the last axis at the points only
     for chunk in points.split(16384):
         x, y, z = chunk.unbind(1)
         nearest.append((squared[x, :, z] + cost[y]).amin(1))  # (P, Y) to (P,)
@@ -420,17 +412,13 @@ def lower_envelope(lines: Tensor, step: float) -> None:
 
 
 def bootstrap(
-    function: Callable[[Tensor], dict[str, float]],
-    groups: list[str],
-    samples: int = 1000,
-    seed: int = 0,
+    function: Measure, groups: list[str], samples: int = 1000, seed: int = 0
 ) -> dict[str, dict[str, float]]:
     """Value, 95 % interval and number of undefined samples for every metric of `function(rows)`.
 
     Whole groups (patients) are drawn with replacement, because images of one patient are not
-    independent (Davison & Hinkley 1997, section 3.8). Samples in which a metric is NaN are left
-    out of its interval and counted. The ends are NaN with fewer than FEW_GROUPS patients, and for a
-    metric that is the same in all samples.
+    independent (Davison & Hinkley 1997, section 3.8). Samples in which a metric is NaN are left out
+    and counted. The ends are NaN below FEW_GROUPS patients, and if no two samples differ.
     """
     number_of = {group: k for k, group in enumerate(dict.fromkeys(groups))}
     members = torch.tensor([number_of[group] for group in groups])  # (N,) number of the group
@@ -445,24 +433,18 @@ def bootstrap(
 
     summary = {}
     for name, value in values.items():
-        samples_of_metric = [metrics[name] for metrics in sample_metrics]
-        sample = torch.tensor(samples_of_metric, dtype=torch.float64)
+        sample = torch.tensor([one[name] for one in sample_metrics], dtype=torch.float64)
         finite = sample[sample.isfinite()]
         low = finite.quantile(0.025).item() if len(finite) else math.nan
         high = finite.quantile(0.975).item() if len(finite) else math.nan
-        if high - low < 1e-12 * max(1.0, abs(high)):  # no two samples differ
-            low = math.nan
-            high = math.nan
+        if high - low < 1e-12 * max(1.0, abs(high)):
+            low = high = math.nan
         undefined = len(sample) - len(finite)
         summary[name] = {"value": value, "low": low, "high": high, "undefined": undefined}
     return summary
 
 
-def summarise_by(
-    function: Callable[[Tensor], dict[str, float]],
-    values: list[str],
-    groups: list[str],
-) -> list[dict]:
+def summarise_by(function: Measure, values: list[str], groups: list[str]) -> list[dict]:
     """`bootstrap` for each value of a column: a list of value, n, patients, summary.
 
     `values` and `groups` are the value and the patient of every row. Numbers are sorted as such.
@@ -474,13 +456,10 @@ def summarise_by(
     table = []
     for value in distinct:
         rows = torch.tensor([k for k, row_value in enumerate(values) if row_value == value])
-
-        def measure(sample: Tensor, rows: Tensor = rows) -> dict[str, float]:
-            return function(rows[sample])
-
         patients = [groups[k] for k in rows.tolist()]
         row = {"value": value, "n": len(rows), "patients": len(set(patients))}
-        table.append(row | {"summary": bootstrap(measure, patients)})
+        row["summary"] = bootstrap(lambda sample, rows=rows: function(rows[sample]), patients)
+        table.append(row)
     return table
 
 
@@ -495,19 +474,18 @@ def write_report(
 ) -> None:
     """Print the metrics of `bootstrap` and write metrics.json: {"summary", "by", "cases", "run"}.
 
-    `cases` has a row per case, in the order of `groups` (its patient); `run` describes the
-    evaluation; `by` has a column and its `summarise_by`; `names` are the metrics to print (default:
-    all).
+    `cases` has a row per case, in the order of `groups` (its patient); `by` has a column and its
+    `summarise_by`; `names` are the metrics to print (default: all).
     """
-    names = names or list(summary)
-    unit = run.get("unit", "mm")
-    for name in names if by else []:
-        print(f"{in_unit(name, unit)} by {by['column']}")
+    # For pictures without a resolution hd95_mm is printed as hd95_px.
+    titles = {name: name.replace("_mm", f"_{run.get('unit', 'mm')}") for name in names or summary}
+    for name in titles if by else []:
+        print(f"{titles[name]} by {by['column']}")
         for row in by["values"]:
             metric = with_interval(row["summary"][name])
             print(f"  {row['value'][:30] or '(empty)':30} {row['n']:8}  {metric}")
-    for name in names:
-        print(f"{in_unit(name, unit):41}  {with_interval(summary[name])}")
+    for name, title in titles.items():
+        print(f"{title:41}  {with_interval(summary[name])}")
     print_notes(summary, len(set(groups)))
     write_json(out / "metrics.json", {"summary": summary, "by": by, "cases": cases, "run": run})
 
@@ -520,11 +498,6 @@ def with_interval(metric: dict[str, float]) -> str:
     if math.isfinite(metric["low"]):
         text += f"  ({metric['low']:.4f} to {metric['high']:.4f})"
     return text
-
-
-def in_unit(name: str, unit: str) -> str:
-    """The printed name of a metric: for pictures without a resolution hd95_mm is hd95_px."""
-    return name.replace("_mm", f"_{unit}")
 
 
 def print_notes(summary: dict[str, dict[str, float]], patients: int) -> None:

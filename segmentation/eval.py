@@ -227,9 +227,8 @@ def evaluate_split(
             metrics["dropped_ml"] = dropped * voxel_ml(affine)
         write_prediction(out / "predictions", name, prediction, affine, header, meta)
         metrics = measure_case(truth, prediction, affine, meta["classes"]) | metrics
-        scores = dice_scores(
-            torch.from_numpy(np.array(mask)), torch.from_numpy(on_grid), len(meta["classes"])
-        )
+        true_grid = torch.from_numpy(np.array(mask))
+        scores = dice_scores(true_grid, torch.from_numpy(on_grid), len(meta["classes"]))
         metrics["dice_cache"] = scores.nanmean().item()
         case = {key: row[key] for key in ("id", "patient", "fold")}
         cases.append(case | metrics)
@@ -301,10 +300,9 @@ def describe_run(args: argparse.Namespace, count: int) -> dict:
 
 
 def keep_largest(labels: np.ndarray) -> tuple[np.ndarray, int]:
-    """Class numbers uint8 (X, Y, Z) with the largest connected part of each class, the others 0.
+    """Class numbers uint8 (X, Y, Z) with the largest part of each class, connected by faces.
 
-    Voxels are connected if they share a face. Of two parts of the same size the first is kept. Also
-    returns how many voxels were dropped.
+    The others become 0; also returns how many voxels. Of two equal parts the first is kept.
     """
     volume = torch.from_numpy(labels.copy())  # torch has no negative strides
     inside = volume > 0
@@ -484,8 +482,7 @@ def draw_panels(
 ) -> Tensor:
     """A slice of an image (C, X, Y, Z), once for each map of classes (X, Y, Z), side by side.
 
-    Returns uint8 (3, H, W). The axes of RAS point right and up, with their proportions in mm. The
-    caption and the names of the maps are above; a map None is the bare image.
+    Returns uint8 (3, H, W), in proportions of mm. A map None is the bare image.
     """
     axis = meta["slice_axis"]
     is_colour = meta["picture_unit"] and len(image) == 3
@@ -493,16 +490,12 @@ def draw_panels(
     planes = [take_slice(channel, axis, position) for channel in channels]
     plane = np.stack(planes).astype(np.float32)  # (1 or 3, H, W)
     low, high = np.percentile(plane, (0.5, 99.5))  # a few voxels are far brighter than the rest
-    contrast = high - low
-    if contrast == 0:  # a constant slice
-        contrast = 1
+    contrast = (high - low) or 1  # 0 for a constant slice
     gray = torch.from_numpy(255 * ((plane - low) / contrast).clip(0, 1)).byte()
 
     across, up = patch_axes(meta["spacing"], 2, axis)
-    height = gray.shape[1] * up  # mm
-    width = gray.shape[2] * across  # mm
-    scale = max(height, width)
-    size = [max(1, round(TILE * length / scale)) for length in (height, width)]  # pixels
+    lengths = (gray.shape[1] * up, gray.shape[2] * across)  # mm
+    size = [max(1, round(TILE * length / max(lengths))) for length in lengths]  # pixels
     gray = resize(gray.expand(3, -1, -1), size)  # (3, *size), pictures keep their colours
 
     gap = torch.zeros(3, size[0], GAP, dtype=torch.uint8)  # black
@@ -539,11 +532,12 @@ def draw_caption(lines: list[str], names: list[str], step: int, width: int) -> I
     """White text on black: the lines, then the names side by side, `step` pixels apart."""
     head = Image.new("RGB", (width, LINE * (len(lines) + 1)), "black")
     draw = ImageDraw.Draw(head)
+    font = ImageFont.load_default(size=14)
     for k, line in enumerate(lines):
         text = shorten(line, width // 8)  # a letter is about 8 pixels wide
-        draw.text((4, LINE * k + 2), text, "white", font(14))
+        draw.text((4, LINE * k + 2), text, "white", font)
     for k, name in enumerate(names):
-        draw.text((step * k + 4, LINE * len(lines) + 2), name, "white", font(14))
+        draw.text((step * k + 4, LINE * len(lines) + 2), name, "white", font)
     return head
 
 
@@ -551,10 +545,6 @@ def shorten(text: str, length: int) -> str:
     """The text, or its beginning and end if it is longer than `length`."""
     half = (length - 3) // 2
     return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
-
-
-def font(size: int) -> ImageFont.ImageFont:
-    return ImageFont.load_default(size=size)
 
 
 def write_gallery(path: Path, tiles: list[Tensor]) -> None:
@@ -587,10 +577,7 @@ def write_gif(path: Path, image: np.ndarray, maps: dict, meta: dict, name: str) 
 def predict_images(
     args: argparse.Namespace, runs: list[Run], device: torch.device, out: Path
 ) -> tuple[str, int]:
-    """Write masks, volumes.csv and pictures of new images.
-
-    Returns a summary, and how many could not be predicted; the reasons are printed.
-    """
+    """Write masks, volumes.csv and pictures of new images; a summary, and how many had errors."""
     meta = runs[0].meta
     images = find_new(args.images, meta)
     tiles = []  # a picture for each of the first images
@@ -610,9 +597,8 @@ def predict_images(
         if len(rows) == 1:
             write_gif(out / "first.gif", on_grid, maps, meta, image.name)
         unit = "px" if meta["picture_unit"] else "ml"
-        volumes = [f"{name} {row[f'{unit}_{name}']} {unit}" for name in meta["classes"][1:]]
-        if args.largest:
-            volumes.append(f"dropped {row[f'{unit}_dropped']} {unit}")
+        sizes = list(row.items())[2:]  # after image and mask, ml_NAME or px_NAME
+        volumes = [f"{name[3:]} {value} {unit}" for name, value in sizes]
         print(one_line(f"{row['image']}: {'  '.join(volumes)}"))
     if not rows:
         raise DataError(f"none of {len(images)} images could be predicted")
@@ -646,7 +632,7 @@ def predict_image(
         labels, dropped = keep_largest(labels)
         labels_on_grid, _ = keep_largest(labels_on_grid)
     mask_name = write_prediction(out, image.name, labels, affine, header, meta, PREDICTION)
-    counts = np.bincount(labels.reshape(-1), minlength=len(meta["classes"]))
+    counts = np.bincount(labels.ravel(), minlength=len(meta["classes"]))
     source = [image.path] if image.is_series else image.files
     row = {"image": ";".join(map(str, source)), "mask": mask_name}
     voxels = dict(zip(meta["classes"][1:], counts[1:].tolist(), strict=True))

@@ -7,7 +7,6 @@ of a patch, (X, Y, Z) the axes of a volume in RAS: to the right, front and top.
 
 import itertools
 import math
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,25 +27,17 @@ MAX_ON_DEVICE = 2**30  # bytes of probabilities; larger ones are collected on th
 
 
 def default_patch(dims: int, meta: dict) -> list[int]:
-    """Voxels per axis of a slice (`dims` 2) or volume (3) of median size, by a meta.json.
-
-    Above MAX_PATCH voxels the side that is longest in mm is shortened.
-    """
+    """Voxels per axis of a slice (`dims` 2) or volume (3) of median size, by a meta.json."""
     patch = patch_axes(meta["shape"], dims, meta["slice_axis"])
     spacing = patch_axes(meta["spacing"], dims, meta["slice_axis"])
-    while math.prod(patch) > MAX_PATCH:
+    while math.prod(patch) > MAX_PATCH:  # shorten the side that is longest in mm
         lengths = [voxels * mm for voxels, mm in zip(patch, spacing, strict=True)]
-        longest = lengths.index(max(lengths))
-        patch[longest] -= 1
+        patch[lengths.index(max(lengths))] -= 1
     return patch
 
 
 def build_model(meta: dict, channels: int, patch: list[int]) -> "UNet":
-    """The U-Net for the channels, classes and spacing of a meta.json.
-
-    `channels` is the width of the first residual unit; `patch` has two axes for slices, three for
-    volumes.
-    """
+    """The U-Net for a meta.json; `channels` is the width of the first residual unit."""
     dims = len(patch)
     spacing = patch_axes(meta["spacing"], dims, meta["slice_axis"])
     model = UNet(len(meta["channels"]), len(meta["classes"]), channels, patch, spacing)
@@ -121,8 +112,7 @@ class UNet(nn.Module):
         ones = [1] * dims
         stages = plan_stages(patch, spacing)
         widths = [max(1, channels // 2)]
-        for k in range(len(stages) - 1):
-            widths.append(min(channels * 2**k, MAX_WIDTH))
+        widths += [min(channels * 2**k, MAX_WIDTH) for k in range(len(stages) - 1)]
 
         self.down = nn.ModuleList()  # down[k]: stage k - 1 to stage k, the finest first
         self.up = nn.ModuleList()  # up[k]: stage k + 1 to the resolution of stage k
@@ -137,7 +127,7 @@ class UNet(nn.Module):
                 self.down.append(ResidualUnit(widths[k - 1], width, kernel, stride))
             if k == len(stages) - 1:
                 break  # no stage below
-            scale = stages[k + 1].stride
+            _, scale = stages[k + 1]
             self.up.append(UP_CONV[dims](widths[k + 1], width, scale, scale))
             if k == 0:
                 # No norm before the head: it would amplify the features of a structure that an
@@ -163,18 +153,12 @@ class UNet(nn.Module):
         return self.head(x)  # (B, K, *S)
 
 
-class Stage(NamedTuple):
-    """Convolutions of a stage per axis; `stride` is that of the step from the stage above."""
+def plan_stages(patch: list[int], spacing: list[float]) -> list[tuple[list[int], list[int]]]:
+    """Kernel and stride of each stage for patches of this size (voxels) and spacing (mm).
 
-    kernel: list[int]
-    stride: list[int]
-
-
-def plan_stages(patch: list[int], spacing: list[float]) -> list[Stage]:
-    """The stages for patches of this size (voxels) and spacing (mm), full resolution first.
-
-    As in nnU-Net (Isensee et al., Nature Methods 2021) an axis of long voxels keeps its resolution,
-    and has kernels of 1, until the voxels of the other axes are as long.
+    Full resolution comes first; a stride is that of the step from the stage above. As in nnU-Net
+    (Isensee et al., Nature Methods 2021) an axis of long voxels keeps its resolution, and has
+    kernels of 1, until the voxels of the other axes are as long.
     """
     size = list(patch)
     spacing = list(spacing)
@@ -183,7 +167,7 @@ def plan_stages(patch: list[int], spacing: list[float]) -> list[Stage]:
     while len(stages) < MAX_STAGES:
         thickest = 2 * min(spacing)
         kernel = [1 if mm >= thickest else 3 for mm in spacing]
-        stages.append(Stage(kernel, stride))
+        stages.append((kernel, stride))
 
         # An axis is halved as long as at least 4 voxels of the patch remain.
         halvable = [axis for axis, voxels in enumerate(size) if voxels >= 8]
@@ -245,8 +229,7 @@ def conv_unit(
 def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
     """Soft Dice loss (Milletari et al., 3DV 2016).
 
-    Logits float32 (B, K, *S): sums would overflow in half precision. Masks int64 (B, *S), class
-    numbers.
+    Logits float32 (B, K, *S): sums would overflow in half precision. Masks int64 (B, *S).
 
     Dice is computed per image and foreground class, then averaged: a small structure counts as much
     as a large one. If a class is absent Dice is undefined; the loss is then the share of voxels
@@ -289,23 +272,18 @@ def predict_volume(
     """Class probabilities float16 (K, X, Y, Z) of a volume (C, X, Y, Z).
 
     The model sees overlapping windows of the size of the patch, `batch_size` at a time; with a
-    patch of two axes they are whole slices.
-
-    Windows lie on a lattice with weights that add up to one, so a single array of the size of the
-    result is enough, without a sum of weights to divide by. It is on the device, or on the CPU if
-    it has more than MAX_ON_DEVICE bytes.
+    patch of two axes they are whole slices. Their weights add up to one, so a single array of the
+    size of the result is enough. It is on the device, or on the CPU above MAX_ON_DEVICE bytes.
     """
     shape = image.shape[1:]
     is_slice = len(patch) == 2
     thin = slice_axis - 3  # the axis that a slice lacks, counted from the end
     size = window_size(patch, slice_axis)  # voxels in x, y and z
     if is_slice:
-        for axis in range(3):
-            if axis != slice_axis:
-                size[axis] = max(size[axis], shape[axis])
+        size = np.maximum(size, shape).tolist()
+        size[slice_axis] = 1
     along_axes = []  # start and weights of the windows along each axis
-    for length, side in zip(shape, size, strict=True):
-        axis_windows = window_weights(length, side)
+    for axis_windows in map(window_weights, shape, size):
         along_axes.append([(start, weights.to(device)) for start, weights in axis_windows])
     windows = list(itertools.product(*along_axes))
 
@@ -355,12 +333,7 @@ def window_weights(length: int, size: int) -> list[tuple[int, Tensor]]:
     total = torch.zeros(length + 2 * size)
     for start in starts:
         total[start + size : start + 2 * size] += bell
-
-    windows = []
-    for start in starts:
-        weights = bell / total[start + size : start + 2 * size]
-        windows.append((start, weights))
-    return windows
+    return [(start, bell / total[start + size : start + 2 * size]) for start in starts]
 
 
 def add_window(

@@ -76,6 +76,7 @@ from common.checkpoint import (
     progress,
     read_meta,
     run_command,
+    write_csv,
 )
 
 # Keys that --like caches and checkpoints inherit; picture_unit is px, or None for volumes
@@ -110,7 +111,6 @@ UID_HINT = "a UID for each slice? give all slices of a series one SeriesInstance
 RECIPES = "see 'From other formats' in segmentation/README.md"
 PREDICTION = b"prediction of segmentation/eval.py"  # in the header of masks
 AS_READ = "as_read"  # folder of what is read and not yet written
-INDEX_COLUMNS = ("id", "patient", "fold", "split", "digest", "image", "mask")
 FOLDS = 5
 MAX_GRID = 2**30  # voxels: a larger grid has a wrong unit
 SHIFT = 0.1  # voxels that a slice or a corner may lie off
@@ -250,11 +250,9 @@ def preprocess(args: Namespace) -> None:
         shutil.rmtree(folder / AS_READ)  # with what was refused
         cases = drop_bad(cases, bad, args.skip_bad)
         split_cases(cases, args)
-        if bad:
-            # A name that is not UTF-8 is one of the reasons.
-            how = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
-            with open(folder / "skipped.csv", "w", **how) as file:
-                csv.writer(file).writerows([("source", "reason"), *bad])
+        if bad:  # a name that is not UTF-8 is one of the reasons
+            rows = [{"source": one_line(source), "reason": one_line(why)} for source, why in bad]
+            write_csv(folder / "skipped.csv", rows)
         print_classes(cases, meta)
         counts = Counter(case.fold for case in cases)
         print("  ".join(f"fold {fold}: {counts[fold]}" for fold in sorted(counts)))
@@ -310,11 +308,9 @@ def find_folders(raw: Path) -> list[tuple[Path, Path, str]]:
 
 
 def list_files(top: Path) -> Iterator[Path]:
-    """All files below a folder in the order of their names, but hidden ones and DICOMDIR.
-
-    Linked folders are followed, but for links to a folder above.
-    """
+    """All files below a folder in the order of their names, but hidden ones and DICOMDIR."""
     for folder, names, files in os.walk(top, followlinks=True):
+        # A link to a folder above would never end.
         above = {path.resolve() for path in (Path(folder), *Path(folder).parents)}
         names[:] = [name for name in sorted(names) if Path(folder, name).resolve() not in above]
         names[:] = [name for name in names if not name.startswith(".")]
@@ -355,10 +351,9 @@ def name_format(head: bytes) -> str:
 
 def case_name(path: Path) -> str:
     """The name of a case: of a file without its suffix, or of the folder of a series."""
-    name = NIFTI.sub("", path.name)
-    if name != path.name or path.is_dir():
-        return name
-    return re.sub(r"\.[A-Za-z]+$", "", name)  # but not the end of 1.2.840.5
+    if path.is_dir() or NIFTI.search(path.name):
+        return NIFTI.sub("", path.name)
+    return re.sub(r"\.[A-Za-z]+$", "", path.name)  # but not the end of 1.2.840.5
 
 
 def pair_masks(raw: Path, images_in: Path, masks_in: Path, split: str, bad: Reasons) -> list[Case]:
@@ -381,7 +376,7 @@ def pair_masks(raw: Path, images_in: Path, masks_in: Path, split: str, bad: Reas
     channels = defaultdict(list)
     for name, paths in images.items():
         stem, number = split_channel(name)
-        if number is None or name in masks or stem in images or stem not in masks:
+        if name in masks or stem in images or stem not in masks:
             stem, number = name, 0
         channels[stem] += [(number, path) for path in paths]
     cases = []
@@ -458,18 +453,14 @@ def read_cases_table(raw: Path, cases: list[Case]) -> None:
 
 
 def read_table(table: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Place (file:line) and values of every row of a CSV table in UTF-8 with a column id.
-
-    The most frequent one of comma, semicolon and tab in the first line separates them.
-    """
+    """Place (file:line) and values of every row of a CSV table in UTF-8 with a column id."""
     with explaining(table):
         text = table.read_text(encoding="utf-8-sig")  # Excel's byte order mark
         separator = max(",;\t", key=text.partition("\n")[0].count)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
         (_, names), *rows = [(reader.line_num, [one.strip() for one in row]) for row in reader]
-    reserved = INDEX_COLUMNS[4:]
-    if "id" not in names or len(set(names)) < len(names) or {*names} & {*reserved}:
-        expected = f"id and different others, none of {', '.join(reserved)}"
+    if "id" not in names or len(set(names)) < len(names) or {*names} & {"digest", "image", "mask"}:
+        expected = "id and different others, none of digest, image, mask"
         raise DataError(f"{table}: columns {names}, expected {expected}")
     for line, row in rows:
         if len(row) > len(names):
@@ -509,10 +500,7 @@ def refuse_doubles(pairs: list[tuple[str, object]]) -> dict:
 
 
 def read_labels(labels: dict) -> Labels:
-    """Class names by mask value, of {"0": "background"} or, newer, {"background": 0}.
-
-    Raises ValueError unless they are one to one: a class would be left out of the mean Dice.
-    """
+    """Class names by mask value, of {"0": "background"} or, newer, {"background": 0}."""
     pairs = list(labels.items())
     # Decided once for all of them: names can be numbers, too, as those of teeth.
     if all(type(value) is int for value in labels.values()):
@@ -522,7 +510,7 @@ def read_labels(labels: dict) -> Labels:
         if not str(number).isdecimal() or str(name).lower() == "ignore":
             raise ValueError(f"{labels}: regions and nnU-Net's ignore are not supported")
         names[int(number)] = str(name).strip()
-    if len(set(names.values())) < len(labels):
+    if len(set(names.values())) < len(labels):  # a class would be left out of the mean Dice
         raise ValueError(f"{labels}: two of them have one name or one number")
     if 0 not in names or len(names) < 2 or max(names) > 255:
         expected = "0 = background and others; give the classes numbers up to 255"
@@ -534,10 +522,7 @@ def read_labels(labels: dict) -> Labels:
 
 
 def for_each(function: Callable, cases: list[Case], workers: int, done: str) -> None:
-    """Call function(case) for all cases in threads: reading and NumPy release Python's lock.
-
-    What makes a case unusable becomes its `error`, with its notes: the others go on.
-    """
+    """Call function(case) for all cases in threads; what makes one unusable becomes its `error`."""
 
     def attempt(case: Case) -> None:
         try:
@@ -1010,13 +995,13 @@ def fit_line(
 ) -> tuple[float, float]:
     """Place of the first plane and distance of the planes, in mm along the normal.
 
-    By a line through the sorted `positions` (N, 3): headers round them to 0, 0.6, 1.2, 1.9 for
-    0.625 mm. `axes` (3, 3) are those of rows, columns and the normal. Raises ValueError unless all
-    planes lie within 0.1 voxel of the line, and the line along the normal.
+    `positions` (N, 3) are sorted; `axes` (3, 3) are those of rows, columns and the normal. Raises
+    ValueError unless all planes lie within 0.1 voxel of a line along the normal.
     """
     along = positions @ axes[2]  # (N,) in mm, ascending
     aside = (positions - positions[0]) @ axes[:2].T  # (N, 2) in mm
     numbers = np.arange(len(along))
+    # A fit, because headers round to 0, 0.6, 1.2, 1.9 for 0.625 mm
     step, start = np.polyfit(numbers, along, 1).tolist()
     off = np.abs(along - start - step * numbers).max()
     if off <= SHIFT * step and step > 0.01 and np.abs(aside / spacing).max() <= SHIFT:
@@ -1234,9 +1219,7 @@ def plan_cache(cases: list[Case], spacing: list, labels: Labels, channels: list[
     }
     shapes = [grid_shape(case.shape, case.spacing, meta) for case in train_cases]
     meta["shape"] = np.median(shapes, 0).astype(int).tolist()
-    meta["normalisation"] = []
-    for name, values in zip(channels, foreground.T, strict=True):
-        meta["normalisation"].append(ct_constants(name, values))
+    meta["normalisation"] = list(map(ct_constants, channels, foreground.T))
     return meta
 
 
@@ -1251,20 +1234,6 @@ def ct_constants(channel: str, values: np.ndarray) -> dict[str, float] | None:
     clipped = values.clip(low, high).astype(np.float64)
     std = float(clipped.std()) or 1.0
     return {"low": low, "high": high, "mean": float(clipped.mean()), "std": std}
-
-
-def check_grid(path: Path, shape: Shape, spacing: np.ndarray, meta: dict) -> None:
-    """Raise DataError for a picture among volumes, or an image in RAS with an impossible grid."""
-    kinds = ("a volume", "a picture")
-    found = kinds[kind_of(path) in PICTURES]
-    expected = kinds[meta["picture_unit"] is not None]
-    if found != expected:
-        raise DataError(f"{path}: {found}, expected {expected} as in training")
-    grid = grid_shape(shape, spacing, meta)
-    if meta["resample"] and (math.prod(grid) > MAX_GRID or max(grid) < 2):
-        before = f"{list(shape)} voxels of {spacing.round(4).tolist()} mm"
-        after = f"{list(grid)} voxels of {meta['spacing']} mm"
-        raise DataError(f"{path}: {before} would become {after}: check its pixdim, or --spacing")
 
 
 def grid_shape(shape: Shape, spacing: np.ndarray, meta: dict) -> Shape:
@@ -1313,14 +1282,13 @@ def print_plan(cases: list[Case], meta: dict) -> None:
 def convert(case: Case, folder: Path, meta: dict) -> None:
     """Write the four files of a case, from the voxels that `inspect` has left."""
     affine = case.image.affine
-    check_grid(case.images[0], case.shape, case.spacing, meta)
     path = folder / AS_READ / case.id
     with open(path, "rb") as file:
         volume = np.load(file)  # (X, Y, Z, C) of the file
         mask = np.load(file)  # (X, Y, Z) of the file
     path.unlink()  # or the disk holds all volumes twice
-    labels = mask_to_grid(mask, affine, meta)  # (X, Y, Z) of the grid
     image = to_grid(case.images[0], volume, affine, meta)  # (C, X, Y, Z) of the grid
+    labels = mask_to_grid(mask, affine, meta)  # (X, Y, Z) of the grid
     start = folder / "volumes" / case.id
     write_mask(Path(f"{start}.truth.nii.gz"), mask, affine, case.image.header)
     np.save(f"{start}.image.npy", image)
@@ -1331,20 +1299,28 @@ def convert(case: Case, folder: Path, meta: dict) -> None:
 
 
 def to_grid(path: Path, volume: np.ndarray, affine: np.ndarray, meta: dict) -> np.ndarray:
-    """A volume (X, Y, Z, C) of a file as networks see it: float16 (C, X, Y, Z) on the grid."""
-    orientation, spacing, _ = orient(affine, volume.shape)
+    """A volume (X, Y, Z, C) of a file as networks see it: float16 (C, X, Y, Z) on the grid.
+
+    Raises DataError for a picture among volumes, and for an impossible grid.
+    """
+    kinds = ("a volume", "a picture")
+    found = kinds[kind_of(path) in PICTURES]
+    expected = kinds[meta["picture_unit"] is not None]
+    if found != expected:
+        raise DataError(f"{path}: {found}, expected {expected} as in training")
+    orientation, spacing, old = orient(affine, volume.shape)
+    shape = grid_shape(old, spacing, meta)
+    if meta["resample"] and (math.prod(shape) > MAX_GRID or max(shape) < 2):
+        before = f"{list(old)} voxels of {spacing.round(4).tolist()} mm"
+        after = f"{list(shape)} voxels of {meta['spacing']} mm"
+        raise DataError(f"{path}: {before} would become {after}: check its pixdim, or --spacing")
     volume = apply_orientation(volume, orientation)  # RAS
     volume = np.moveaxis(volume, 3, 0)  # (C, X, Y, Z)
-    shape = grid_shape(volume.shape[1:], spacing, meta)
     image = np.empty((len(volume), *shape), np.float16)
     with np.errstate(over="ignore"):  # named below
         for k, constants in enumerate(meta["normalisation"]):
             constants = constants or moments(volume[k])  # MR: those of each image
-            if shape != volume.shape[1:]:
-                image[k] = resample(normalise(volume[k], constants), shape)
-                continue
-            for x in range(0, shape[0], 32):  # slabs of float32 need less memory
-                image[k, x : x + 32] = normalise(volume[k, x : x + 32], constants)
+            image[k] = resample(normalise(volume[k], constants), shape)
     if not np.isfinite([image.min(), image.max()]).all():
         raise DataError(f"{path}: normalised values beyond 65504, which float16 cannot hold")
     return image
@@ -1362,18 +1338,13 @@ def normalise(values: np.ndarray, constants: dict[str, float]) -> np.ndarray:
 
 def moments(channel: np.ndarray) -> dict[str, float]:
     """Mean and deviation; without the smallest value if more than half of all have it (air)."""
-    low = channel.min()
-    count = np.count_nonzero(channel > low)
-    is_air = 0 < count < 0.5 * channel.size
-
-    def planes() -> Iterator[np.ndarray]:  # planes of float64 need less memory
-        for plane in np.moveaxis(channel, np.argmax(np.abs(channel.strides)), 0):
-            yield (plane[plane > low] if is_air else plane).astype(np.float64)
-
-    count = count if is_air else channel.size
-    mean = float(sum(plane.sum() for plane in planes()) / count)
-    variance = sum(np.square(plane - mean).sum() for plane in planes()) / count
-    return {"mean": mean, "std": math.sqrt(variance) or 1.0}
+    values = channel[channel > channel.min()]  # (N,)
+    if not 0 < len(values) < 0.5 * channel.size:
+        values = channel.ravel("K")
+    mean = float(values.mean(dtype=np.float64))
+    parts = np.array_split(values, 100)  # as float64 they need less memory than all at once
+    squares = sum(np.square(part.astype(np.float64) - mean).sum() for part in parts)
+    return {"mean": mean, "std": math.sqrt(squares / len(values)) or 1.0}
 
 
 def resample(volume: np.ndarray, shape: Shape) -> np.ndarray:
@@ -1403,14 +1374,16 @@ def mask_to_grid(mask: np.ndarray, affine: np.ndarray, meta: dict) -> np.ndarray
     """Class numbers uint8 (X, Y, Z) on the grid: classes are resampled, the largest share wins."""
     orientation, spacing, _ = orient(affine, mask.shape)
     mask = apply_orientation(np.ascontiguousarray(mask), orientation)  # RAS
-    shape = grid_shape(mask.shape, spacing, meta)
+    shares = ((mask == value).astype(np.float32) for value in meta["values"])
+    return largest_share(shares, grid_shape(mask.shape, spacing, meta))
+
+
+def largest_share(shares: Iterable[np.ndarray], shape: Shape) -> np.ndarray:
+    """The number, uint8, of the largest of float32 (X, Y, Z), each resampled to `shape`."""
     labels = np.zeros(shape, np.uint8)
     best = 0.0  # a running maximum takes less memory
-    for k, value in enumerate(meta["values"]):
-        if shape == mask.shape:
-            labels[mask == value] = k
-            continue
-        share = resample((mask == value).astype(np.float32), shape)
+    for k, share in enumerate(shares):
+        share = resample(share, shape)
         labels[share > best] = k
         best = np.maximum(best, share)
     return labels
@@ -1431,10 +1404,9 @@ def draw_points(labels: np.ndarray, classes: int) -> np.ndarray:
 def write_mask(
     path: Path, mask: np.ndarray, affine: np.ndarray, header: Header, description: bytes = b""
 ) -> None:
-    """Write uint8 (X, Y, Z) with the forms, codes and unit of its image's header.
+    """Write uint8 (X, Y, Z) with the forms and unit of its image's header, or else `affine` in mm.
 
-    Without one (DICOM) both forms are the affine, in mm. Left out are window and intent, which are
-    none of classes, and texts and extensions, which may hold the patient's name.
+    Left out are window and intent, and texts and extensions, which may hold the patient's name.
     """
     kind = nib.Nifti2Image if isinstance(header, Nifti2Header) else nib.Nifti1Image
     nifti = kind(mask, None if header else affine, header)
@@ -1477,15 +1449,15 @@ def print_classes(cases: list[Case], meta: dict) -> None:
 
 def write_index(path: Path, raw: Path, cases: list[Case]) -> None:
     """index.csv, a row a case; the files of channels are joined by semicolons."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow((*INDEX_COLUMNS, *cases[0].more))
-        for case in cases:
-            split = case.split if case.split in SPLITS.values() else ""
-            images = ";".join(image.relative_to(raw).as_posix() for image in case.images)
-            mask = case.mask.relative_to(raw).as_posix()
-            place = (case.id, case.group, case.fold, split, case.digest)
-            writer.writerow((*place, images, mask, *case.more.values()))
+    rows = []
+    for case in cases:
+        row = {"id": case.id, "patient": case.group, "fold": case.fold}
+        row["split"] = case.split if case.split in SPLITS else ""
+        row["digest"] = case.digest
+        row["image"] = ";".join(image.relative_to(raw).as_posix() for image in case.images)
+        row["mask"] = case.mask.relative_to(raw).as_posix()
+        rows.append(row | case.more)
+    write_csv(path, rows)
 
 
 # --- new: images without masks, for eval.py ---
@@ -1557,19 +1529,17 @@ def name_below(top: Path, path: Path) -> str:
 
 def join_channels(names: dict[Path, str], channels: int) -> list[NewImage]:
     """An image for each file; of several channels NAME_0000, NAME_0001, ... are one image."""
-    images = []
-    by_stem = defaultdict(dict)  # files by channel number
-    for path, name in names.items():
+    by_stem = defaultdict(list)  # channel numbers and files
+    for path in names:
         stem, number = split_channel(case_name(path))
-        if channels == 1 or number is None:
-            images.append(NewImage(name, path, [path]))
-        else:
-            by_stem[path.with_name(stem)][number] = path
-    for by_number in by_stem.values():
-        files = [path for _, path in sorted(by_number.items())]
-        name = names[files[0]]
-        is_channel = min(by_number) < channels  # scan_2024 has all channels
-        images.append(NewImage(split_channel(name)[0] if is_channel else name, files[0], files))
+        is_channel = channels > 1 and number is not None
+        by_stem[path.with_name(stem) if is_channel else path].append((number, path))
+    images = []
+    for pairs in by_stem.values():
+        files = [path for _, path in sorted(pairs)]
+        stem, number = split_channel(names[files[0]])
+        is_channel = channels > 1 and number is not None and number < channels
+        images.append(NewImage(stem if is_channel else names[files[0]], files[0], files))
     return images
 
 
@@ -1637,32 +1607,22 @@ def read_new(image: NewImage, meta: dict) -> tuple[np.ndarray, np.ndarray, Heade
         if len(numbers) > 1 and numbers != list(range(len(numbers))):
             raise DataError(f"{image.path}: channel files {numbers}, expected 0, 1, ...")
         volume = read_channels(image.files, len(meta["channels"]), notes)
-    shape = volume.voxels.shape[:3]
     check_channels(image.path, volume.voxels.shape[3], meta["channels"])
-    _, spacing, grid = orient(volume.affine, shape)
-    check_grid(image.path, grid, spacing, meta)
     on_grid = to_grid(image.path, volume.voxels, volume.affine, meta)
-    return on_grid, volume.affine, volume.header, shape, notes
+    return on_grid, volume.affine, volume.header, volume.voxels.shape[:3], notes
 
 
 def from_grid(probabilities: np.ndarray, shape: Shape, affine: np.ndarray) -> np.ndarray:
-    """Probabilities (K, X, Y, Z) to class numbers uint8 in the shape and axes of the file.
-
-    Slab by slab with a running maximum: all classes on the file's grid would fill the memory.
-    """
+    """Probabilities (K, X, Y, Z) to class numbers uint8 in the shape and axes of the file."""
     orientation, _, full = orient(affine, shape)
     matrix = resampling_matrix(probabilities.shape[1], full[0])  # (full[0], X)
     labels = np.zeros(full, np.uint8)
-    for start in range(0, full[0], 16):
+    for start in range(0, full[0], 16):  # all classes on the file's grid would fill the memory
         rows = matrix[start : start + 16]  # weights of 16 planes
         low, high = np.flatnonzero(rows.any(0))[[0, -1]]  # planes of the grid
-        best = 0.0
-        for k, probability in enumerate(probabilities):
-            part = probability[low : high + 1].astype(np.float32)
-            slab = np.tensordot(rows[:, low : high + 1], part, 1)  # (16, Y, Z)
-            slab = resample(slab, (len(rows), *full[1:]))  # (16, *full[1:])
-            labels[start : start + 16][slab > best] = k
-            best = np.maximum(best, slab)
+        parts = (one[low : high + 1].astype(np.float32) for one in probabilities)
+        slabs = (np.tensordot(rows[:, low : high + 1], part, 1) for part in parts)  # (16, Y, Z)
+        labels[start : start + 16] = largest_share(slabs, (len(rows), *full[1:]))
     return apply_orientation(labels, ornt_transform(RAS, orientation))
 
 
