@@ -1320,7 +1320,11 @@ def to_grid(path: Path, volume: np.ndarray, affine: np.ndarray, meta: dict) -> n
     with np.errstate(over="ignore"):  # named below
         for k, constants in enumerate(meta["normalisation"]):
             constants = constants or moments(volume[k])  # MR: those of each image
-            image[k] = resample(normalise(volume[k], constants), shape)
+            if shape != old:
+                image[k] = resample(normalise(volume[k], constants), shape)
+                continue
+            for x in range(0, shape[0], 32):  # slabs of float32 need less memory
+                image[k, x : x + 32] = normalise(volume[k, x : x + 32], constants)
     if not np.isfinite([image.min(), image.max()]).all():
         raise DataError(f"{path}: normalised values beyond 65504, which float16 cannot hold")
     return image
@@ -1374,8 +1378,13 @@ def mask_to_grid(mask: np.ndarray, affine: np.ndarray, meta: dict) -> np.ndarray
     """Class numbers uint8 (X, Y, Z) on the grid: classes are resampled, the largest share wins."""
     orientation, spacing, _ = orient(affine, mask.shape)
     mask = apply_orientation(np.ascontiguousarray(mask), orientation)  # RAS
+    shape = grid_shape(mask.shape, spacing, meta)
+    if shape == mask.shape:
+        numbers = np.zeros(256, np.uint8)
+        numbers[meta["values"]] = np.arange(len(meta["values"]))
+        return numbers[mask]
     shares = ((mask == value).astype(np.float32) for value in meta["values"])
-    return largest_share(shares, grid_shape(mask.shape, spacing, meta))
+    return largest_share(shares, shape)
 
 
 def largest_share(shares: Iterable[np.ndarray], shape: Shape) -> np.ndarray:
