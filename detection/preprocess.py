@@ -498,9 +498,8 @@ def locate(names: set[str], images: list[str]) -> dict[str, list[str]]:
         by_end = defaultdict(list)
         for image, ways in ends:
             for path in ways:
-                if len(path) >= depth:
-                    by_end[path[-depth:]].append(image)
-        claims = Counter(stem[-depth:] for stem in stems.values() if len(stem) >= depth)
+                by_end[path[-depth:]].append(image)
+        claims = Counter(stem[-depth:] for stem in stems.values())
         for name, path in paths.items():
             same = by_end.get(path[-depth:], [])
             is_alone = len(path) == depth or claims[stems[name][-depth:]] == 1
