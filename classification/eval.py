@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
 
@@ -456,13 +456,9 @@ def draw_map(
     tile = Image.new("RGB", (2 * TILE, 20 * len(caption) + TILE), "black")
     for k, line in enumerate(caption):
         text = line if len(line) <= 64 else f"{line[:30]}...{line[-31:]}"
-        ImageDraw.Draw(tile).text((4, 20 * k + 2), text, "white", font(14))
+        ImageDraw.Draw(tile).text((4, 20 * k + 2), text, "white", font_size=14)
     tile.paste(to_pil_image(strip.round().byte()), (0, 20 * len(caption)))
     return pil_to_tensor(tile)
-
-
-def font(size: int) -> ImageFont.ImageFont:
-    return ImageFont.load_default(size=size)
 
 
 def draw_confusion_matrix(counts: Tensor, meta: dict) -> Image.Image:
@@ -475,16 +471,16 @@ def draw_confusion_matrix(counts: Tensor, meta: dict) -> Image.Image:
     draw = ImageDraw.Draw(picture)
     # As in scikit-learn: truth down, prediction across
     middle = margin + cell * len(classes) / 2
-    draw.text((middle, 80), "predicted", "black", font(18), anchor="mm")
-    draw.text((10, margin - 30), "truth", "black", font(18), anchor="lm")
+    draw.text((middle, 80), "predicted", "black", anchor="mm", font_size=18)
+    draw.text((10, margin - 30), "truth", "black", anchor="lm", font_size=18)
     if meta["positive_class"]:
         text = f"positive: {meta['positive_class'][:32]}"
-        draw.text((10, 30), text, "black", font(18), anchor="lm")
+        draw.text((10, 30), text, "black", anchor="lm", font_size=18)
     for i, name in enumerate(classes):
         y = margin + i * cell
         middle = margin + (i + 0.5) * cell
-        draw.text((middle, margin - 30), name[:14], "black", font(16), anchor="mm")
-        draw.text((margin - 10, middle), name[:14], "black", font(16), anchor="rm")
+        draw.text((middle, margin - 30), name[:14], "black", anchor="mm", font_size=16)
+        draw.text((margin - 10, middle), name[:14], "black", anchor="rm", font_size=16)
         for j, count in enumerate(counts[i].tolist()):
             x = margin + j * cell
             share = count / max(1, int(counts[i].sum()))  # a class may have no images
@@ -493,7 +489,7 @@ def draw_confusion_matrix(counts: Tensor, meta: dict) -> Image.Image:
             ink = "white" if share > 0.5 else "black"
             center = (x + cell / 2, y + cell / 2)
             text = f"{count}\n{share:.1%}"
-            draw.text(center, text, ink, font(20), anchor="mm", align="center")
+            draw.text(center, text, ink, anchor="mm", align="center", font_size=20)
     return picture
 
 
@@ -528,16 +524,16 @@ def draw_roc(curves: dict[str, list[tuple[float, float]]]) -> Image.Image:
         at = low + side * k / 5
         draw.line((at, low, at, high), "#dddddd")
         draw.line((low, at, high, at), "#dddddd")
-        draw.text((at, high + 14), f"{k / 5:.1f}", "black", font(14), anchor="mm")
-        draw.text((low - 8, at), f"{1 - k / 5:.1f}", "black", font(14), anchor="rm")
+        draw.text((at, high + 14), f"{k / 5:.1f}", "black", anchor="mm", font_size=14)
+        draw.text((low - 8, at), f"{1 - k / 5:.1f}", "black", anchor="rm", font_size=14)
     draw.line((low, high, high, low), "#aaaaaa")  # chance
-    draw.text((low + side / 2, high + 40), "1 - specificity", "black", font(16), anchor="mm")
-    draw.text((low, low - 20), "sensitivity", "black", font(16), anchor="lm")
+    draw.text((low + side / 2, high + 40), "1 - specificity", "black", anchor="mm", font_size=16)
+    draw.text((low, low - 20), "sensitivity", "black", anchor="lm", font_size=16)
     for k, (name, points) in enumerate(curves.items()):
         colour = COLOURS[k % len(COLOURS)]
         draw.line([(low + side * x, high - side * y) for x, y in points], colour, 3)
         line = high - 20 * (len(curves) - k)  # the legend, below the curves
-        draw.text((high - 10, line), name, colour, font(16), anchor="rm")
+        draw.text((high - 10, line), name, colour, anchor="rm", font_size=16)
     return picture
 
 

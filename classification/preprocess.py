@@ -317,9 +317,7 @@ def match_labels(raw: Path, rows: list[Row], labels: list[str], listing: Listing
     for source, row in match_rows(labelled, (*labels, "patient", "fold", "split"), listing).items():
         values = [plain_number(row.get(name, "")) for name in labels]
         label = values[0] if labels == ["label"] else tuple(map(LABEL_VALUES.get, values))
-        patient = plain_number(row.get("patient", ""))
-        more = further_columns(row, ("image", *labels))
-        cases.append(Case(source, source, label, patient, choose_split(row), more))
+        cases.append(Case(source, source, label, **read_row(row, ("image", *labels))))
     return cases
 
 
@@ -644,24 +642,23 @@ def split_of(name: str) -> str:
     return next((split for split, words in SPLITS.items() if word in words), "")
 
 
-def choose_split(row: Row) -> str:
-    """The fold (0 to 4, test) or the split (train, val, test) that a row gives, "" for none."""
+def read_row(row: Row, used: tuple[str, ...]) -> dict:
+    """What a row says besides the `used` columns, as fields of Case: patient, split and more.
+
+    The split is a fold (0 to 4, test), an official split (train, val, test) or "".
+    """
     fold = plain_number(row.get("fold", ""))
     split = row.get("split", "")
     is_known = fold in ("", "0", "1", "2", "3", "4", "test") and (not split or split_of(split))
     if not is_known or (fold and split):
         expected = "expected fold 0 to 4 or test, or split train, val or test"
         raise DataError(f"{row['']}: fold {fold!r} and split {split!r}, {expected}")
-    return fold or split_of(split)
-
-
-def further_columns(row: Row, used: tuple[str, ...]) -> dict[str, str]:
-    """What else a table says of an image, under names that index.csv has no other use for."""
     more = {}
     for name, value in row.items():
         if name not in ("", *used, "patient", "fold", "split"):
             more[f"table_{name}" if name in INDEX_COLUMNS else name] = value
-    return more
+    patient = plain_number(row.get("patient", ""))
+    return {"patient": patient, "split": fold or split_of(split), "more": more}
 
 
 def match_rows(rows: list[Row], decisive: tuple[str, ...], listing: Listing) -> dict[str, Row]:

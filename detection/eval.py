@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
@@ -318,10 +318,9 @@ def draw_boxes(image: np.ndarray, boxes: dict[str, Tensor], caption: list[str]) 
     head = 20 * len(caption)  # pixels
     tile = Image.new("RGB", (TILE, TILE + head), "black")
     tile.paste(picture, ((TILE - picture.width) // 2, head))
-    font = ImageFont.load_default(size=14)
     for k, line in enumerate(caption):
         text = line if len(line) <= 48 else f"{line[:22]}...{line[-23:]}"
-        ImageDraw.Draw(tile).text((4, 20 * k + 2), text, "white", font)
+        ImageDraw.Draw(tile).text((4, 20 * k + 2), text, "white", font_size=14)
     return tile
 
 
