@@ -160,10 +160,7 @@ class XrayDataset(Dataset):
 
 
 def make_loader(
-    dataset: Dataset,
-    batches: Sampler | list[list[int]],
-    workers: int,
-    device: torch.device,
+    dataset: Dataset, batches: Sampler | list[list[int]], workers: int, device: torch.device
 ) -> DataLoader:
     """A loader of whole batches of row numbers: the dataset is asked for one at once.
 
@@ -198,12 +195,7 @@ class EpochBatches(Sampler):
     """
 
     def __init__(
-        self,
-        rows: list[int],
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
+        self, rows: list[int], batch_size: int, seed: int, rank: int = 0, world_size: int = 1
     ) -> None:
         self.rows = rows
         self.batch_size = batch_size
@@ -259,10 +251,7 @@ def to_input(
 
 
 def augment(
-    images: Tensor,
-    rng: np.random.Generator,
-    strength: float = 1.0,
-    flip: bool = False,
+    images: Tensor, rng: np.random.Generator, strength: float = 1.0, flip: bool = False
 ) -> Tensor:
     """Random affine, gray values, blur and noise for float (B, C, S, S) in 0..1.
 
@@ -404,18 +393,11 @@ def draw_phantom(
         cy = rng.uniform(-0.35, 0.35)
         blob = inside(cx, cy, *rng.uniform(0.1, 0.25, 2))
         picture += rng.uniform(0.05, 0.4) * blob * (0.3 + 0.7 * lungs)
-        boxes.append(enclose(blob > 0.5))
+        ys, xs = np.nonzero(blob > 0.5)
+        boxes.append((xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1))
     picture += rng.normal(0, 0.02, picture.shape)
     gamma = rng.uniform(0.8, 1.25)
     return (0.03 + 0.9 * picture.clip(0, 1.1) ** gamma).clip(0, 1), boxes
-
-
-def enclose(mask: np.ndarray) -> tuple[int, ...]:
-    """The box (x, y, width, height) around a bool mask (H, W), in pixels."""
-    points = np.argwhere(mask)  # (n, 2): y, x
-    top, left = points.min(0).tolist()
-    height, width = (np.ptp(points, axis=0) + 1).tolist()
-    return left, top, width, height
 
 
 def write_dicom(path: Path, picture: np.ndarray, jpeg: bool) -> None:

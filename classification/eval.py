@@ -26,23 +26,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from classification import dataset
+from classification import dataset, preprocess
 from classification import model as network
 from classification.dataset import XrayDataset, in_batches, make_loader, read_labels, to_input
-from classification.preprocess import (
-    in_threads,
-    list_images,
-    prepare_image,
-    read_image,
-    report_bad,
-    report_notes,
-)
 from classification.train import AMP, check_finite, choose_device, evaluate
+from common import metrics
 from common.checkpoint import (
     DataError,
     file_sha256,
@@ -54,15 +47,6 @@ from common.checkpoint import (
     refuse_trained_on,
     run_command,
     write_csv,
-)
-from common.metrics import (
-    best_threshold,
-    bootstrap,
-    classification_metrics,
-    confusion_matrix,
-    roc_curve,
-    summarise_by,
-    write_report,
 )
 
 TILE = 256  # pixels of one picture in a gallery
@@ -211,13 +195,14 @@ def evaluate_split(
 
     def measure(sample: Tensor) -> dict[str, float]:
         cutoffs = None if tuned is None else tuned[sample]
-        return classification_metrics(labels[sample], probabilities[sample], cutoffs, classes)
+        scores = probabilities[sample]
+        return metrics.classification_metrics(labels[sample], scores, cutoffs, classes)
 
     patients = [row["patient"] for row in rows]
-    summary = bootstrap(measure, patients)
+    summary = metrics.bootstrap(measure, patients)
     if by:
         values = [row[by] for row in rows]
-        by = {"column": by, "values": summarise_by(measure, values, patients)}
+        by = {"column": by, "values": metrics.summarise_by(measure, values, patients)}
 
     # Report and pictures
     if meta["positive_class"]:
@@ -225,9 +210,9 @@ def evaluate_split(
     run = describe_run(args, len(rows)) | {"classes": classes, "thresholds_tuned": thresholds}
     run["positive_class"] = meta["positive_class"]
     names = choose_printed(summary, meta, labels, predictions)
-    write_report(folder, summary, patients, cases, run, by, names)
+    metrics.write_report(folder, summary, patients, cases, run, by, names)
     if not meta["multi_label"]:
-        counts = confusion_matrix(labels, predictions, len(classes))
+        counts = metrics.confusion_matrix(labels, predictions, len(classes))
         draw_confusion_matrix(counts, meta).save(folder / "confusion_matrix.png")
     write_roc(folder, labels, probabilities, classes)
     worst = choose_worst(labels, probabilities, predictions, meta)
@@ -287,7 +272,7 @@ def choose_thresholds(args: argparse.Namespace, runs: list[Run], folds: list[str
             if run.fold not in ("-1", fold):
                 validation = run.checkpoint["validation"]
                 pair = (validation["labels"], validation["probabilities"])
-                chosen.append(best_threshold(*pair, args.operating_point))
+                chosen.append(metrics.best_threshold(*pair, args.operating_point))
         if chosen:
             thresholds[fold] = np.mean(chosen, 0).tolist()
     if args.operating_point and not thresholds:
@@ -330,32 +315,29 @@ def list_cases(
 
     Several labels have a column each: 1, 0, or empty for unknown.
     """
-    classes = meta["classes"]
     cases = []
     for k, row in enumerate(rows):
         case = {name: row[name] for name in ("id", "patient", "fold")}
         if meta["multi_label"]:
-            case |= {f"label_{name}": row[name] for name in classes}
+            case |= {f"label_{name}": row[name] for name in meta["classes"]}
         else:
             case["label"] = row["label"]
-        case["prediction"] = name_prediction(predictions[k], meta)
-        case |= name_probabilities(classes, probabilities[k])
+        case |= name_outputs(predictions[k], probabilities[k], meta)
         cases.append(case | {"split": split})
     return cases
 
 
-def name_prediction(prediction: Tensor, meta: dict) -> str:
-    """The name of a class number (), or of the labels that are 1 in (C,), joined by |."""
-    if not meta["multi_label"]:
-        return meta["classes"][int(prediction)]
-    pairs = zip(meta["classes"], prediction.tolist(), strict=True)
-    return "|".join(name for name, value in pairs if value)
+def name_outputs(prediction: Tensor, probabilities: Tensor, meta: dict) -> dict[str, str | float]:
+    """The columns prediction and probability_CLASS of an image, from () or (C,), and (C,).
 
-
-def name_probabilities(classes: list[str], probabilities: Tensor) -> dict[str, float]:
-    """probability_CLASS for each class; probabilities (C,)."""
-    pairs = zip(classes, probabilities.tolist(), strict=True)
-    return {f"probability_{name}": probability for name, probability in pairs}
+    The prediction is a class, or, of several labels, those that are 1, joined by |.
+    """
+    classes = meta["classes"]
+    numbers = prediction.nonzero()[:, 0] if meta["multi_label"] else prediction[None]
+    outputs = {"prediction": "|".join(classes[k] for k in numbers)}
+    for name, probability in zip(classes, probabilities.tolist(), strict=True):
+        outputs[f"probability_{name}"] = probability
+    return outputs
 
 
 def choose_printed(summary: dict, meta: dict, labels: Tensor, predictions: Tensor) -> list[str]:
@@ -474,13 +456,9 @@ def draw_map(
     tile = Image.new("RGB", (2 * TILE, 20 * len(caption) + TILE), "black")
     for k, line in enumerate(caption):
         text = line if len(line) <= 64 else f"{line[:30]}...{line[-31:]}"
-        ImageDraw.Draw(tile).text((4, 20 * k + 2), text, "white", font(14))
+        ImageDraw.Draw(tile).text((4, 20 * k + 2), text, "white", font_size=14)
     tile.paste(to_pil_image(strip.round().byte()), (0, 20 * len(caption)))
     return pil_to_tensor(tile)
-
-
-def font(size: int) -> ImageFont.ImageFont:
-    return ImageFont.load_default(size=size)
 
 
 def draw_confusion_matrix(counts: Tensor, meta: dict) -> Image.Image:
@@ -493,16 +471,16 @@ def draw_confusion_matrix(counts: Tensor, meta: dict) -> Image.Image:
     draw = ImageDraw.Draw(picture)
     # As in scikit-learn: truth down, prediction across
     middle = margin + cell * len(classes) / 2
-    draw.text((middle, 80), "predicted", "black", font(18), anchor="mm")
-    draw.text((10, margin - 30), "truth", "black", font(18), anchor="lm")
+    draw.text((middle, 80), "predicted", "black", anchor="mm", font_size=18)
+    draw.text((10, margin - 30), "truth", "black", anchor="lm", font_size=18)
     if meta["positive_class"]:
         text = f"positive: {meta['positive_class'][:32]}"
-        draw.text((10, 30), text, "black", font(18), anchor="lm")
+        draw.text((10, 30), text, "black", anchor="lm", font_size=18)
     for i, name in enumerate(classes):
         y = margin + i * cell
         middle = margin + (i + 0.5) * cell
-        draw.text((middle, margin - 30), name[:14], "black", font(16), anchor="mm")
-        draw.text((margin - 10, middle), name[:14], "black", font(16), anchor="rm")
+        draw.text((middle, margin - 30), name[:14], "black", anchor="mm", font_size=16)
+        draw.text((margin - 10, middle), name[:14], "black", anchor="rm", font_size=16)
         for j, count in enumerate(counts[i].tolist()):
             x = margin + j * cell
             share = count / max(1, int(counts[i].sum()))  # a class may have no images
@@ -511,7 +489,7 @@ def draw_confusion_matrix(counts: Tensor, meta: dict) -> Image.Image:
             ink = "white" if share > 0.5 else "black"
             center = (x + cell / 2, y + cell / 2)
             text = f"{count}\n{share:.1%}"
-            draw.text(center, text, ink, font(20), anchor="mm", align="center")
+            draw.text(center, text, ink, anchor="mm", align="center", font_size=20)
     return picture
 
 
@@ -524,15 +502,13 @@ def write_roc(folder: Path, labels: Tensor, probabilities: Tensor, classes: list
     for k in range(1 if is_binary else 0, len(classes)):
         truth = labels[:, k] if labels.ndim == 2 else (labels == k).long()
         is_known = truth >= 0
-        fpr, tpr, thresholds = roc_curve(truth[is_known], probabilities[is_known, k])
-        columns = (thresholds.tolist(), fpr.tolist(), tpr.tolist())
-        for threshold, x, y in zip(*columns, strict=True):
+        fpr, tpr, thresholds = metrics.roc_curve(truth[is_known], probabilities[is_known, k])
+        curve = list(zip(fpr.tolist(), tpr.tolist(), strict=True))
+        for threshold, (x, y) in zip(thresholds.tolist(), curve, strict=True):
             points.append({"class": classes[k], "threshold": threshold, "fpr": x, "tpr": y})
         if fpr.isfinite().all() and tpr.isfinite().all():  # not with one class only
             area = torch.trapezoid(tpr, fpr)  # exact: ties are one step
-            curves[f"{classes[k]}  AUROC {area:.3f}"] = list(
-                zip(fpr.tolist(), tpr.tolist(), strict=True)
-            )
+            curves[f"{classes[k]}  AUROC {area:.3f}"] = curve
     write_csv(folder / "roc.csv", points)
     draw_roc(curves).save(folder / "roc.png")
 
@@ -548,16 +524,16 @@ def draw_roc(curves: dict[str, list[tuple[float, float]]]) -> Image.Image:
         at = low + side * k / 5
         draw.line((at, low, at, high), "#dddddd")
         draw.line((low, at, high, at), "#dddddd")
-        draw.text((at, high + 14), f"{k / 5:.1f}", "black", font(14), anchor="mm")
-        draw.text((low - 8, at), f"{1 - k / 5:.1f}", "black", font(14), anchor="rm")
+        draw.text((at, high + 14), f"{k / 5:.1f}", "black", anchor="mm", font_size=14)
+        draw.text((low - 8, at), f"{1 - k / 5:.1f}", "black", anchor="rm", font_size=14)
     draw.line((low, high, high, low), "#aaaaaa")  # chance
-    draw.text((low + side / 2, high + 40), "1 - specificity", "black", font(16), anchor="mm")
-    draw.text((low, low - 20), "sensitivity", "black", font(16), anchor="lm")
+    draw.text((low + side / 2, high + 40), "1 - specificity", "black", anchor="mm", font_size=16)
+    draw.text((low, low - 20), "sensitivity", "black", anchor="lm", font_size=16)
     for k, (name, points) in enumerate(curves.items()):
         colour = COLOURS[k % len(COLOURS)]
         draw.line([(low + side * x, high - side * y) for x, y in points], colour, 3)
         line = high - 20 * (len(curves) - k)  # the legend, below the curves
-        draw.text((high - 10, line), name, colour, font(16), anchor="rm")
+        draw.text((high - 10, line), name, colour, anchor="rm", font_size=16)
     return picture
 
 
@@ -573,8 +549,9 @@ def predict_images(
     """
     meta = runs[0].meta
     classes = meta["classes"]
-    files = list_images(args.images)  # paths by name
-    results = in_threads(partial(load_image, meta=meta), list(files.values()), args.workers)
+    files = preprocess.list_images(args.images)  # paths by name
+    load = partial(load_image, meta=meta)
+    results = preprocess.in_threads(load, list(files.values()), args.workers)
     bad = []
     notes = []
     rows = []
@@ -588,8 +565,7 @@ def predict_images(
         batch = (image[None], torch.zeros(1))
         (probabilities,) = predict(runs, [batch], device, args.amp)  # (C,)
         (prediction,) = decide(probabilities[None], meta["multi_label"])  # () or (C,)
-        row = {"image": name, "prediction": name_prediction(prediction, meta)}
-        row |= name_probabilities(classes, probabilities) | {"overlay": ""}
+        row = {"image": name, **name_outputs(prediction, probabilities, meta), "overlay": ""}
         targets = choose_targets(probabilities, meta)
         answers = {target: f"{classes[target]} {probabilities[target]:.3f}" for target in targets}
         if len(rows) < OVERLAYS:
@@ -600,8 +576,8 @@ def predict_images(
             to_pil_image(torch.cat(maps, 1)).save(folder / row["overlay"])
         rows.append(row)
         print(one_line(f"{name}: {row['prediction'] or '-'} ({', '.join(answers.values())})"))
-    report_bad(bad)
-    report_notes(notes)
+    preprocess.report_bad(bad)
+    preprocess.report_notes(notes)
     if not rows:
         raise DataError(f"none of {len(files)} files could be read")
     write_csv(folder / "predictions.csv", rows)
@@ -627,10 +603,10 @@ def load_image(path: Path, meta: dict) -> tuple[Tensor, float, tuple[str, ...]] 
     The aspect is height divided by width. Returns the error if the file cannot be read.
     """
     try:
-        picture = read_image(path)
+        picture = preprocess.read_image(path)
     except DataError as error:
         return error
-    image, notes = prepare_image(picture, meta["size"], meta["fit"], meta["channels"])
+    image, notes = preprocess.prepare_image(picture, meta["size"], meta["fit"], meta["channels"])
     image = torch.from_numpy(image)
     height, width = picture.gray.shape
     aspect = height / width if meta["fit"] == "squash" else 1

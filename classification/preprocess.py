@@ -161,7 +161,7 @@ def preprocess(args: argparse.Namespace) -> None:
     like = read_meta(args.like, "classification", names) if args.like else {}
 
     # find: layout, cases, classes; then the size of what is written
-    layout, cases, classes = find_labelled(args, like)
+    layout, cases, classes = find_cases(args, like)
     # MedMNIST comes resized: to resize it again would only blur.
     native = 224 if cases[0].pixels is None else len(cases[0].pixels)
     size = like.get("size") or args.size or native
@@ -265,50 +265,49 @@ class Case:
     patient_id: str = ""  # hash of the DICOM PatientID, or ""
 
 
-def find_labelled(args: argparse.Namespace, like: dict) -> tuple[str, list[Case], list[str]]:
-    """The layout of RAW, its cases, and its classes in their order."""
+def find_cases(args: argparse.Namespace, like: dict) -> tuple[str, list[Case], list[str]]:
+    """The layout of RAW, its cases, and its classes or labels in their order."""
+    raw = args.data
     wanted = args.classes or like.get("classes") or []
-    layout, labels, cases = find_cases(args.data, args.columns, wanted)
+    if not raw.exists():
+        raise DataError(f"{raw}: not found")
+    # People rename folders, but not the tables in them.
+    table = find_table(raw, "labels")
+    if not table and args.columns:
+        raise DataError(f"{raw}: --columns is for tables; give --data the table itself")
+    labels = ["label"]
+    if table:
+        layout = "table of labels"
+        rows = read_rows(table, args.columns, ("image",))
+        labels = choose_labels(table, rows, wanted)
+        cases = match_labels(raw, rows, labels, list_folder(table.parent))
+    elif raw.suffix == ".npz" or any(raw.glob("*.npz")):
+        layout = "MedMNIST"
+        labels, cases = find_medmnist(raw)
+    elif raw.is_file():
+        raise DataError(f"{raw}: a file, expected a folder, a table (CSV) or a .npz of MedMNIST")
+    elif any(raw.glob("stage_[12]_train_*")):
+        layout = "RSNA challenge"
+        cases = match_labels(raw, read_rsna(raw), labels, list_folder(raw))
+        for case in cases:
+            case.id = case.patient
+    else:
+        layout = "class folders"
+        cases = find_classes(raw, list_folder(raw), wanted)
     set_by_path(cases, "patient", args.patient_regex)  # it overrules all others
     multi_label = isinstance(cases[0].label, tuple)
     if like and multi_label != like["multi_label"]:
         found = "several labels an image" if multi_label else "one label an image"
-        raise DataError(f"{args.data}: {found}, unlike {args.like}")
+        raise DataError(f"{raw}: {found}, unlike {args.like}")
     if args.test_fraction and any(case.split for case in cases):
-        raise DataError(f"{args.data}: has an official split: omit --test-fraction")
+        raise DataError(f"{raw}: has an official split: omit --test-fraction")
     if multi_label:
-        return layout, cases, order_labels(args.data, labels, cases, wanted)
-    return layout, cases, order_classes(args.data, cases, wanted)
+        return layout, cases, order_labels(raw, labels, cases, wanted)
+    return layout, cases, order_classes(raw, cases, wanted)
 
 
-def find_cases(
-    raw: Path, columns: list[str], wanted: list[str]
-) -> tuple[str, list[str], list[Case]]:
-    """Recognise the layout of RAW: its name, the names of several labels an image, the cases.
-
-    People rename folders, but not the tables in them. `columns` are those of --columns, `wanted`
-    the classes of --classes or --like.
-    """
-    if not raw.exists():
-        raise DataError(f"{raw}: not found")
-    table = find_table(raw, "labels")
-    if not table and columns:
-        raise DataError(f"{raw}: --columns is for tables; give --data the table itself")
-    if not table and (raw.suffix == ".npz" or any(raw.glob("*.npz"))):
-        return "MedMNIST", *find_medmnist(raw)
-    if not table and raw.is_file():
-        raise DataError(f"{raw}: a file, expected a folder, a table (CSV) or a .npz of MedMNIST")
-    listing = list_folder(table.parent if table else raw)
-    labels = ["label"]
-    if table:
-        layout = "table of labels"
-        rows = read_rows(table, columns, ("image",))
-        labels = choose_labels(table, rows, wanted)
-    elif any(raw.glob("stage_[12]_train_*")):
-        layout = "RSNA challenge"
-        rows = read_rsna(raw)
-    else:
-        return "class folders", [], find_classes(raw, listing, wanted)
+def match_labels(raw: Path, rows: list[Row], labels: list[str], listing: Listing) -> list[Case]:
+    """The cases of a table, of which the columns `labels` hold the label or labels."""
     labelled = [row for row in rows if any(row.get(name) for name in labels)]
     if not labelled:
         raise DataError(f"{raw}: none of the {len(rows)} rows has a label")
@@ -318,11 +317,8 @@ def find_cases(
     for source, row in match_rows(labelled, (*labels, "patient", "fold", "split"), listing).items():
         values = [plain_number(row.get(name, "")) for name in labels]
         label = values[0] if labels == ["label"] else tuple(map(LABEL_VALUES.get, values))
-        patient = plain_number(row.get("patient", ""))
-        name = patient if layout == "RSNA challenge" else source
-        more = further_columns(row, ("image", *labels))
-        cases.append(Case(name, source, label, patient, choose_split(row), more))
-    return layout, labels, cases
+        cases.append(Case(source, source, label, **read_row(row, ("image", *labels))))
+    return cases
 
 
 def read_rsna(raw: Path) -> list[Row]:
@@ -646,24 +642,23 @@ def split_of(name: str) -> str:
     return next((split for split, words in SPLITS.items() if word in words), "")
 
 
-def choose_split(row: Row) -> str:
-    """The fold (0 to 4, test) or the split (train, val, test) that a row gives, "" for none."""
+def read_row(row: Row, used: tuple[str, ...]) -> dict:
+    """What a row says besides the `used` columns, as fields of Case: patient, split and more.
+
+    The split is a fold (0 to 4, test), an official split (train, val, test) or "".
+    """
     fold = plain_number(row.get("fold", ""))
     split = row.get("split", "")
     is_known = fold in ("", "0", "1", "2", "3", "4", "test") and (not split or split_of(split))
     if not is_known or (fold and split):
         expected = "expected fold 0 to 4 or test, or split train, val or test"
         raise DataError(f"{row['']}: fold {fold!r} and split {split!r}, {expected}")
-    return fold or split_of(split)
-
-
-def further_columns(row: Row, used: tuple[str, ...]) -> dict[str, str]:
-    """What else a table says of an image, under names that index.csv has no other use for."""
     more = {}
     for name, value in row.items():
         if name not in ("", *used, "patient", "fold", "split"):
             more[f"table_{name}" if name in INDEX_COLUMNS else name] = value
-    return more
+    patient = plain_number(row.get("patient", ""))
+    return {"patient": patient, "split": fold or split_of(split), "more": more}
 
 
 def match_rows(rows: list[Row], decisive: tuple[str, ...], listing: Listing) -> dict[str, Row]:
@@ -716,9 +711,8 @@ def locate(names: set[str], images: list[str]) -> dict[str, list[str]]:
         by_end = defaultdict(list)
         for image, ways in ends:
             for path in ways:
-                if len(path) >= depth:
-                    by_end[path[-depth:]].append(image)
-        claims = Counter(stem[-depth:] for stem in stems.values() if len(stem) >= depth)
+                by_end[path[-depth:]].append(image)
+        claims = Counter(stem[-depth:] for stem in stems.values())
         for name, path in paths.items():
             same = by_end.get(path[-depth:], [])
             is_alone = len(path) == depth or claims[stems[name][-depth:]] == 1

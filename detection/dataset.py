@@ -78,15 +78,10 @@ def read_index(path: Path, count: int, columns: tuple[str, ...]) -> list[dict[st
 
 def read_boxes(rows: list[dict[str, str]]) -> tuple[Tensor, Tensor]:
     """Boxes float32 (N, 4) in fractions of the image; their scale (N, 4): pixels of the image."""
-    boxes = []
-    scale = []
-    for row in rows:
-        width = float(row["width"])
-        height = float(row["height"])
-        boxes.append([float(row[name]) for name in BOX])
-        scale.append([width, height, width, height])
-    scale = torch.tensor(scale)
-    return torch.tensor(boxes) / scale, scale
+    columns = (*BOX, "width", "height")
+    values = torch.tensor([[float(row[name]) for name in columns] for row in rows])  # (N, 6)
+    scale = values[:, 4:].repeat(1, 2)
+    return values[:, :4] / scale, scale
 
 
 # --- batches ---
@@ -116,10 +111,7 @@ class XrayDataset(Dataset):
 
 
 def make_loader(
-    dataset: Dataset,
-    batches: Sampler | list[list[int]],
-    workers: int,
-    device: torch.device,
+    dataset: Dataset, batches: Sampler | list[list[int]], workers: int, device: torch.device
 ) -> DataLoader:
     """A loader of whole batches of row numbers: the dataset is asked for one at once.
 
@@ -154,12 +146,7 @@ class EpochBatches(Sampler):
     """
 
     def __init__(
-        self,
-        rows: list[int],
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
+        self, rows: list[int], batch_size: int, seed: int, rank: int = 0, world_size: int = 1
     ) -> None:
         self.rows = rows
         self.batch_size = batch_size
@@ -211,10 +198,7 @@ def to_input(
 
 
 def augment(
-    images: Tensor,
-    boxes: Tensor,
-    rng: np.random.Generator,
-    strength: float = 1.0,
+    images: Tensor, boxes: Tensor, rng: np.random.Generator, strength: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Random affine, gray, cutout and (one image in 20) mirroring for float (B, 1, S, S) in 0..1.
 
@@ -397,8 +381,7 @@ def draw_phantom(rng: np.random.Generator) -> tuple[np.ndarray, tuple[int, ...]]
     picture = (0.03 + 0.9 * picture.clip(0, 1.1) ** gamma).clip(0, 1)
 
     ys, xs = np.nonzero(heart > 0.5)
-    box = (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
-    return picture, tuple(int(value) for value in box)
+    return picture, (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
 
 
 def write_dicom(path: Path, picture: np.ndarray) -> None:

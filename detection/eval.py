@@ -17,7 +17,6 @@ ymax in fractions of the image unless stated otherwise.
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Iterable
 from functools import partial
@@ -27,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
@@ -45,16 +44,9 @@ from common.checkpoint import (
     write_csv,
 )
 from common.metrics import bootstrap, box_iou, detection_metrics, summarise_by, write_report
+from detection import preprocess
 from detection.dataset import BOX, XrayDataset, in_batches, make_loader, open_cache, read_boxes
 from detection.model import PRETRAINED_MEAN_STD, build_model
-from detection.preprocess import (
-    in_threads,
-    list_images,
-    prepare,
-    read_image,
-    report_bad,
-    report_notes,
-)
 from detection.train import AMP, check_finite, choose_device, evaluate
 
 TILE = 384  # pixels of one picture in a gallery
@@ -193,7 +185,11 @@ def evaluate_split(
     # Report and pictures
     write_report(folder, summary, patients, cases, describe_run(args, len(rows)), by)
     draw_worst(dataset, row_numbers, cases, pred, boxes).save(folder / "gallery.png")
-    print_doubtful(cases)
+    doubtful = [case for case in cases if case["iou"] < DOUBTFUL]  # wrong labels are among them
+    if doubtful:
+        print(f"{len(doubtful)} with an IoU below {DOUBTFUL}: check their labels")
+    for case in sorted(doubtful, key=lambda case: case["iou"])[:WORST]:
+        print(f"  {case['iou']:.3f}  {one_line(case['id'])}")
     return f"{len(rows)} images; metrics and pictures"
 
 
@@ -251,8 +247,7 @@ def read_spacing(rows: list[dict[str, str]]) -> Tensor:
     """Mm per pixel along x, y, x, y, float32 (N, 4), for the edges of a box; NaN where unknown."""
     spacing = []
     for row in rows:
-        down_across = [float(mm) for mm in row["spacing"].split()] or [math.nan, math.nan]
-        down, across = down_across  # as in DICOM: rows first
+        down, across = map(float, (row["spacing"] or "nan nan").split())  # as DICOM: rows first
         spacing.append([across, down, across, down])
     return torch.tensor(spacing)
 
@@ -263,14 +258,8 @@ def list_cases(
     """The rows of predictions.csv, one per image: IoU, predicted and true box (N, 4) in pixels."""
     cases = []
     for k, row in enumerate(rows):
-        case = {
-            "id": row["id"],
-            "patient": row["patient"],
-            "fold": row["fold"],
-            "site": row["site"],
-            "iou": round(iou[k].item(), 4),
-        }
-        case |= name_edges(pred_px[k])
+        case = {name: row[name] for name in ("id", "patient", "fold", "site")}
+        case |= {"iou": round(iou[k].item(), 4), **name_edges(pred_px[k])}
         for name, value in name_edges(boxes_px[k]).items():
             case[f"true_{name}"] = value
         cases.append(case)
@@ -284,11 +273,7 @@ def name_edges(box: Tensor) -> dict[str, float]:
 
 
 def draw_worst(
-    dataset: XrayDataset,
-    row_numbers: list[int],
-    cases: list[dict],
-    pred: Tensor,
-    boxes: Tensor,
+    dataset: XrayDataset, row_numbers: list[int], cases: list[dict], pred: Tensor, boxes: Tensor
 ) -> Image.Image:
     """The images of the lowest IoU with their boxes (N, 4) in fractions, the worst first."""
     order = sorted(range(len(cases)), key=lambda k: cases[k]["iou"])
@@ -299,15 +284,6 @@ def draw_worst(
         tile = draw_boxes(image[0].numpy(), {TRUTH: boxes[k], PREDICTION: pred[k]}, caption)
         tiles.append(pil_to_tensor(tile))
     return to_pil_image(torchvision.utils.make_grid(tiles, nrow=6))
-
-
-def print_doubtful(cases: list[dict]) -> None:
-    """Print the images with an IoU below DOUBTFUL, the worst first: wrong labels are among them."""
-    doubtful = [case for case in cases if case["iou"] < DOUBTFUL]
-    if doubtful:
-        print(f"{len(doubtful)} with an IoU below {DOUBTFUL}: check their labels")
-    for case in sorted(doubtful, key=lambda case: case["iou"])[:WORST]:
-        print(f"  {case['iou']:.3f}  {one_line(case['id'])}")
 
 
 def describe_run(args: argparse.Namespace, count: int) -> dict:
@@ -342,10 +318,9 @@ def draw_boxes(image: np.ndarray, boxes: dict[str, Tensor], caption: list[str]) 
     head = 20 * len(caption)  # pixels
     tile = Image.new("RGB", (TILE, TILE + head), "black")
     tile.paste(picture, ((TILE - picture.width) // 2, head))
-    font = ImageFont.load_default(size=14)
     for k, line in enumerate(caption):
         text = line if len(line) <= 48 else f"{line[:22]}...{line[-23:]}"
-        ImageDraw.Draw(tile).text((4, 20 * k + 2), text, "white", font)
+        ImageDraw.Draw(tile).text((4, 20 * k + 2), text, "white", font_size=14)
     return tile
 
 
@@ -359,9 +334,9 @@ def predict_images(
 
     Returns a summary, and how many files could not be read; the reasons are printed.
     """
-    size = runs[0].meta["size"]
-    files = list_images(args.images)  # paths by name
-    results = in_threads(partial(load_image, size=size), list(files.values()), args.workers)
+    files = preprocess.list_images(args.images)  # paths by name
+    load = partial(load_image, size=runs[0].meta["size"])
+    results = preprocess.in_threads(load, list(files.values()), args.workers)
     bad = []
     notes = []
     rows = []
@@ -385,8 +360,8 @@ def predict_images(
             tile.save(folder / row["overlay"])
         rows.append(row)
         print(one_line(f"{name}: {answer}"))
-    report_bad(bad)
-    report_notes(notes)
+    preprocess.report_bad(bad)
+    preprocess.report_notes(notes)
     if not rows:
         raise DataError(f"none of {len(files)} files could be read")
     write_csv(folder / "predictions.csv", rows)
@@ -401,10 +376,10 @@ def load_image(path: Path, size: int) -> tuple[Tensor, tuple[int, int], tuple] |
     The size is height and width in pixels. Returns the error if the file cannot be read.
     """
     try:
-        picture = read_image(path)
+        picture = preprocess.read_image(path)
     except DataError as error:
         return error
-    image = torch.from_numpy(prepare(picture.gray, size))[None]
+    image = torch.from_numpy(preprocess.prepare(picture.gray, size))[None]
     return image, picture.gray.shape, picture.notes
 
 

@@ -95,18 +95,13 @@ class BoxNet(nn.Module):
         eighth = net.layer2(features)  # (B, 2 F, S / 8, S / 8)
         sixteenth = net.layer3(eighth)  # (B, 4 F, S / 16, S / 16)
         last = net.layer4(sixteenth)  # (B, 8 F, S / 32, S / 32)
-        # From coarse to fine
+        # From coarse to fine: each map is enlarged by repeating its values.
         fused = self.lateral[2](last)  # (B, WIDTH, S / 32, S / 32)
-        fused = enlarge(fused, sixteenth) + self.lateral[1](sixteenth)
-        fused = enlarge(fused, eighth) + self.lateral[0](eighth)  # (B, WIDTH, S / 8, S / 8)
+        fused = F.interpolate(fused, sixteenth.shape[2:]) + self.lateral[1](sixteenth)
+        fused = F.interpolate(fused, eighth.shape[2:]) + self.lateral[0](eighth)
         maps = self.out(self.smooth(fused))  # (B, 4, S / 8, S / 8)
         # In half precision coordinates would be rounded to about a pixel.
         return edge_positions(maps.float())  # (B, 4)
-
-
-def enlarge(features: Tensor, target: Tensor) -> Tensor:
-    """Enlarge a map (B, F, h, w) to the size of `target` by repeating its values."""
-    return F.interpolate(features, size=target.shape[2:], mode="nearest")
 
 
 def edge_positions(maps: Tensor) -> Tensor:
@@ -118,11 +113,7 @@ def edge_positions(maps: Tensor) -> Tensor:
     y = (torch.arange(height, device=maps.device) + 0.5) / height
     mean_x = (probability.sum(2) * x).sum(2)  # (B, 4)
     mean_y = (probability.sum(3) * y).sum(2)  # (B, 4)
-    xmin = mean_x[:, 0]
-    ymin = mean_y[:, 1]
-    xmax = mean_x[:, 2]
-    ymax = mean_y[:, 3]
-    return torch.stack([xmin, ymin, xmax, ymax], 1)
+    return torch.stack([mean_x[:, 0], mean_y[:, 1], mean_x[:, 2], mean_y[:, 3]], 1)
 
 
 # --- losses ---

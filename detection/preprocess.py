@@ -279,9 +279,8 @@ def find_cases(raw: Path, columns: list[str]) -> tuple[str, list[Case], list[tup
     rows = read_rows(table, columns, ("image", *BOX))
     numbers = [read_number(row[name]) for row in rows for name in BOX]
     if all(0 <= number <= 1 for number in numbers):
-        raise DataError(
-            f"{table}: all boxes within 0 to 1 are fractions: multiply them by the size"
-        )
+        hint = "multiply them by the size"
+        raise DataError(f"{table}: all boxes within 0 to 1 are fractions: {hint}")
     if (table.parent / "images").is_dir():  # in other folders no images can be meant
         inside = [image for image in listing.images if image.startswith("images/")]
         listing = listing._replace(images=inside)
@@ -289,11 +288,9 @@ def find_cases(raw: Path, columns: list[str]) -> tuple[str, list[Case], list[tup
     cases = []
     for source, row in matched.items():
         box = tuple(read_number(row[name]) for name in BOX)
-        more = further_columns(row, ("image", *BOX, "site"))
-        patient = plain_number(row.get("patient", ""))
-        site = row.get("site", "")
+        fields = read_row(row, ("image", *BOX, "site"))
         name = source.removeprefix("images/")
-        cases.append(Case(name, source, box, 0, patient, site, choose_split(row), more))
+        cases.append(Case(name, source, box, site=row.get("site", ""), **fields))
     unboxed = [image for image in listing.images if image not in matched]
     return "boxes.csv", cases, [(image, f"{image}: no box in {table.name}") for image in unboxed]
 
@@ -428,24 +425,23 @@ def split_of(name: str) -> str:
     return next((split for split, words in SPLITS.items() if word in words), "")
 
 
-def choose_split(row: Row) -> str:
-    """The fold (0 to 4, test) or the split (train, val, test) that a row gives, "" for none."""
+def read_row(row: Row, used: tuple[str, ...]) -> dict:
+    """What a row says besides the `used` columns, as fields of Case: patient, split and more.
+
+    The split is a fold (0 to 4, test), an official split (train, val, test) or "".
+    """
     fold = plain_number(row.get("fold", ""))
     split = row.get("split", "")
     is_known = fold in ("", "0", "1", "2", "3", "4", "test") and (not split or split_of(split))
     if not is_known or (fold and split):
         expected = "expected fold 0 to 4 or test, or split train, val or test"
         raise DataError(f"{row['']}: fold {fold!r} and split {split!r}, {expected}")
-    return fold or split_of(split)
-
-
-def further_columns(row: Row, used: tuple[str, ...]) -> dict[str, str]:
-    """What else a table says of an image, under names that index.csv has no other use for."""
     more = {}
     for name, value in row.items():
         if name not in ("", *used, "patient", "fold", "split"):
             more[f"table_{name}" if name in INDEX_COLUMNS else name] = value
-    return more
+    patient = plain_number(row.get("patient", ""))
+    return {"patient": patient, "split": fold or split_of(split), "more": more}
 
 
 def match_rows(rows: list[Row], decisive: tuple[str, ...], listing: Listing) -> dict[str, Row]:
@@ -498,9 +494,8 @@ def locate(names: set[str], images: list[str]) -> dict[str, list[str]]:
         by_end = defaultdict(list)
         for image, ways in ends:
             for path in ways:
-                if len(path) >= depth:
-                    by_end[path[-depth:]].append(image)
-        claims = Counter(stem[-depth:] for stem in stems.values() if len(stem) >= depth)
+                by_end[path[-depth:]].append(image)
+        claims = Counter(stem[-depth:] for stem in stems.values())
         for name, path in paths.items():
             same = by_end.get(path[-depth:], [])
             is_alone = len(path) == depth or claims[stems[name][-depth:]] == 1

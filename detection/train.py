@@ -95,8 +95,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.fold >= 0 and not val_rows:
         raise DataError(f"{cache}: fold {args.fold} leaves no validation images")
     images = XrayDataset(cache, dataset.read_boxes(index)[0])
-    rows = (train_rows, val_rows)
-    train_loader, val_loader = make_loaders(images, rows, args, device, rank, world_size)
+    batches = dataset.EpochBatches(train_rows, args.batch_size, args.seed, rank, world_size)
+    train_loader = make_loader(images, batches, args.workers, device)
+    share = np.array_split(val_rows, world_size)[rank].tolist()  # each image exactly once
+    val_loader = make_loader(images, in_batches(share, args.batch_size), args.workers, device)
     steps_per_epoch = len(train_loader)
 
     # Model, loss, optimizer
@@ -225,23 +227,6 @@ def prepare_cache(args: argparse.Namespace, world_size: int) -> Path:
     print(f"first: {shlex.join(['python', 'detection/preprocess.py', *words])}")
     preprocess.preprocess(preprocess.parse_args(words))
     return cache
-
-
-def make_loaders(
-    images: XrayDataset,
-    rows: tuple[list[int], list[int]],
-    args: argparse.Namespace,
-    device: torch.device,
-    rank: int,
-    world_size: int,
-) -> tuple[DataLoader, DataLoader]:
-    """This process's share of the training images, shuffled, and of the validation images."""
-    train_rows, val_rows = rows
-    batches = dataset.EpochBatches(train_rows, args.batch_size, args.seed, rank, world_size)
-    share = np.array_split(val_rows, world_size)[rank].tolist()  # each image exactly once
-    val_batches = in_batches(share, args.batch_size)
-    train_loader = make_loader(images, batches, args.workers, device)
-    return train_loader, make_loader(images, val_batches, args.workers, device)
 
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> Optimizer:

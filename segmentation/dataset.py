@@ -139,10 +139,7 @@ class PatchDataset(Dataset):
 
 
 def make_loader(
-    dataset: Dataset,
-    batches: Sampler | list[list[int]],
-    workers: int,
-    device: torch.device,
+    dataset: Dataset, batches: Sampler | list[list[int]], workers: int, device: torch.device
 ) -> DataLoader:
     """A loader of whole batches of row numbers: the dataset is asked for one at once.
 
