@@ -242,8 +242,6 @@ def test_values_of_a_column_are_row_sets():
     nine, ten = m.summarise_by(mean_of(torch.arange(24.0)), values, numbers(12, 2))  # as numbers
     assert (nine["value"], nine["n"], nine["patients"]) == ("9", 16, 12)
     assert (ten["value"], ten["n"], ten["patients"]) == ("10", 8, 8)
-    assert ten["summary"]["mean"]["value"] == torch.arange(24.0)[::3].mean().item()
-    assert math.isnan(ten["summary"]["mean"]["low"])  # 8 patients
     assert nine["summary"]["mean"]["low"] < nine["summary"]["mean"]["high"]
     words = m.summarise_by(lambda rows: {"n": len(rows)}, ["b", "", "10", "b"], list("abcd"))
     assert [row["value"] for row in words] == ["", "10", "b"]
