@@ -24,7 +24,7 @@ def element(keyword: str, vr: str, value: object) -> pydicom.DataElement:
     return pydicom.DataElement(pydicom.datadict.tag_for_keyword(keyword), vr, value)
 
 
-def dicom(path: Path, pixels: object, **header: object) -> Path:
+def dataset(pixels: object, **header: object) -> pydicom.Dataset:
     """An uncompressed DICOM of 12 bits, or 8 for uint8. A header value of None removes the element."""
     pixels = np.atleast_2d(pixels)
     if pixels.dtype != np.uint8:
@@ -49,11 +49,15 @@ def dicom(path: Path, pixels: object, **header: object) -> Path:
         if isinstance(value, pydicom.DataElement):
             ds.add(value)
         elif value is None:
-            del ds[name]
+            ds.pop(name, None)
         else:
             setattr(ds, name, value)
+    return ds
+
+
+def dicom(path: Path, pixels: object, **header: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    ds.save_as(path, enforce_file_format=True)
+    dataset(pixels, **header).save_as(path, enforce_file_format=True)
     return path
 
 

@@ -1,8 +1,6 @@
 """The lines of segmentation/README.md that make a raw folder of other sets, run on small ones."""
 
 import json
-import re
-import textwrap
 from pathlib import Path
 
 import nibabel as nib
@@ -13,13 +11,11 @@ from segmentation.preprocess import main
 from tests.caches import read_table
 from tests.test_volume_sets import pairs, write
 from tests.test_volumes import COLOUR, DRAWN, IMAGE, MASK, save
+from tests.test_xray_formats import recipes
 
-README = Path(__file__).resolve().parents[1] / "segmentation" / "README.md"
-SECTION = README.read_text(encoding="utf-8").split("## From other formats\n")[1].split("\n## ")[0]
-CODE = r"((?:(?: {4}.*)?\n)+)"
-FIRST = re.search(rf"\n\n{CODE}", SECTION)[1]  # what all of them follow
-BLOCKS = re.findall(rf"^\*\*(.+?)\*\*.*\n\n{CODE}", SECTION, re.MULTILINE)
-RECIPES = {name: code for names, code in BLOCKS for name in names.split(", ")}
+BLOCKS = recipes("segmentation")
+FIRST = BLOCKS.pop("")  # what all of them follow
+RECIPES = {name: code for names, code in BLOCKS.items() for name in names.split(", ")}
 
 
 def coco(path: Path) -> None:
@@ -87,7 +83,7 @@ def vary(drawn: object, k: int) -> object:
 
 def run_recipe(name: str) -> None:
     """The lines that all recipes follow, and those of one."""
-    exec(textwrap.dedent(FIRST + RECIPES[name]), {})
+    exec(FIRST + RECIPES[name], {})
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -120,7 +116,7 @@ def test_the_remaining_lines_do_what_they_say(tmp_path, monkeypatch):
     assert np.array_equal(nib.load("raw/imagesTr/a.nii.gz").get_fdata(), IMAGE)
     run_recipe("dataset.json")
     assert json.loads(Path("raw/dataset.json").read_text())["modality"] == {"0": "CT"}
-    compile(textwrap.dedent(FIRST + RECIPES["NRRD and MetaImage"]), "README.md", "exec")
+    compile(FIRST + RECIPES["NRRD and MetaImage"], "README.md", "exec")
     others = {"Pairs", "dataset.json", "splits_final.json", "NRRD and MetaImage"}
     assert set(RECIPES) == {*SETS, *others}
 

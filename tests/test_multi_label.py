@@ -13,16 +13,12 @@ from common.checkpoint import load_checkpoint
 from common.metrics import auroc, best_threshold, classification_metrics
 from tests import caches
 from tests.caches import predict, read_table, refusal, report, train
+from tests.test_metrics import pair
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick")]
 SCORES = torch.tensor([[0.9, 0.2, 0.3], [0.6, 0.7, 0.3], [0.4, 0.6, 0.3], [0.1, 0.8, 0.3]])
 TRUTH = torch.tensor([[1, 0, 0], [0, 1, 0], [1, -1, 0], [0, 0, -1]])
 KNOWN = TRUTH[:, 1] >= 0
-
-
-def pair(scores: torch.Tensor) -> torch.Tensor:
-    """Probabilities of two classes (N, 2)."""
-    return torch.stack([1 - scores, scores], 1)
 
 
 def test_metrics_of_each_label_are_those_of_its_known_images_and_means_leave_out_constant_ones():
@@ -109,6 +105,7 @@ def test_labels_are_learned_and_measured_each_by_itself(cache, run, tmp_path, ca
     assert {"roc.png", "roc.csv"} <= files and "confusion_matrix.png" not in files
     points = [row for row in read_table(out / "roc.csv") if row["class"] == "low"]
     tpr, fpr = (torch.tensor([float(row[name]) for row in points]) for name in ("tpr", "fpr"))
+    assert points[0]["threshold"] == "inf"  # nothing is positive
     area = torch.trapezoid(tpr, fpr).item()
     assert area == pytest.approx(low, abs=1e-6) and len(points) > 3
 

@@ -4,12 +4,11 @@ import ast
 import difflib
 import re
 from itertools import combinations
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-TASKS = ("classification", "detection", "segmentation")
+from tests.caches import NAMES, ROOT
+
 # Functions and classes that may differ although folders call them the same: what the task is about.
 OWN = {
     "preprocess": {"Case", "find_cases", "parse_args", "load"}
@@ -47,7 +46,7 @@ def definitions(task: str, script: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("script", OWN)
 def test_functions_of_the_same_name_are_the_same(script):
-    for a, b in combinations(TASKS, 2):
+    for a, b in combinations(NAMES, 2):
         first, second = definitions(a, script), definitions(b, script)
         shared = first.keys() & second.keys() - OWN[script]
         assert [name for name in shared if first[name] != second[name]] == [], (a, b)
@@ -55,13 +54,13 @@ def test_functions_of_the_same_name_are_the_same(script):
 
 
 def test_training_scripts_can_be_compared_line_by_line():
-    for a, b in combinations(TASKS, 2):
+    for a, b in combinations(NAMES, 2):
         lines = [(ROOT / task / "train.py").read_text().splitlines() for task in (a, b)]
         assert difflib.SequenceMatcher(None, *lines, autojunk=False).ratio() >= 0.75, (a, b)
 
 
 def test_nothing_is_written_twice_in_a_folder():
-    for task in TASKS:
+    for task in NAMES:
         names = [name for script in OWN for name in definitions(task, script)]
         assert {n for n in names if names.count(n) > 1} <= {"parse_args", "main"}
         seen = {}  # the name of a function by its body, without docstring
@@ -101,7 +100,7 @@ writers look at the suffix |   # a note |   # of a column
 
 def test_phrases_that_were_rewritten_do_not_come_back():
     paths = [ROOT / "README.md"]
-    for name in (*TASKS, "common"):
+    for name in (*NAMES, "common"):
         paths += [*(ROOT / name).glob("*.py"), *(ROOT / name).glob("*.md")]
     assert len(paths) > 20
     phrases = re.split(r" \| |\n", PHRASES.strip())

@@ -21,6 +21,7 @@ from pydicom import uid
 from segmentation import preprocess
 from segmentation.preprocess import Volume, mask_to_grid, read_mask, read_volume, write_mask
 from tests.caches import refusal
+from tests.raw import dataset
 
 SPACING = (1.0, 1.5, 2.5)
 GRID = np.diag([*SPACING, 1.0])
@@ -99,10 +100,9 @@ SHEAR = (280, 1, 0, 2.5 * np.sin(0.3), 0, 0, 1.5, 0, 0, 0, 0, 2.5 * np.cos(0.3),
 NO_QFORM = {"qform_code": 0}
 NO_SFORM = {"sform_code": 0}
 NIFTI_FILES = {  # how it is written -> note, or "! " and refusal
-    "healthy": (odd(), "^$"),
     "metres": (odd(spacing=SMALL, xyzt_units=1), "^$"),
     "microns": (odd(spacing=LARGE, xyzt_units=3), "^$"),
-    "no unit": (odd(xyzt_units=0), "^$"),
+    "millimetres": (odd(xyzt_units=2), "^$"),
     "slope and intercept": (odd((112, 0.5, -100), voxels=2 * IMAGE + np.int16(200)), "^$"),
     "no form": (odd((252, 0, 0, "h")), "no sform and no qform: axes point left, front and top"),
     "a code that nibabel does not know": (odd((254, 9, "h"), **NO_QFORM), "^$"),
@@ -174,7 +174,6 @@ def test_nifti_by_content_version_and_suffix_and_channels_of_itk(tmp_path):
 
 MASKS = {  # values, spacing, header -> None for read, or the refusal
     "floats within a thousandth": (MASK + 4e-4, SPACING, {}, None),
-    "a unit that was dropped": (MASK, LARGE, {"xyzt_units": 0}, "affine .* mm apart"),
     "between the integers": (MASK * 0.5, SPACING, {}, "0 voxels .* 90 no integers"),
     "NaN": (np.where(MASK == 2, np.nan, 1), SPACING, {}, "60 voxels of the mask are NaN, 0 no"),
     "above 255": (300 * MASK.astype(np.int16), SPACING, {}, "values 0 to 600: .* up to 255"),
@@ -325,24 +324,12 @@ def make_slices(count: int = 12, **attributes: object) -> list[pydicom.Dataset]:
         "PixelSpacing": [1.5, 1],
         "RescaleSlope": 2,
         "RescaleIntercept": -1024,
-        "SamplesPerPixel": 1,
-        "PhotometricInterpretation": "MONOCHROME2",
-        "PixelRepresentation": 0,
-        "BitsAllocated": 16,
-        "BitsStored": 12,
-        "HighBit": 11,
     }
     slices = []
     for k in range(count):
-        ds = pydicom.Dataset()
-        ds.file_meta = pydicom.dataset.FileMetaDataset()
-        ds.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
-        ds.SOPInstanceUID = f"1.2.{k + 1}"
-        ds.ImagePositionPatient = [-10, -12, 2.5 * k]
-        for keyword, value in (shared | attributes).items():
-            setattr(ds, keyword, value)
-        set_pixels(ds, np.arange(30).reshape(6, 5) + 10 * k)
-        slices.append(ds)
+        own = {"SOPInstanceUID": f"1.2.{k + 1}", "ImagePositionPatient": [-10, -12, 2.5 * k]}
+        pixels = np.arange(30).reshape(6, 5) + 10 * k
+        slices.append(dataset(pixels, **own, **shared | attributes))
     return slices
 
 
@@ -411,10 +398,8 @@ def frame_aside(slices: list[pydicom.Dataset]) -> None:
 TILTED = put(POSITION, lambda ds, k: [-10, -12 + 0.8123 * k, 2.5 * k])
 BOX = "12 slices at 12 positions are no box: "
 SERIES = {  # what is odd -> note, or "! " and refusal
-    "healthy": (len, "^$"),
     "two acquisitions": (put("AcquisitionNumber", lambda ds, k: 1 + k % 2), "several acquisitions, by AcquisitionNumber 6 of 1, 6 of 2"),
     "tilted by 18 degrees": (TILTED, f"! .*{BOX}.*dcm are 2.5 mm apart and 0.8123 mm aside"),
-    "one aside": (put(POSITION, [-10.4, -12, 12.5], 5), f"! .*{BOX}0[45].dcm and 0[56].dcm are 2.5 .* 0.4 mm aside"),
     "one slightly aside": (put(POSITION, [-10.12, -12, 12.5], 5), f"! .*{BOX}"),
     "one hardly aside": (put(POSITION, [-10.08, -12, 12.5], 5), "^$"),
     "one along the normal": (put(POSITION, [-10, -12, 16], 6), f"! .*{BOX}0[56].dcm and 0[67].dcm are (1|3).5 mm apart"),
@@ -464,7 +449,6 @@ def sagittal(slices: list[pydicom.Dataset]) -> None:
 
 AXIAL = [[-1, 0, 0, 10], [0, -1.5, 0, 12]]
 HEALTHY = {  # edit -> affine, stored value 0 and its step
-    "axial": (len, [*AXIAL, [0, 0, 2.5, 0]], (-1024, 2)),
     "sagittal": (sagittal, [[0, 0, 2.5, 0], [-1, 0, 0, 10], [0, -1.5, 0, 12]], (-1024, 2)),
     "rounded": (four_rounded, [*AXIAL, [0, 0, 0.63, -0.02]], (-1024, 2)),  # a line through four
     "empty slope": (put("RescaleSlope", None), [*AXIAL, [0, 0, 2.5, 0]], (-1024, 1)),
@@ -584,7 +568,6 @@ OPAQUE = np.full_like(DRAWN, 255)
 PALETTE = Image.fromarray(DRAWN)
 PALETTE.putpalette([0, 0, 0, 0, 200, 0])
 PICTURE_MASKS = {  # file -> pixels, options, refusal if any
-    "gray.png": (DRAWN, {}, None),
     "palette.png": (PALETTE, {}, None),
     "rgb.png": (np.stack([DRAWN] * 3, 2), {}, None),
     "opaque.png": (np.stack([DRAWN, DRAWN, DRAWN, OPAQUE], 2), {}, None),

@@ -1,4 +1,4 @@
-"""The recipes of the two READMEs, "From other formats": their very lines, run on small files."""
+"""The recipes of the READMEs about X-rays, "From other formats": their very lines, run on small files."""
 
 import gzip
 import json
@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.caches import ROOT
 from tests.raw import draw, noise, run
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def recipes(task: str) -> dict[str, str]:
