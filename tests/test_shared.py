@@ -14,19 +14,11 @@ OWN = {
     "preprocess": {"Case", "find_cases", "parse_args", "load"}
     | {"write_index", "preprocess", "main"},
     "dataset": {"open_cache", "XrayDataset", "EpochBatches", "augment", "to_input"}
-    | {"draw_phantom", "write_dicom", "write_demo", "smooth_noise"},
+    | {"draw_phantom", "write_dicom", "write_demo"},
     "model": {"build_model", "LOSSES"},
     "train": {"parse_args", "prepare_cache", "make_loaders", "evaluate", "main"},
     "eval": {"parse_args", "load_runs", "check_same", "predict", "list_cases", "load_image"}
     | {"evaluate_split", "predict_images", "describe_run"},
-}
-# How many of them two folders share at least: a pair of X-rays, and one of an X-ray and a volume
-LEAST = {
-    "preprocess": (50, 4),
-    "dataset": (8, 5),
-    "model": (3, 0),
-    "train": (10, 10),
-    "eval": (4, 4),
 }
 
 
@@ -50,7 +42,7 @@ def test_functions_of_the_same_name_are_the_same(script):
         first, second = definitions(a, script), definitions(b, script)
         shared = first.keys() & second.keys() - OWN[script]
         assert [name for name in shared if first[name] != second[name]] == [], (a, b)
-        assert len(shared) >= LEAST[script][b == "segmentation"], (a, b, sorted(shared))
+        assert shared or script == "model", (a, b)
 
 
 def test_training_scripts_can_be_compared_line_by_line():

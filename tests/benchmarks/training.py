@@ -49,10 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--workers", type=int, default=2, help="loading processes (default: %(default)s)")
     add("--steps", type=int, default=8, help="of an epoch (default: %(default)s)")
     add("--batch-size", type=int, help="default: that of each train.py")
-    add("--epochs", type=int, default=3, help="with the one to warm up (default: %(default)s)")
     args = parser.parse_args(argv)
-    if args.epochs < 2:
-        parser.error(f"--epochs {args.epochs}, expected at least 2: the first does not count")
     hardware = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
     print(f"torch {torch.__version__}, {hardware}, {torch.get_num_threads()} threads, {vars(args)}")
 
@@ -63,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             draw_cache(Path(folder) / "cache", task, max(1, args.steps * batch_size // patches))
             command = f"--data {folder}/cache --device {args.device} --amp {args.amp} {options}"
-            command += f" --epochs {args.epochs} --workers {args.workers}"
+            command += f" --epochs 3 --workers {args.workers}"
             command += f" --batch-size {batch_size}" + " --compile" * args.compile
             command += f" --out {folder}/run"
             steps, epoch = measure(train, args.device, command.split())
