@@ -41,10 +41,7 @@ def module(task: str, script: str) -> ModuleType:
 
 
 def write_index(cache: Path, rows: list[dict]) -> None:
-    with open(cache / "index.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    checkpoint.write_csv(cache / "index.csv", rows)
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -233,9 +230,7 @@ def small_network() -> Iterator[None]:
     def stem(inputs: int, channels: int) -> dict[str, nn.Module]:
         return {"conv1": nn.Conv2d(inputs, channels, 7, 4, 3), "bn1": nn.BatchNorm2d(channels)}
 
-    def build_classifier(
-        arch: str, meta: dict, width: int = 64, pretrained: bool = False
-    ) -> nn.Module:
+    def build_classifier(arch: str, meta: dict, width: int, pretrained: bool = False) -> nn.Module:
         layers = stem(meta["channels"], 16) | {"layer4": nn.ReLU()}
         layers |= {"avgpool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
         return nn.Sequential(OrderedDict(layers, fc=nn.Linear(16, len(meta["classes"]))))
