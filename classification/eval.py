@@ -193,10 +193,9 @@ def evaluate_split(
     if thresholds:
         tuned = torch.tensor([thresholds[row["fold"]] for row in rows], dtype=torch.float64)
 
-    def measure(sample: Tensor) -> dict[str, float]:
-        cutoffs = None if tuned is None else tuned[sample]
-        scores = probabilities[sample]
-        return metrics.classification_metrics(labels[sample], scores, cutoffs, classes)
+    def measure(k: Tensor) -> dict[str, float]:
+        cutoffs = None if tuned is None else tuned[k]
+        return metrics.classification_metrics(labels[k], probabilities[k], cutoffs, classes)
 
     patients = [row["patient"] for row in rows]
     summary = metrics.bootstrap(measure, patients)
