@@ -343,11 +343,7 @@ def blur(images: Tensor, kernels: Tensor) -> Tensor:
 
 
 def write_demo(raw: Path, patients: int = 600, seed: int = 0) -> None:
-    """Write a synthetic raw set in the layout of the RSNA challenge: DICOM files, a row per box.
-
-    The opacities are blobs of chance, some too faint to see: scores on them say nothing about
-    pneumonia.
-    """
+    """Write a synthetic set like the RSNA challenge: DICOM files, a row per opacity (a blob)."""
     folder = raw / "stage_2_train_images"
     folder.mkdir(parents=True, exist_ok=True)
     table = raw / "stage_2_train_labels.csv"
@@ -366,9 +362,7 @@ def write_demo(raw: Path, patients: int = 600, seed: int = 0) -> None:
                 writer.writerow((name, "", "", "", "", 0))
 
 
-def draw_phantom(
-    rng: np.random.Generator, opacities: int
-) -> tuple[np.ndarray, list[tuple[int, ...]]]:
+def draw_phantom(rng: np.random.Generator, opacities: int) -> tuple[np.ndarray, list[tuple]]:
     """A chest-like picture, float (256, 256) in 0..1; boxes x, y, width, height of opacities."""
     # Coordinates from -1 to 1, y down, shifted and stretched as patients are.
     y, x = np.mgrid[-1 : 1 : PHANTOM * 1j, -1 : 1 : PHANTOM * 1j]
