@@ -495,7 +495,7 @@ def test_a_file_that_is_cut_anywhere_is_named_however_it_is_called(tmp_path, nam
 def test_padding_gets_the_lowest_value_of_the_others(tmp_path, value, signed):
     slices = make_slices(PixelRepresentation=signed, BitsStored=16, HighBit=15)
     for ds in slices:
-        set_pixels(ds, np.where(np.eye(6, 5), value % 2**16, ds.pixel_array + 7))
+        set_pixels(ds, np.where(np.eye(6, 5), np.uint16(value % 2**16), ds.pixel_array + 7))
         ds.add_new("PixelPaddingValue", "US" if value >= 0 else "SS", value)
     folder = save_series(tmp_path / "ct", slices)
     voxels = read_volume(folder, []).voxels
