@@ -160,6 +160,9 @@ def test_one_map_for_the_class_and_one_for_each_likely_label():
     ):
         meta = {"multi_label": multi_label, "positive_class": positive}
         assert evaluation.choose_targets(torch.tensor(scores), meta) == targets
+    half = torch.tensor([[0.5, 0.5]])  # is positive
+    assert evaluation.decide(half, False).tolist() == [1]
+    assert evaluation.decide(half, True).tolist() == [[1, 1]]
 
 
 def test_labels_of_one_value_are_noted_and_none_with_two_refused(cache, tmp_path, capsys):
