@@ -11,7 +11,7 @@ from PIL import Image
 
 from common.checkpoint import list_trained_on, load_checkpoint, save_checkpoint
 from common.metrics import auroc
-from segmentation.eval import keep_largest
+from segmentation.eval import keep_largest, measure_case
 from tests import caches as kit
 from tests.caches import read_table
 from tests.raw import noise
@@ -354,6 +354,18 @@ def test_masks_have_the_values_of_the_files_and_largest_tells_what_it_drops(
             assert case.get("dropped_ml") == (0.003 if option else None)
     printed = capsys.readouterr().out
     assert "--largest dropped parts of 2 of 2 cases, at most 0.003 ml, of v0" in printed
+
+
+def test_each_class_is_measured_and_one_that_nobody_has_is_left_out_of_the_mean():
+    truth = np.zeros((4, 4, 4), np.uint8)
+    truth[:2] = 1
+    truth[2] = 2
+    prediction = truth.copy()
+    prediction[1] = 0  # half of class 1
+    metrics = measure_case(truth, prediction, np.diag([1, 2, 3, 1]), ["background", *"abc"])
+    assert [metrics[f"dice_{name}"] for name in "ab"] == pytest.approx([2 / 3, 1])
+    assert metrics["dice"] == pytest.approx((2 / 3 + 1) / 2) and math.isnan(metrics["dice_c"])
+    assert metrics["volume_error_ml_a"] == pytest.approx(16 * 6 / 1000)
 
 
 def test_the_largest_part_of_each_class_is_kept():

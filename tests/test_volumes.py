@@ -168,6 +168,8 @@ def test_nifti_by_content_version_and_suffix_and_channels_of_itk(tmp_path):
         volume = read_volume(path, [])
         assert np.array_equal(volume.voxels, expected) and volume.voxels.dtype == np.int16
         assert np.array_equal(volume.affine, GRID)
+    odd((112, 0.25, 0))(tmp_path / "slope.nii.gz")  # fractions are kept
+    assert np.array_equal(read_volume(tmp_path / "slope.nii.gz", []).voxels[..., 0], IMAGE / 4)
 
 
 # --- masks ---
@@ -509,6 +511,9 @@ def test_an_enhanced_file_is_the_volume_of_its_frames(tmp_path):
     expected = read_volume(save_series(tmp_path / "ct", slices), [])
     enhanced = make_enhanced(slices[6:] + slices[:6])
     enhanced.ImageType = ["ORIGINAL", "PRIMARY", "MOSAIC"]  # as Siemens XA30 still says
+    shared = enhanced.SharedFunctionalGroupsSequence[0]
+    shared.PixelValueTransformationSequence = [pydicom.Dataset()]
+    shared.PixelValueTransformationSequence[0].RescaleSlope = 7  # the frames have their own
     for group in enhanced.PerFrameFunctionalGroupsSequence:
         item = pydicom.Dataset()
         item.ImagePositionPatient = [0, 0, 0]
@@ -521,6 +526,13 @@ def test_an_enhanced_file_is_the_volume_of_its_frames(tmp_path):
         volume = read_volume(path, [])
         assert np.array_equal(volume.voxels, expected.voxels)
         assert np.allclose(volume.affine, expected.affine)
+    enhanced.RescaleSlope = 2  # outside of the groups, as some scanners write it
+    enhanced.RescaleIntercept = -1024
+    for group in (shared, *enhanced.PerFrameFunctionalGroupsSequence):
+        del group.PixelValueTransformationSequence
+    plain = read_volume(save_series(tmp_path / "plain", make_slices()), [])
+    outside = read_volume(save_series(tmp_path / "outside", [enhanced]), [])
+    assert np.array_equal(outside.voxels, plain.voxels)
 
 
 # --- pictures ---
