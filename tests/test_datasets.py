@@ -426,6 +426,9 @@ def test_rotation_is_in_millimetres():
     cos = math.cos(math.radians(20))
     sin = math.sin(math.radians(20))
     assert theta.flatten().tolist() == pytest.approx([cos, 1.5 * sin, -sin / 1.5, cos])
+    draws = np.array([[1.0], [1], [0], [0], [0], [0]])  # all axes are scaled, and the first one
+    theta = volumes.random_affine(draws, np.array([90.0, 60.0]))[0, :, :2]
+    assert theta.flatten().tolist() == pytest.approx([math.exp(0.2), 0, 0, math.exp(0.3)])
 
 
 def test_the_synthetic_sets_are_functions_of_their_seeds(tmp_path):

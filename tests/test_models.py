@@ -188,6 +188,12 @@ def test_window_weights_add_up_to_one(length, size):
     assert total[size : size + length].allclose(torch.ones(length), atol=1e-6)
 
 
+def test_window_weights_are_gaussians_of_an_eighth_of_the_window():
+    _, weights = window_weights(20, 8)[0]
+    near, far = math.exp(-0.5 * 0.5**2), math.exp(-0.5 * 3.5**2)  # of both windows at voxel 4
+    assert weights[4].item() == pytest.approx(near / (near + far), abs=1e-6)
+
+
 @pytest.mark.parametrize("patch", [[8, 8, 8], [7, 5, 30], [16, 8]])
 @pytest.mark.parametrize("axis", [0, 2])
 def test_windows_of_a_pointwise_network_are_the_whole(patch, axis, monkeypatch):
