@@ -395,9 +395,9 @@ def test_patients_on_both_sides_of_an_official_split_are_counted(caches, tmp_pat
     count = "1 of 2" if task == "segmentation" else "1 of 6"
     said = f"{count} images are of patients in training, by the official split"
     assert said in " ".join(capsys.readouterr().out.split())
-    # A column fold is no official split, and another cache has one of its own.
-    for split in ("", "test"):
-        kit.change_rows(cache, lambda k, row, split=split: row.update(split=split))
+    # Another cache has a split of its own, and a column fold is no official split.
+    for change in ({"more": ""}, {"split": ""}):
+        kit.change_rows(cache, lambda k, row, change=change: row.update(change))
         assert "trained on 1 of these" in kit.refusal(kit.evaluate, task, cache, options)
 
 

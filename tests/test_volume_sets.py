@@ -353,6 +353,7 @@ def test_a_table_of_cases_gives_patients_folds_and_columns(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert [row["patient"] for row in rows] == ["p1", "p1", "c2", "c3", "c4", "c5"]
     assert [rows[k]["fold"] for k in (0, 1, 3)] == ["3", "4", "test"]
+    assert [row["split"] for row in rows] == ["", "", "", "test", "", ""]
     assert [row["site"] for row in rows] == ["Ä", "B", "", "", "", ""]
     assert list(rows[0])[-2:] == ["mask", "site"] and rows[0]["mask"] == "labelsTr/c0.nii.gz"
     assert "cases.csv: 3 cases without a row, 1 rows without a case, such as c2" in printed

@@ -251,6 +251,12 @@ def test_all_48_axis_orders_there_and_back(resampled):
             assert np.array_equal(own, apply_orientation(back, turn))
 
 
+def test_a_mask_of_several_slabs_is_whole():
+    labels = (np.arange(40 * 3 * 2) % 3).reshape(40, 3, 2)
+    chances = np.eye(3, dtype=np.float16)[labels].transpose(3, 0, 1, 2)
+    assert np.array_equal(preprocess.from_grid(chances, labels.shape, np.eye(4)), labels)
+
+
 def test_the_resampling_matrix_keeps_extent_and_ramps():
     assert np.array_equal(preprocess.resampling_matrix(5, 5), np.eye(5))
     assert preprocess.resampling_matrix(4, 2)[0].tolist() == pytest.approx([3 / 7, 3 / 7, 1 / 7, 0])

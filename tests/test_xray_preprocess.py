@@ -33,6 +33,9 @@ def test_folds_are_balanced_in_every_stratum_whatever_the_order(rows, per_patien
         assert sorted(found[stratum, fold] for fold in "01234") == expected
     assert len(set(zip(groups, folds, strict=True))) == len(set(groups))
     assert assign_folds(groups[::-1], strata[::-1], [""] * rows, 0)[::-1] == folds
+    # The largest patient first: small ones even out what it leaves.
+    groups = ["large"] * 6 + [f"p{k}" for k in range(24)]
+    assert set(Counter(assign_folds(groups, ["one"] * 30, [""] * 30, 0)).values()) == {6}
 
 
 def test_test_fraction_is_that_of_the_patients_of_every_stratum():
