@@ -138,6 +138,7 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """Write a dict of plain values, lists, dicts, tensors; a crash leaves the old or the new file.
 
     Put the bare model's `state_dict()` into it, not that of a compiled or distributed wrapper.
+    Raises DataError if it cannot be written.
     """
     import torch
 
@@ -283,7 +284,10 @@ class Run:
     def begin(
         self, args: Namespace, settings: dict, meta: dict, index: list[dict], is_main: bool
     ) -> None:
-        """Resume from last.pt of the same settings and cache, or make the folder; take --init."""
+        """Resume from last.pt, or make the folder and start from the weights of --init.
+
+        Raises DataError if the settings or the cache are not those of last.pt.
+        """
         if not args.resume:
             init = load_init(args.init, self.model, is_main) if args.init else {}
             if is_main:

@@ -253,7 +253,8 @@ def detection_metrics(pred: Tensor, truth: Tensor) -> dict[str, float]:
     """Metrics of one box per image; boxes (N, 4) xmin ymin xmax ymax in fractions of the image.
 
     iou_75 is the share of the images with an IoU of at least 0.75; mse_224 the mean squared error
-    of the coordinates in pixels of the image squashed to 224x224, median_se_224 the median.
+    of the coordinates in pixels of the image squashed to 224x224; median_se_224 the median over
+    the images.
     """
     iou = box_iou(pred, truth)
     squared_error = (224 * (pred - truth)).double().square().mean(1)  # (N,)

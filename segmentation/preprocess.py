@@ -250,9 +250,10 @@ def preprocess(args: Namespace) -> None:
         shutil.rmtree(folder / AS_READ)  # with what was refused
         cases = drop_bad(cases, bad, args.skip_bad)
         split_cases(cases, args)
-        if bad:  # a name that is not UTF-8 is one of the reasons
-            rows = [{"source": one_line(source), "reason": one_line(why)} for source, why in bad]
-            write_csv(folder / "skipped.csv", rows)
+        if bad:  # a name that is not UTF-8 may be the reason
+            options = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+            with open(folder / "skipped.csv", "w", **options) as file:
+                csv.writer(file).writerows([("source", "reason"), *bad])
         print_classes(cases, meta)
         counts = Counter(case.fold for case in cases)
         print("  ".join(f"fold {fold}: {counts[fold]}" for fold in sorted(counts)))
@@ -500,7 +501,10 @@ def refuse_doubles(pairs: list[tuple[str, object]]) -> dict:
 
 
 def read_labels(labels: dict) -> Labels:
-    """Class names by mask value, of {"0": "background"} or, newer, {"background": 0}."""
+    """Class names by mask value, of {"0": "background"} or, newer, {"background": 0}.
+
+    Raises ValueError unless they are one to one.
+    """
     pairs = list(labels.items())
     # Decided once for all of them: names can be numbers, too, as those of teeth.
     if all(type(value) is int for value in labels.values()):

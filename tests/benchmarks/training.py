@@ -62,9 +62,9 @@ def main(argv: list[str] | None = None) -> None:
             command = f"--data {folder}/cache --device {args.device} --amp {args.amp} {options}"
             command += f" --epochs 3 --workers {args.workers}"
             command += f" --batch-size {batch_size}" + " --compile" * args.compile
-            command += f" --out {folder}/run"
-            steps, epoch = measure(train, args.device, command.split())
-            _, resident = measure(train, args.device, f"{command}2".split(), is_resident=True)
+            words = [*command.split(), "--out"]
+            steps, epoch = measure(train, args.device, [*words, f"{folder}/run"])
+            _, resident = measure(train, args.device, [*words, f"{folder}/resident"], True)
         images = f"{steps * batch_size / epoch:.1f} images/s"
         times = f"{epoch / resident:.3f} times one resident batch"
         print(f"{name:10} epoch {epoch:8.3f} s, {images}, {times}", flush=True)
