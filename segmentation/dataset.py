@@ -249,8 +249,7 @@ def to_input(
     """Images float32 (B, C, *S) and masks int64 (B, *S) on `device`, augmented."""
     images = images.to(device, non_blocking=True).float()
     masks = masks.to(device, non_blocking=True)
-    images, masks = augment(images, masks, rng, spacing, strength)
-    return images, masks.long()
+    return augment(images, masks, rng, spacing, strength)
 
 
 def augment(
@@ -264,10 +263,11 @@ def augment(
 
     S has two or three axes with `spacing` in mm. Parameters are drawn per image on the CPU from
     `rng`, so they do not depend on workers or device; only the noise is drawn on the device, from a
-    generator that `rng` seeds. `strength` 0 is no augmentation, 1 the default of train.py.
+    generator that `rng` seeds. `strength` 0 is no augmentation, 1 the default of train.py. Masks
+    come back as int64, which the losses take.
     """
     if strength == 0:
-        return images, masks
+        return images, masks.long()
 
     batch = len(images)
     dims = len(spacing)
@@ -280,15 +280,11 @@ def augment(
     size = images.shape[2:]
     theta = random_affine(draws[:moves], np.array(size) * np.array(spacing))
     theta = theta.to(images.device, non_blocking=True)
-    grid = F.affine_grid(theta, [batch, 1, *size], align_corners=False)  # (B, *S, dims)
+    grid = make_grid(theta, size)  # (B, *S, dims)
     images = F.grid_sample(images, grid, align_corners=False)
     moved = masks[:, None].float()  # (B, 1, *S)
     moved = F.grid_sample(moved, grid, mode="nearest", align_corners=False)
-    masks = moved[:, 0].to(masks.dtype)  # (B, *S)
-
-    values = torch.from_numpy(draws[moves:].astype(np.float32))  # (4, B)
-    values = values.to(images.device, non_blocking=True)
-    return change_values(images, values, int(rng.integers(2**62))), masks
+    return change_values(images, draws[moves:], rng), moved[:, 0].long()  # masks (B, *S)
 
 
 def random_affine(draws: np.ndarray, extent: np.ndarray) -> Tensor:
@@ -326,20 +322,39 @@ def random_affine(draws: np.ndarray, extent: np.ndarray) -> Tensor:
     return torch.from_numpy(theta.astype(np.float32))
 
 
-def change_values(images: Tensor, draws: Tensor, seed: int) -> Tensor:
+def make_grid(theta: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Grid (B, *S, D) for grid_sample: F.affine_grid in fewer operations.
+
+    A GPU waits for the launch of each.
+    """
+    dims = len(size)
+    *columns, grid = theta.view(-1, *[1] * dims, dims, dims + 1).unbind(-1)  # (B, 1, ..., D) each
+    for axis, length in enumerate(size):
+        middle = torch.linspace(1 / length - 1, 1 - 1 / length, length, device=theta.device)
+        middle = middle.view(-1, *[1] * (dims - axis))  # of the voxels along this axis
+        grid = torch.addcmul(grid, columns[-1 - axis], middle)
+    return grid
+
+
+def change_values(images: Tensor, draws: np.ndarray, rng: np.random.Generator) -> Tensor:
     """Gamma, contrast, brightness and noise for images (B, C, *S), by draws (4, B) from -1 to 1."""
+    gamma, contrast, brightness, noise = draws  # (B,) each
+    powers = (np.exp(0.4 * gamma), np.exp(0.3 * contrast))
+    values = np.stack([*powers, 0.3 * brightness, 0.2 * noise.clip(0)])
+    values = torch.from_numpy(values.astype(np.float32)).to(images.device, non_blocking=True)
     ones = [1] * (images.ndim - 1)
-    gamma, contrast, brightness, noise = draws.view(4, -1, *ones)  # each (B, 1, ...)
+    exponent, factor, offset, grain = values.view(4, -1, *ones)  # (B, 1, ...) each
     axes = tuple(range(2, images.ndim))
     low = images.amin(axes, keepdim=True)  # (B, C, 1, ...)
     high = images.amax(axes, keepdim=True)
     width = (high - low).clamp(min=1e-3)
-    share = (images - low) / width  # 0..1
-    images = low + width * share.clamp(1e-4, 1) ** torch.exp(0.4 * gamma)
-    images = images * torch.exp(0.3 * contrast) + 0.3 * brightness
+    share = ((images - low) / width).clamp(1e-4, 1)  # rounding may leave 0..1
+    images = torch.addcmul(low, width, share**exponent)
+    images = torch.addcmul(offset, images, factor)
+    seed = int(rng.integers(2**62))
     generator = torch.Generator(images.device).manual_seed(seed)
-    grain = torch.randn(images.shape, generator=generator, device=images.device)
-    return images + 0.2 * noise.clamp(min=0) * grain
+    normal = torch.randn(images.shape, generator=generator, device=images.device)
+    return torch.addcmul(images, grain, normal)
 
 
 # --- the synthetic raw set ---

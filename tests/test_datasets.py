@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import classification.dataset as xrays
@@ -406,7 +407,7 @@ def test_augmentation_moves_image_and_mask_together(shape):
     images = inside[:, None].float() * 4 - 2
     spacing = [1.0, 2.0, 1.5][: len(shape)]
     moved, masks = volumes.augment(images, mask, np.random.default_rng(1), spacing, 1.0)
-    assert masks.dtype == torch.uint8 and moved.shape == images.shape
+    assert masks.dtype == torch.int64 and moved.shape == images.shape
     assert masks.unique().tolist() == [0, 3]  # no class between two others
     changed = (masks != mask).flatten(1).any(1)
     assert 2 < changed.sum() <= 8
@@ -415,7 +416,15 @@ def test_augmentation_moves_image_and_mask_together(shape):
     again = volumes.augment(images, mask, np.random.default_rng(1), spacing, 1.0)
     assert torch.equal(again[0], moved) and torch.equal(again[1], masks)
     still = volumes.augment(images, mask, np.random.default_rng(1), spacing, 0.0)
-    assert torch.equal(still[0], images) and torch.equal(still[1], mask)
+    assert torch.equal(still[0], images) and torch.equal(still[1], mask.long())
+
+
+@pytest.mark.parametrize("size", [(5, 8), (4, 6, 3)])
+def test_grids_are_those_of_affine_grid(size):
+    dims = len(size)
+    theta = torch.randn(2, dims, dims + 1, generator=torch.Generator().manual_seed(0))
+    expected = F.affine_grid(theta, [2, 1, *size], align_corners=False)
+    assert close(volumes.make_grid(theta, size), expected, 1e-5)
 
 
 def test_rotation_is_in_millimetres():
