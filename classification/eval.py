@@ -8,9 +8,9 @@
 
 Labelled: metrics.json with 95 % bootstrap intervals (over patients), predictions.csv, roc.csv, and
 pictures: confusion_matrix.png, roc.png, mistakes.png. New images: predictions.csv, overlays of
-class activation maps. The probabilities of several checkpoints are averaged; those of several
-folds predict the fold that each left out, and the metrics are over all these images. With several
-labels per image each label has metrics, and there is no confusion_matrix.png. Batch size and mixed
+occlusion maps. The probabilities of several checkpoints are averaged; those of several folds
+predict the fold that each left out, and the metrics are over all these images. With several labels
+per image each label has metrics, and there is no confusion_matrix.png. Batch size and mixed
 precision are those of the run, so the score is the one that train.py printed.
 
 In the shapes below N is the number of images, C that of classes, S the side of an image in pixels.
@@ -53,7 +53,7 @@ TILE = 256  # pixels of one picture in a gallery
 OVERLAYS = 100  # pictures of new images: the first ones
 WORST = 12  # pictures in mistakes.png
 WORST_OF_LABEL = 3  # pictures per label, if images have several
-HEAT = (255.0, 60.0, 0.0)  # RGB of a class activation map
+HEAT = (255.0, 60.0, 0.0)  # RGB of an occlusion map
 BLUE = (8, 60, 120)  # RGB of a cell of the confusion matrix with 100 % of its row
 # Colours of the curves in roc.png
 COLOURS = ("#1f4e9c", "#c0392b", "#2e8b57", "#8e44ad", "#d68910", "#117a8b", "#7b241c", "#5d6d7e")
@@ -139,8 +139,6 @@ def load_runs(paths: list[Path], device: torch.device) -> list[Run]:
         settings = checkpoint["settings"]
         model = network.build_model(settings["arch"], meta, settings["channels"])
         load_weights(model, checkpoint["model"], path)
-        if not hasattr(model, "layer4"):
-            print(f"note: {path}: not a torchvision ResNet, so there are no activation maps")
         model = model.to(device, memory_format=torch.channels_last)
         runs.append(Run(path, checkpoint, model, meta, settings, str(settings["fold"])))
         check_same(meta, runs[0].meta, path, paths[0])
@@ -430,28 +428,23 @@ def write_mistakes(
 def draw_map(
     run: Run, image: Tensor, target: int, caption: list[str], aspect: float = 1.0
 ) -> Tensor:
-    """Caption, image, and beside it the image with the activation map of the class `target`.
+    """Caption, image, and beside it the image with the occlusion map of the class `target`.
 
     `image` is uint8 (1 or 3, S, S), `aspect` the height of the original divided by its width.
-    Returns uint8 (3, H, 2 * W); the longer side of an image is TILE pixels. A network without the
-    layers of a ResNet has no map.
+    Returns uint8 (3, H, 2 * W); the longer side of an image is TILE pixels.
     """
     height = round(TILE * min(1, aspect))
     width = round(TILE * min(1, 1 / aspect))
     gray = resize(image.float(), [height, width]).expand(3, -1, -1)  # (3, height, width)
-    strip = gray
-    if hasattr(run.model, "layer4"):
-        device = next(run.model.parameters()).device
-        with torch.no_grad():
-            inputs = to_input(image[None], device, choose_mean_std(run))
-            _, maps = network.class_activation_maps(run.model, inputs)  # (1, C, h, w)
-        # Evidence against the class is omitted; the strongest evidence hides 60 % of the image.
-        heat = maps[:, target].cpu().clamp(min=0)  # (1, h, w)
-        heat = resize(heat, [height, width], antialias=False)
-        heat = 0.6 * heat / heat.max().clamp(min=1e-6)
-        colour = torch.tensor(HEAT)[:, None, None]
-        strip = torch.cat([gray, gray * (1 - heat) + colour * heat], 2)  # (3, height, 2 * width)
-        caption = [*caption, f"red: evidence for {run.meta['classes'][target]}"]
+    device = next(run.model.parameters()).device
+    inputs = to_input(image[None], device, choose_mean_std(run))
+    loss = network.occlusion_map(run.model, inputs, target, run.meta["multi_label"])  # (h, w)
+    # Evidence against the class is omitted; the strongest evidence hides 60 % of the image.
+    heat = resize(loss[None].clamp(min=0), [height, width], antialias=False)
+    heat = 0.6 * heat / heat.max().clamp(min=1e-6)
+    colour = torch.tensor(HEAT)[:, None, None]
+    strip = torch.cat([gray, gray * (1 - heat) + colour * heat], 2)  # (3, height, 2 * width)
+    caption = [*caption, f"red: evidence for {run.meta['classes'][target]}"]
     tile = Image.new("RGB", (2 * TILE, 20 * len(caption) + TILE), "black")
     for k, line in enumerate(caption):
         text = line if len(line) <= 64 else f"{line[:30]}...{line[-31:]}"

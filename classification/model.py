@@ -125,21 +125,24 @@ def class_weights(kind: str, counts: Tensor) -> Tensor:
     return torch.ones(len(counts))
 
 
-# --- class activation maps ---
+# --- occlusion maps ---
 
 
-def class_activation_maps(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (B, C) and class activation maps (B, C, h, w) (Zhou et al., CVPR 2016).
+@torch.no_grad()
+def occlusion_map(model: nn.Module, image: Tensor, target: int, multi_label: bool) -> Tensor:
+    """What the log-odds of class `target` lose if a square is hidden, float64 (6, 6), down, across.
 
-    With global pooling and a linear head the map is the head's weights times the last features; its
-    mean plus the bias is the logit. For this network Grad-CAM gives the same map. `images` are
-    float (B, channels, S, S), normalised; h and w are S / 32, or S / 8 with the small stem.
+    (Zeiler & Fergus, ECCV 2014.) The squares have a quarter of the side and overlap. `image` is
+    float (1, channels, S, S), normalised: 0 is its mean gray. A class activation map would not
+    tell: in small images each cell of the last features has seen everything.
     """
-    features = images
-    for name, layer in model.named_children():
-        if name == "avgpool":  # the maps replace the pooling and the head
-            break
-        features = layer(features)  # at the end (B, F, h, w)
-    maps = torch.einsum("bfhw,cf->bchw", features, model.fc.weight)  # (B, C, h, w)
-    logits = maps.mean((2, 3)) + model.fc.bias  # (B, C), as forward() gives them
-    return logits, maps
+    size = image.shape[-1]
+    pixels = (torch.arange(size) + 0.5) / size
+    middles = (torch.arange(6) + 0.5) / 6
+    inside = (pixels - middles[:, None]).abs() < 0.125  # (6, S)
+    hidden = inside[:, None, :, None] & inside[:, None]  # (6, 6, S, S)
+    hidden = F.pad(hidden.view(36, 1, size, size), (0, 0, 0, 0, 0, 0, 1, 0))  # first nothing
+    images = image.masked_fill(hidden.to(image.device), 0)  # (37, channels, S, S)
+    logits = model(images).cpu().double()  # (37, C); float32 would end at log-odds of 17
+    odds = to_probabilities(logits, multi_label)[:, target].logit(eps=1e-12)  # (37,)
+    return (odds[0] - odds[1:]).view(6, 6)

@@ -231,7 +231,7 @@ def small_network() -> Iterator[None]:
         return {"conv1": nn.Conv2d(inputs, channels, 7, 4, 3), "bn1": nn.BatchNorm2d(channels)}
 
     def build_classifier(arch: str, meta: dict, width: int, pretrained: bool = False) -> nn.Module:
-        layers = stem(meta["channels"], 16) | {"layer4": nn.ReLU()}
+        layers = stem(meta["channels"], 16) | {"relu": nn.ReLU()}
         layers |= {"avgpool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
         return nn.Sequential(OrderedDict(layers, fc=nn.Linear(16, len(meta["classes"]))))
 

@@ -1,4 +1,4 @@
-"""The three model.py: networks, losses, class activation maps, windows of volumes."""
+"""The three model.py: networks, losses, occlusion maps, windows of volumes."""
 
 import copy
 import math
@@ -28,20 +28,33 @@ def meta(size: int, classes: int = 3, channels: int = 1) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("arch", "size", "stem", "side"),
-    [("resnet18", 28, 3, 4), ("resnet34", 65, 7, 3), ("resnet50", 32, 3, 4)],
+    ("arch", "size", "stem"), [("resnet18", 28, 3), ("resnet34", 65, 7), ("resnet50", 32, 3)]
 )
-def test_stem_feature_maps_and_activation_maps(arch, size, stem, side):
+def test_small_images_have_a_small_stem(arch, size, stem):
     torch.manual_seed(0)
     model = xrays.build_model(arch, meta(size)).eval()
     assert model.conv1.weight.shape == (64, 1, stem, stem)
     assert isinstance(model.maxpool, torch.nn.Identity) == (stem == 3)
-    images = torch.randn(2, 1, size, size)
-    with torch.no_grad():
-        logits, maps = xrays.class_activation_maps(model, images)
-        assert maps.shape == (2, 3, side, side)
-        assert torch.allclose(logits, model(images), atol=1e-5)
-        assert logits.std() > 1e-3
+    logits = model(torch.randn(2, 1, size, size))
+    assert logits.shape == (2, 3) and logits.std() > 1e-3
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_an_occlusion_map_shows_the_log_odds_that_hiding_costs(multi_label):
+    """One pixel says 20 for class 1, another -2: it says nothing where neither is hidden."""
+
+    def network(images: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(len(images), 3)
+        logits[:, 1] = 20 * images[:, 0, 7, 17] - 2 * images[:, 0, 23, 0]
+        return logits
+
+    image = torch.ones(1, 1, 24, 24)
+    found = xrays.occlusion_map(network, image, 1, multi_label)
+    # Squares of 6 pixels about 2, 6, 10, ...: row 7 lies in two of them, all others in one.
+    expected = torch.zeros(6, 6)
+    expected[1:3, 4] = 20
+    expected[5, 0] = -2
+    assert torch.allclose(found.float(), expected, atol=1e-3)
 
 
 def test_the_summed_stem_equals_the_rgb_network(monkeypatch):
