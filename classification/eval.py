@@ -50,7 +50,7 @@ from common.checkpoint import (
 )
 
 TILE = 256  # pixels of one picture in a gallery
-OVERLAYS = 100  # pictures of new images: the first ones
+OVERLAYS = 50  # pictures of new images: the first ones; each takes 37 predictions
 WORST = 12  # pictures in mistakes.png
 WORST_OF_LABEL = 3  # pictures per label, if images have several
 HEAT = (255.0, 60.0, 0.0)  # RGB of an occlusion map
