@@ -260,19 +260,19 @@ def change_gray(images: Tensor, draws: np.ndarray, rng: np.random.Generator) -> 
     a GPU would wait for many small kernels.
     """
     gamma, contrast, brightness, sigma, noise = draws  # (B,) each
+    batch = len(images)
     # Up to 1.2 % of the side; half of the images stay sharp, and half of them without noise.
     pixels = (0.012 * images.shape[-1] * sigma).clip(0.05)
     kernels = np.exp(-0.5 * (np.arange(-4, 5) / pixels[:, None]) ** 2)  # (B, 9)
     kernels /= kernels.sum(1, keepdims=True)
     powers = (np.exp(0.5 * gamma), np.exp(0.4 * contrast))
-    values = np.column_stack([*powers, 0.2 * brightness, 0.05 * noise.clip(0), kernels])
+    values = np.concatenate([*powers, 0.2 * brightness, 0.05 * noise.clip(0), kernels.ravel()])
     values = torch.from_numpy(values.astype(np.float32)).to(images.device, non_blocking=True)
-    exponent, factor, offset, grain = values[:, :4].T[..., None, None, None]  # (B, 1, 1, 1) each
-    # Clamped, because the power of a value below 0 would be NaN.
-    images = images.clamp(1e-4, 1) ** exponent
+    exponent, factor, offset, grain = values[: 4 * batch].view(4, batch, 1, 1, 1)
+    images = images**exponent
     mean = images.mean((1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
     images = torch.lerp(mean, images, factor) + offset
-    images = blur(images, values[:, 4:])
+    images = blur(images, values[4 * batch :].view(batch, 9))
     # Seeded anew each step, so that no state of a generator has to be kept for --resume.
     seed = int(rng.integers(2**62))
     generator = torch.Generator(images.device).manual_seed(seed)

@@ -348,7 +348,7 @@ def change_values(images: Tensor, draws: np.ndarray, rng: np.random.Generator) -
     low = images.amin(axes, keepdim=True)  # (B, C, 1, ...)
     high = images.amax(axes, keepdim=True)
     width = (high - low).clamp(min=1e-3)
-    share = ((images - low) / width).clamp(1e-4, 1)  # rounding may leave 0..1
+    share = (images - low) / width  # 0..1
     images = torch.addcmul(low, width, share**exponent)
     images = torch.addcmul(offset, images, factor)
     seed = int(rng.integers(2**62))
