@@ -86,18 +86,24 @@ TABLES = (".csv", ".tsv", ".csv.gz")
 BLANKS = {"nan", "na", "n/a", "<na>", "none", "null"}  # missing values
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # and bytes that are not UTF-8
 MASK = re.compile("[_-](mask|seg|segmentation)([_-]?[0-9]+)?$", re.IGNORECASE)
+# Folders of masks: lung masks, lesion_masks, ground_truth
+MASKS = re.compile(
+    r"(.*[ _-])?(masks?|segmentations?|annotations?|ground[ _-]?truths?)([ _-].*)?", re.IGNORECASE
+)
 # Official splits, by what folders and tables call them
 SPLITS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validate", "validation", "dev"),
     "test": ("test", "testing"),
 }
-LABEL_VALUES = {"0": "0", "1": "1", "-1": "", "": ""}  # multi-label columns; "" is unknown
+# In multi-label columns, in any case of letters; "" is unknown
+LABEL_VALUES = {"0": "0", "1": "1", "-1": "", "": "", "false": "0", "true": "1"}
 # What the columns of other tables are called, to suggest a line to type
 ALIKE = {
     "image": "image|img|file|path",
     "label": "label|class|target|diagnos|dx|cancer",
     "patient": "patient|subject|lesion",
+    "split": "^(split|set|subset|partition)$",
 }
 # The columns of index.csv that mean something to train.py and eval.py
 INDEX_COLUMNS = ("id", "patient", "fold", "split", "digest", "label", "source")
@@ -107,10 +113,10 @@ FEW_LEVELS = 64  # gray levels: a window that leaves fewer is noted
 MAX_PIXELS = 2**27  # five times the largest X-rays
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses images of twice as many
 MAX_CLASSES = 256  # there is a name, a column and an output for each
-# Names of a class without a finding: normal, no_finding, NonCOVID, uninfected, unauffaellig
+# Names of a class without a finding: normal, no_finding, NonCOVID, uninfected, HER2-
 NO_FINDING = re.compile(
     r"(?i:(?<![^\W\d_])(normals?|healthy|neg|negatives?|controls?|benign|clear|absent|no|not|nicht"
-    r"|without|ohne|nein|keine?|nee|nej|unauff\w*)(?![^\W\d_])|^non|^un[a-z])|^No(?=[A-Z])"
+    r"|without|ohne|nein|keine?|nee|nej|unauff\w*)(?![^\W\d_])|^non|^un[a-z])|^No(?=[A-Z])|-$"
 )
 # Folders of images, masks, patients, sites or parts of a download, which are no classes
 NO_CLASS = re.compile(
@@ -189,7 +195,7 @@ def preprocess(args: argparse.Namespace) -> None:
         folds = assign_folds(patients, list_strata(good), splits, args.test_fraction)
         if not like and set(folds) == {"test"}:
             raise DataError(f"{args.data}: only test images; use --like TRAIN_CACHE for them")
-        overlaps = report_overlaps(good, patients)
+        overlaps = report_overlaps(good, folds, patients)
 
         # write: index.csv, and meta.json last
         meta = {
@@ -315,8 +321,8 @@ def match_labels(raw: Path, rows: list[Row], labels: list[str], listing: Listing
         print(f"note: {len(rows) - len(labelled)} of {len(rows)} rows left out: no label")
     cases = []
     for source, row in match_rows(labelled, (*labels, "patient", "fold", "split"), listing).items():
-        values = [plain_number(row.get(name, "")) for name in labels]
-        label = values[0] if labels == ["label"] else tuple(map(LABEL_VALUES.get, values))
+        label = tuple(label_value(row[name]) for name in labels if name != "label")
+        label = label or plain_number(row["label"])
         cases.append(Case(source, source, label, **read_row(row, ("image", *labels))))
     return cases
 
@@ -379,7 +385,7 @@ def find_medmnist(raw: Path) -> tuple[list[str], list[Case]]:
 def find_classes(raw: Path, listing: Listing, wanted: list[str]) -> list[Case]:
     """RAW/CLASS/... or RAW/{train,val,test}/CLASS/...; a folder below CLASS is a patient.
 
-    Folders called images are no patients, those called masks are left out.
+    Folders called images are no patients, those of masks are left out.
     """
     depth = 2 if any(split_of(image.split("/")[0]) for image in listing.images) else 1
     cases = []
@@ -388,7 +394,7 @@ def find_classes(raw: Path, listing: Listing, wanted: list[str]) -> list[Case]:
         *folders, _ = path.split("/")
         split = split_of(folders[0]) if folders else ""
         inner = [name for name in folders[depth:] if name.lower() not in ("image", "images")]
-        is_mask = any(name.lower() in ("mask", "masks") for name in inner)
+        is_mask = any(map(MASKS.fullmatch, inner))
         if len(folders) < depth or is_mask or (depth == 2 and not split):
             continue
         cases.append(Case(path, path, folders[depth - 1], inner[0] if inner else "", split))
@@ -409,14 +415,18 @@ def find_classes(raw: Path, listing: Listing, wanted: list[str]) -> list[Case]:
 
 def refuse_table(raw: Path, listing: Listing) -> None:
     """Raise DataError if a table in the folder names its images: then that says their classes."""
+    tables = []
     for name in listing.non_images:
         if "/" not in name and name.lower().endswith(TABLES):
             rows = read_rows(raw / name, [])
             cells = {cell for row in rows for cell in row.values()}
-            if 2 * len(locate(cells, listing.images)) >= len(rows):
-                names = list(filter(None, rows[0]))
-                command = f"--data {shlex.quote(str(raw / name))}{suggest_columns(names)}"
-                raise DataError(f"{name} names the images: use {command} (of {', '.join(names)})")
+            count = len(locate(cells, listing.images))
+            if 2 * count >= len(rows):
+                tables.append((count, name, list(filter(None, rows[0]))))
+    if tables:
+        _, name, names = max(tables)  # of a challenge's train.csv and test.csv the former
+        command = f"--data {shlex.quote(str(raw / name))}{suggest_columns(names)}"
+        raise DataError(f"{name} names the images: use {command} (of {', '.join(names)})")
 
 
 def class_folder_problem(
@@ -448,7 +458,7 @@ def class_folder_problem(
 
 
 def choose_labels(table: Path, rows: list[Row], wanted: list[str]) -> list[str]:
-    """The column label, or without it all columns that hold nothing but 0, 1, -1 and blanks.
+    """The column label, or without it all columns with nothing but 0, 1, -1, blanks (true, false).
 
     One of them that --classes names becomes the column label, of the classes no_NAME and NAME.
     """
@@ -458,21 +468,26 @@ def choose_labels(table: Path, rows: list[Row], wanted: list[str]) -> list[str]:
     for name in rows[0]:
         if name in ("", "image", *INDEX_COLUMNS) or (wanted and name not in wanted):
             continue
-        odd = [row for row in rows if plain_number(row[name]) not in LABEL_VALUES]
-        filled = sum(plain_number(row[name]) in ("0", "1") for row in rows)
+        odd = [row for row in rows if label_value(row[name]) is None]
+        filled = sum(label_value(row[name]) in ("0", "1") for row in rows)
         if odd and len(odd) <= 0.05 * filled:  # a slip
             raise DataError(f"{odd[0]['']}: {name} is {odd[0][name]!r}, expected 0, 1, -1 or blank")
         if not odd and (filled or wanted):
             labels.append(name)
     if len(labels) == 1 and wanted in (labels, [f"no_{labels[0]}", *labels]):
-        called = {"0": f"no_{labels[0]}", "1": labels[0], "-1": "", "": ""}
+        called = {"0": f"no_{labels[0]}", "1": labels[0], "": ""}
         for row in rows:
-            row["label"] = called[plain_number(row.pop(labels[0]))]
+            row["label"] = called[label_value(row.pop(labels[0]))]
         return ["label"]
     if len(labels) < 2:
         expected = "expected label (--columns label=COLUMN), or two or more of 0 and 1"
         raise DataError(f"{table}: columns {list(filter(None, rows[0]))}, {expected}")
     return labels
+
+
+def label_value(text: str) -> str | None:
+    """The value of one of several labels: 1, 0 or "" for unknown; None for anything else."""
+    return LABEL_VALUES.get(plain_number(text).casefold())
 
 
 def order_classes(raw: Path, cases: list[Case], wanted: list[str]) -> list[str]:
@@ -481,16 +496,19 @@ def order_classes(raw: Path, cases: list[Case], wanted: list[str]) -> list[str]:
     Raises DataError if the alphabet would make the class without a finding the positive one.
     """
     names = sorted({case.label for case in cases})
+    spellings = {re.sub(r"[\s_.-]+", "", name).casefold() for name in names}
     if all(re.fullmatch(r"-?\d+(\.\d+)?", name) for name in names):
         names.sort(key=float)
-    spellings = {re.sub(r"[\s_.-]+", "", name).casefold() for name in names}
-    if len(spellings) < len(names):  # No_Finding and "no finding"
+    elif len(spellings) < len(names):  # No_Finding and "no finding"
         raise DataError(f"{raw}: two of {names} look like one class: merge or rename them")
     if len(wanted) == 1 and set(names) == {f"no_{wanted[0]}", *wanted}:
         wanted = [f"no_{wanted[0]}", *wanted]  # --classes has chosen a column
     if not 2 <= len(wanted or names) <= MAX_CLASSES:
         raise DataError(f"{raw}: {len(names)} classes ({names[0]!r}), expected 2 to {MAX_CLASSES}")
     if not wanted:
+        if names == ["-1", "0", "1"]:
+            hint = "is -1 unknown? Then --classes COLUMN in place of label=COLUMN, or blanks"
+            raise DataError(f"{raw}: classes {names}: {hint}")
         if len(names) == 2 and NO_FINDING.search(names[1]):
             order = f"{shlex.join(reversed(names))} (or, if it is meant, {shlex.join(names)})"
             raise DataError(f"{names[1]!r} would be the positive class: use --classes {order}")
@@ -626,7 +644,7 @@ def suggest_columns(names: list[str]) -> str:
     pairs = []
     for name, pattern in ALIKE.items():
         alike = [column for column in names if re.search(pattern, column, re.IGNORECASE)]
-        if name not in names and (alike or name != "patient"):
+        if name not in names and (alike or name not in ("patient", "split")):
             pairs.append(f"{name}={shlex.quote(alike[0] if alike else 'COLUMN')}")
     return f" --columns {' '.join(pairs)}" if pairs else ""
 
@@ -683,6 +701,12 @@ def match_rows(rows: list[Row], decisive: tuple[str, ...], listing: Listing) -> 
             if row.get(name) != first.get(name):
                 problem = f"{name} {row.get(name)!r} of {image}, but {first.get(name)!r}"
                 raise DataError(f"{row['']}: {problem} in {first['']}, expected one row an image")
+    for name in rows[0]:
+        words = {split_of(row[name]) for row in rows}
+        is_read = {"split", "fold"} & rows[0].keys()
+        if len(words) > 1 and words <= SPLITS.keys() and not is_read:
+            option = shlex.quote(f"split={name}")
+            print(f"note: is {name} an official split? Then --columns {option}")
     table = rows[0][""].rpartition(":")[0]
     if not matched:
         problem = f"none of its {len(rows)} images lies beside it or below: {unmatched[0]!r}, ..."
@@ -829,7 +853,7 @@ def set_by_path(cases: list[Case], name: str, regex: re.Pattern | None) -> None:
         return
     for case in cases:
         match = regex.search(case.source.rpartition("/")[2]) or regex.search(case.source)
-        value = match and match[min(1, regex.groups)]
+        value = match and next(filter(None, match.groups()), match[0])
         if not value:
             raise DataError(f"--{name}-regex {regex.pattern} finds nothing in {case.source}")
         setattr(case, name, value)
@@ -1065,6 +1089,8 @@ def stored_pixels(ds: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """
     bits = ds.BitsStored
     syntax = ds.file_meta.TransferSyntaxUID
+    if syntax.is_encapsulated or "PlanarConfiguration" not in ds:
+        ds.PlanarConfiguration = 0  # a stream says itself in what order its colours are
     shift = 0  # how many bits further left than usual
     if not syntax.is_encapsulated and ds.SamplesPerPixel == 1:
         shift = int(number(ds, "HighBit", bits - 1)) + 1 - bits
@@ -1410,17 +1436,17 @@ def list_strata(cases: list[Case]) -> list[str]:
     return strata
 
 
-def report_overlaps(cases: list[Case], patients: list[str]) -> dict[str, int]:
-    """Count and print duplicates, contradictory labels, and patients in two official splits."""
+def report_overlaps(cases: list[Case], folds: list[str], patients: list[str]) -> dict[str, int]:
+    """Count and print duplicates, contradictory labels, and patients who are not in one split."""
     labels = defaultdict(set)  # by pixels
     splits = defaultdict(set)  # by patient
-    for case, patient in zip(cases, patients, strict=True):
+    for case, fold, patient in zip(cases, folds, patients, strict=True):
         labels[case.digest].add(case.label)
-        splits[patient].update({case.split} & SPLITS.keys())  # a fold is no official split
+        splits[patient].add((fold, case.split if case.split in SPLITS else ""))
     overlaps = {
         "pixel-identical copies": len(cases) - len(labels),
         "identical pixels with different labels": sum(len(s) > 1 for s in labels.values()),
-        "patients on both sides of an official split": sum(len(s) > 1 for s in splits.values()),
+        "patients in several official splits or folds": sum(len(s) > 1 for s in splits.values()),
     }
     for what, count in overlaps.items():
         if count:

@@ -101,6 +101,7 @@ ALIKE = {
     "ymin": "y_?min|y_?1|top",
     "xmax": "x_?max|x_?2|right",
     "ymax": "y_?max|y_?2|bottom",
+    "split": "^(split|set|subset|partition)$",
 }
 INDEX_COLUMNS = (*PLACE, *BOX, "height", "width", "spacing", "source")
 FOLDS = 5
@@ -409,7 +410,7 @@ def suggest_columns(names: list[str]) -> str:
     pairs = []
     for name, pattern in ALIKE.items():
         alike = [column for column in names if re.search(pattern, column, re.IGNORECASE)]
-        if name not in names and (alike or name != "patient"):
+        if name not in names and (alike or name not in ("patient", "split")):
             pairs.append(f"{name}={shlex.quote(alike[0] if alike else 'COLUMN')}")
     return f" --columns {' '.join(pairs)}" if pairs else ""
 
@@ -466,6 +467,12 @@ def match_rows(rows: list[Row], decisive: tuple[str, ...], listing: Listing) -> 
             if row.get(name) != first.get(name):
                 problem = f"{name} {row.get(name)!r} of {image}, but {first.get(name)!r}"
                 raise DataError(f"{row['']}: {problem} in {first['']}, expected one row an image")
+    for name in rows[0]:
+        words = {split_of(row[name]) for row in rows}
+        is_read = {"split", "fold"} & rows[0].keys()
+        if len(words) > 1 and words <= SPLITS.keys() and not is_read:
+            option = shlex.quote(f"split={name}")
+            print(f"note: is {name} an official split? Then --columns {option}")
     table = rows[0][""].rpartition(":")[0]
     if not matched:
         problem = f"none of its {len(rows)} images lies beside it or below: {unmatched[0]!r}, ..."
@@ -612,7 +619,7 @@ def set_by_path(cases: list[Case], name: str, regex: re.Pattern | None) -> None:
         return
     for case in cases:
         match = regex.search(case.source.rpartition("/")[2]) or regex.search(case.source)
-        value = match and match[min(1, regex.groups)]
+        value = match and next(filter(None, match.groups()), match[0])
         if not value:
             raise DataError(f"--{name}-regex {regex.pattern} finds nothing in {case.source}")
         setattr(case, name, value)
@@ -712,7 +719,9 @@ def load(case: Case, raw: Path, size: int) -> Noted | DataError:
         scale = (width / case.grid, height / case.grid) * 2  # of x, y, x, y
         case.box = tuple(round(v * s, 3) for v, s in zip(case.box, scale, strict=True))
     xmin, ymin, xmax, ymax = case.box
-    if not (0 <= xmin < xmax <= width and 0 <= ymin < ymax <= height):  # also true for NaN
+    if math.isnan(sum(case.box)):
+        return DataError(f"{raw / case.source}: no box: blank, or no numbers with decimal points")
+    if not (0 <= xmin < xmax <= width and 0 <= ymin < ymax <= height):
         expected = f"expected 0 <= xmin < xmax <= {width}, 0 <= ymin < ymax <= {height}"
         return DataError(f"{raw / case.source}: box {case.box}, {expected}")
     image = prepare(picture.gray, size)
@@ -845,6 +854,8 @@ def stored_pixels(ds: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """
     bits = ds.BitsStored
     syntax = ds.file_meta.TransferSyntaxUID
+    if syntax.is_encapsulated or "PlanarConfiguration" not in ds:
+        ds.PlanarConfiguration = 0  # a stream says itself in what order its colours are
     shift = 0  # how many bits further left than usual
     if not syntax.is_encapsulated and ds.SamplesPerPixel == 1:
         shift = int(number(ds, "HighBit", bits - 1)) + 1 - bits

@@ -150,6 +150,9 @@ SLIP = " ".join(["image,edema,mass 0,2,0", *(f"{k},{k % 2},1" for k in range(1, 
     ("a b", "labels.csv", "image,label a, b,nan", "none of the 2 rows has a label"),
     ("a b c", "labels.csv", "image,label a,No_find b,no-find c,z", "two of .*No_find.* look like one class: merge or rename"),
     ("a b", "labels.csv", "Image,Label a,x b,y", r"labels.csv: no column image, found \['Image', 'Label'\]: use --columns image=Image label=Label"),
+    ("a b", "labels.csv", "Image,Label,Set a,x,train b,y,test", "use --columns image=Image label=Label split=Set"),
+    ("a b c", "labels.csv", "image,label a,1 b,0 c,-1.0", "is -1 unknown. Then --classes COLUMN"),
+    ("train/a train/b test/c", "sample_submission.csv", "id,label c,0", "sample_submission.csv names"),
     ("a b", "labels.csv", "image,age a,70 b,60", "expected label .--columns label=COLUMN., or two or more of 0 and 1"),
     ("a b", "labels.csv", SLIP, "labels.csv:2: edema is '2', expected 0, 1, -1 or blank"),  # among many of 0 and 1
     ("x/a y/a b", "labels.csv", "image,label a,x b,y", "labels.csv:2: a may be x/a.png or y/a.png"),
@@ -209,21 +212,27 @@ TARGETS = "~patientId~,x,Target b~,5,1 ~a,,0 b,7,1 lost,,0 c~,,~0"
     ("a b c d", "labels.csv", "image,label a,1.0 b,0.0 c,nan d,0", "", "label", "1|0|0", "classes: 0, 1"),
     ("a b c d", "labels.csv", "image,label a,10 b,9 c,9.0 d,10", "", "label", "10|9|9|10", "classes: 9, 10"),
     ("a b", "labels.csv", "image,label a,x a.png,x b,y ./a,x", "", "label", "x|y", "2 rows repeat an image"),
+    ("a b", "labels.csv", "image,label,Set a,x,train b,y,test", "", "Set split", "train -|test -", "note: is Set an official split? Then --columns split=Set"),
+    ("a b c", "labels.csv", "image,label a,1 b,-1 c,-1", "", "label", "1|-1|-1", "classes: -1, 1"),
+    ("a b c", "labels.csv", "image,label,patient,fold a,x,p,0 b,y,p,1 c,y,q,2", "", "fold", "0|1|2", "1 patients in several official splits or folds"),
     # several labels an image, and one column of them
     ("a b c d", "labels.csv", f"image,patient,edema,age,mass,note {LABELS}", "", "patient edema mass age",
      "p1 1 0 70|p2 0 - 60|p3 - 1 61", "labels: edema, mass"),
     ("a b c d", "labels.csv", CHOSEN, "--classes fractured", "label hand", "fractured 0|no_fractured 1|fractured 0", "classes: no_fractured, fractured"),
     ("a b c d", "labels.csv", CHOSEN, "--classes no_fractured fractured", "label", "fractured|no_fractured|fractured", ""),  # as --like has them
     ("a b c d", "labels.csv", CHOSEN, "--classes leg hand", "leg hand fractured", "1 0 1|0 1 0|0 0 1|1 1 -", "labels: leg, hand"),
+    ("a b", "labels.csv", "image,x,y a,True,FALSE b,false,1", "", "x y", "1 0|0 1", "labels: x, y"),
     # folders of classes; one below is a patient
     ("A/p1/1 A/p1/deep/2 A/3 B/p1/1 B/images/4 B/images/p2/5 B/masks/4", "", "", "", "id patient label",
      "A/3.png 3 A|A/p1/1.png p1 A|A/p1/deep/2.png p1 A|B/images/4.png 4 B|B/images/p2/5.png p2 B|B/p1/1.png p1 B", "class folders, 6"),
+    ("A/IM-1_a A/person2_b B/IM-3_c", "", "", "--patient-regex (IM-[0-9])|(person[0-9])", "patient", "IM-1|person2|IM-3", ""),
     ("Training_Set/A/1 Training_Set/B/1 Training_Set/B/x TEST_SET/A/1 TEST_SET/B/p9/y validate/A/p9/z stray/x", "", "", "", "patient split label",
      "TEST_SET/A/1 test A|p9 test B|Training_Set/A/1 train A|Training_Set/B/1 train B|x train B|p9 val A",
-     "1 patients on both sides of an official split|left out: 1 .png, such as stray/x.png"),
+     "1 patients in several official splits or folds|left out: 1 .png, such as stray/x.png"),
     (FEW, "", "", "", "split", "|".join(["train"] * 40 + ["val"] * 2), "fold 0 has, as given, only 2 of 42: too few to choose by; train.py --fold 1"),
     ("A/p0/a A/p1/a B/p0/a B/p1/a", "", "", "", "patient label", "p0 A|p1 A|p0 B|p1 B", ""),
     ("0/a 0/b 1/c 2/d 3/e", "", "", "", "label", "0|0|1|2|3", ""),
+    ("A/lung_masks/a A/images/a B/b", "", "", "", "id", "A/images/a.png|B/b.png", "left out: 1 .png, such as A/lung_masks/a.png"),
     ("A/a_mask A/a B/b B/b-seg_1 B/c_mask", "", "", "", "id", "A/a.png|B/b.png|B/c_mask.png", "2 masks beside their images"),
     # RSNA
     ("stage_2_train_images/a stage_2_train_images/b stage_2_train_images/c stage_2_train_images/d stage_2_test_images/e", "stage_2_train_labels.csv",
@@ -272,6 +281,12 @@ def test_a_table_wins_over_folders(tmp_path, folders, name):
     assert found == {("nv", "l1", "7"), ("mel", "l2", "7")}  # two columns of one name
 
 
+def test_of_several_tables_the_one_of_most_images_is_proposed(tmp_path):
+    raw = table(tmp_path / "raw", "id,level a,1 b,0", "train/a train/b test/c", "train.csv")
+    table(raw, "id,level c,0", "", "sample_submission.csv")
+    refused("train.csv names the images: use --data .*train.csv --columns image=", raw)
+
+
 def test_a_label_that_like_has_besides_is_asked_for_as_an_empty_column(tmp_path):
     run(table(tmp_path / "raw", "image,edema,mass,hernia a,1,0,1 b,0,1,0 c,1,1,0"))
     raw = table(tmp_path / "other", "image,mass,edema a,1,0 b,0,1")
@@ -299,7 +314,7 @@ KNOWN = "classes in the data .* expected .*, each once"
     *((f"{first} {last}", "", "", f"'{last}' would be the positive class: use --classes") for first, last in (
         ("covid", "normal"), ("Abnormal", "Healthy"), ("ill", "negative"), ("case", "control"), ("mass", "no_mass"),
         ("COVID", "NonCOVID"), ("Edema", "NoFinding"), ("TB", "normal_chest"), ("Parasitized", "Uninfected"),
-        ("affected", "unaffected"), ("Malignant", "benign"), ("TB", "clear"), ("Befund", "ohne_Befund"), ("Fraktur", "unauffällig"),
+        ("affected", "unaffected"), ("Malignant", "benign"), ("TB", "clear"), ("Befund", "ohne_Befund"), ("HER2+", "HER2-"),
         ("ja", "nee"), ("Krank", "nein"), ("is_ill", "not_ill"), ("Mass", "absent"), ("Abnormal", "unremarkable"))),
 ])  # fmt: skip
 def test_classes_orders_known_names_and_names_numbers(names, wanted, expected, first):
@@ -364,5 +379,5 @@ def test_skip_bad_leaves_out_images_without_a_usable_box_and_tells_each_reason(t
     told = capsys.readouterr().err
     assert told.count("\n") == 5 and "c.png: no box in boxes.csv\n" in told
     assert "b.png: box (5.0, 2.0, 3.0, 9.0), expected 0 <= xmin < xmax <= 12" in told
-    assert "e.png: box (1.0, 1.0, nan, 9.0)" in told and "f.png: box (1.0, 1.0, 8.0, nan)" in told
+    assert "e.png: no box: blank, or no numbers" in told and "f.png: no box: blank" in told
     assert [row["id"] for row in rows] == ["a.png"] and meta["skipped"] == 5

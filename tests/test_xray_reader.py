@@ -234,6 +234,20 @@ def test_bits_above_bits_stored_of_a_jpeg_2000_stream_are_no_image(tmp_path):
     np.testing.assert_allclose(shown(path), SHOWN, atol=2e-6)
 
 
+@pytest.mark.parametrize("planar", [None, 1])
+def test_a_stream_says_itself_in_what_order_its_colours_are(tmp_path, planar):
+    pixels = noise("c", 16, 24, 3)
+    path = dicom(tmp_path / "a.dcm", pixels)
+    stream = save(Image.fromarray(pixels), "JPEG2000", no_jp2=True, irreversible=False, mct=0)
+    encode(path, uid.JPEG2000Lossless, encapsulate([stream]))
+    ds = pydicom.dcmread(path)
+    del ds.PlanarConfiguration
+    if planar:
+        ds.PlanarConfiguration = planar
+    ds.save_as(path)
+    assert np.array_equal(read_image(path).colour, pixels)
+
+
 def test_gray_jpeg_is_decoded_by_pillow_whatever_is_installed(tmp_path, monkeypatch):
     path = dicom(tmp_path / "a.dcm", noise("j", 24, 32))
     stream = save(Image.fromarray(noise("j", 24, 32)), "JPEG")
