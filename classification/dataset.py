@@ -274,7 +274,7 @@ def augment(
 
 
 def make_affine(draws: np.ndarray, degrees: float, aspect: float) -> np.ndarray:
-    """Affine maps (B, 2, 3) from draws (6, B) in -1..1, for F.affine_grid.
+    """Affine maps (B, 2, 3) from draws (6, B) in -1..1, for `move_images`.
 
     They say where each output pixel comes from, in the coordinates of grid_sample: x and y from -1
     to 1, edge to edge. The ends of the range turn by `degrees`, change the size by 22 % and the

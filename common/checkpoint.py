@@ -257,9 +257,9 @@ def load_init(path: Path, model: nn.Module, is_main: bool) -> dict:
         raise DataError(f"{path}: {message}")
     load_weights(model, model_weights | fitting, path)
     if is_main:
-        missing = ", ".join(sorted(model_weights.keys() - fitting.keys())[:4]) or "none"
-        taken = f"{len(fitting)} of {len(init)} arrays taken"
-        print(f"--init {path}: {taken}; at random: {missing}, ...")
+        missing = sorted(model_weights.keys() - fitting.keys())
+        at_random = f"{len(missing)} at random: {', '.join(missing[:4]) or 'none'}"
+        print(f"--init {path}: {len(fitting)} of {len(init)} arrays taken, {at_random}")
     return checkpoint
 
 

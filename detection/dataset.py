@@ -220,7 +220,7 @@ def augment(
 
 
 def make_affine(draws: np.ndarray, degrees: float, aspect: float) -> np.ndarray:
-    """Affine maps (B, 2, 3) from draws (6, B) in -1..1, for F.affine_grid.
+    """Affine maps (B, 2, 3) from draws (6, B) in -1..1, for `move_images`.
 
     They say where each output pixel comes from, in the coordinates of grid_sample: x and y from -1
     to 1, edge to edge. The ends of the range turn by `degrees`, change the size by 22 % and the
@@ -312,7 +312,7 @@ def move_boxes(boxes: np.ndarray, affine: np.ndarray) -> np.ndarray:
     What moves is the mean outline of a heart inside the box, and the new box is drawn around it: a
     box around the moved corners would grow with every rotation. Cut off at the edge of the image.
     """
-    # From fractions to the coordinates of affine_grid: -1 to 1, edge to edge, so twice as long.
+    # From fractions to the coordinates of grid_sample: -1 to 1, edge to edge, so twice as long.
     center = boxes[:, 2:] + boxes[:, :2] - 1  # (B, 2): x, y
     radius = boxes[:, 2:] - boxes[:, :2]  # (B, 2), half a side
     # The map leads from the new image to the old one: old = matrix @ new + shift.

@@ -140,8 +140,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     preprocess(args)
-    test = "eval.py --checkpoint runs/detection/best.pt --split test"
-    print(f"next: python detection/{test if args.like else 'train.py'} --data {args.out}")
+    command = "eval.py --checkpoint RUN/best.pt --split test" if args.like else "train.py"
+    print(f"next: python detection/{command} --data {shlex.quote(str(args.out))}")
 
 
 def preprocess(args: argparse.Namespace) -> None:

@@ -288,7 +288,7 @@ def augment(
 
 
 def random_affine(draws: np.ndarray, extent: np.ndarray) -> Tensor:
-    """Matrices float32 (B, D, D + 1) for affine_grid: rotation about the middle, scaling, shift.
+    """Matrices float32 (B, D, D + 1) for `make_grid`: rotation about the middle, scaling, shift.
 
     `extent` (D,) is the size of the patch in mm: a rotation in voxels would shear the image.
     `draws` (10 or 6, B), from -1 to 1, hold a scaling of all axes, one of each axis, a shift of

@@ -39,6 +39,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -65,7 +66,7 @@ from numpy.linalg import det, norm
 from PIL import Image, ImageOps
 from pydicom import Dataset, dcmread
 from pydicom.pixels import apply_modality_lut, pixel_array
-from pydicom.uid import UID
+from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.checkpoint import (
@@ -98,6 +99,11 @@ FORMATS = {
     b"mm\0*": "TIFF",
     b"gif8": "GIF",
     b"nrrd": "NRRD",
+    b"bm": "BMP",
+    b"mz": "program",
+    b"pk\3\4": "ZIP",
+    b"\xd0\xcf\x11\xe0": "Office file or Thumbs.db",
+    b"\xff\xfe": "text in UTF-16",
     b"objecttype": "MetaImage",
     b"ndims": "MetaImage",
     b"version https://git-lfs": "Git LFS pointer (run: git lfs pull)",
@@ -144,6 +150,7 @@ class Volume:
     affine: np.ndarray  # (4, 4) to RAS in mm, or pixels
     header: Header = None
     modality: str = ""  # DICOM: CT, MR, PT
+    patient: str = ""  # hash of the DICOM PatientID, or ""
 
 
 @dataclass
@@ -154,7 +161,7 @@ class Case:
     images: list[Path]  # one, or one a channel
     mask: Path
     split: str = ""  # train, val, test, 0 to 4, or ""
-    patient: str = ""  # by cases.csv
+    patient: str = ""  # by cases.csv, else the PatientID, else the case
     more: dict[str, str] = field(default_factory=dict)  # columns of cases.csv
     error: str = ""  # why it cannot be used
     notes: Notes = field(default_factory=list)
@@ -205,10 +212,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     preprocess(args)
-    command = "train.py"
-    if args.like:
-        command = "eval.py --checkpoint runs/segmentation/best.pt --split test"
-    print(f"next: python segmentation/{command} --data {args.out}")
+    command = "eval.py --checkpoint RUN/best.pt --split test" if args.like else "train.py"
+    print(f"next: python segmentation/{command} --data {shlex.quote(str(args.out))}")
 
 
 def preprocess(args: Namespace) -> None:
@@ -236,10 +241,13 @@ def preprocess(args: Namespace) -> None:
         for_each(one, cases, args.workers, "read")
         read = [case for case in cases if not case.error]
         labels, channels = complete_names(read, labels, channels)
-        for_each(partial(check_names, labels=labels, channels=channels), read, 1, "checked")
+        rule = "as in the training set" if like else "without gaps, or a dataset.json with others"
+        check = partial(check_names, labels=labels, channels=channels, rule=rule)
+        for_each(check, read, 1, "checked")
         cases = drop_bad(cases, bad, args.skip_bad)
 
         # Split into folds, and choose the common grid by the training cases.
+        use_patient_ids(cases)
         split_cases(cases, args)
         meta = like or plan_cache(cases, args.spacing, labels, channels)
         print_plan(cases, meta)
@@ -673,7 +681,11 @@ def read_mask(path: Path, image: Volume) -> np.ndarray:
         kind = kind_of(path)
         if kind in PICTURES:  # gray values, or the numbers of a palette
             affine = PICTURE_TO_RAS
-            mask = np.atleast_3d(np.asarray(open_picture(path)).swapaxes(0, 1))
+            picture = open_picture(path)
+            mask = np.atleast_3d(np.asarray(picture).swapaxes(0, 1))
+            black = picture.palette.colors.get((0, 0, 0)) if picture.mode == "P" else 0
+            if black and (mask == black).any():
+                raise ValueError(f"black is number {black} of its palette: save it as gray")
             mask = mask[..., :1] if (mask == mask[..., :1]).all() else mask
         else:
             mask, affine, _ = read_nifti(path, [])
@@ -869,7 +881,11 @@ def read_series(path: Path, files: list[Path], notes: Notes) -> Volume:
     affine[:3, :3] = axes.T * [*spacing, step]
     # The first position, moved along the normal to where the line through all of them begins.
     affine[:3, 3] = positions[0] + axes[2] * (start - positions[0] @ axes[2])
-    return Volume(volume, LPS_TO_RAS @ affine, None, str(slices[0].ds.get("Modality") or ""))
+    modality = str(slices[0].ds.get("Modality") or "")
+    patient = str(slices[0].ds.get("PatientID") or "").strip()
+    # A hash, because the ID itself is personal data; 48 bits tell the patients of a set apart.
+    patient = hashlib.sha256(patient.encode()).hexdigest()[:12] if patient else ""
+    return Volume(volume, LPS_TO_RAS @ affine, None, modality, patient)
 
 
 def list_slices(files: list[Path], notes: Notes) -> list[Slice]:
@@ -878,7 +894,7 @@ def list_slices(files: list[Path], notes: Notes) -> list[Slice]:
     unusable = {}  # None for a file that is no DICOM
     for file in files:
         ds = read_dataset(file)
-        is_usable = ds is not None and all(ds.get(k) for k in ("PixelData", "Rows", "Columns"))
+        is_usable = is_image(ds) and all(ds.get(k) for k in ("PixelData", "Columns"))
         (images if is_usable else unusable)[file] = ds
     cut_files = [file for file, ds in unusable.items() if is_cut_image(file, ds, images)]
     if cut_files or not images:
@@ -905,8 +921,19 @@ def read_dataset(path: Path, **options: bool) -> Dataset | None:
         ds = dcmread(path, force=True, **options)
     except Exception:  # bytes may mean anything
         return None
+    if not ds.file_meta.get("TransferSyntaxUID"):  # of older archives: as pydicom guessed it
+        _, is_little = ds.original_encoding
+        syntax = ExplicitVRLittleEndian if is_little else ExplicitVRBigEndian
+        ds.file_meta.TransferSyntaxUID = syntax
     keywords = ("SOPClassUID", "PixelData", "DirectoryRecordSequence")
     return ds if any(keyword in ds for keyword in keywords) else None
+
+
+def is_image(ds: Dataset | None) -> bool:
+    """Whether a data set is of an image, and not of a report, a plan or a segmentation."""
+    if ds is None or not ds.get("Rows"):
+        return False
+    return "Segmentation" not in UID(str(ds.get("SOPClassUID") or "")).name
 
 
 def is_cut_image(file: Path, ds: Dataset | None, images: dict) -> bool:
@@ -950,12 +977,13 @@ def check_slices(slices: list[Slice]) -> None:
     series = {str(one.ds.get("SeriesInstanceUID")): one.name for one in slices}
     if len(series) > 1:
         names = ", ".join(list(series.values())[:4])
-        raise ValueError(f"{len(series)} DICOM series, such as of {names}; {UID_HINT}")
+        hint = UID_HINT if len(series) == len(slices) else "leave one in the folder"
+        raise ValueError(f"{len(series)} DICOM series, such as of {names}; {hint}")
     for one in slices:
         kind = UID(str(one.ds.get("SOPClassUID") or "")).name
         frames = int(one.ds.get("NumberOfFrames") or 1)
         colours = str(one.ds.get("PhotometricInterpretation") or "MONOCHROME2").upper()
-        is_other = "RT Dose" in kind or "Segmentation" in kind or colours != "MONOCHROME2"
+        is_other = "RT Dose" in kind or colours != "MONOCHROME2"
         if is_other or (one.plane is one.ds and frames > 1):
             found = f"{kind}, {colours}, {frames} frames"
             expected = "expected MONOCHROME2 of CT or MR (dcm2niix converts others)"
@@ -1028,6 +1056,9 @@ def read_plane(path: Path, one: Slice) -> np.ndarray:
     ds = one.ds
     plane = one.plane
     with explaining(path / one.name if path.is_dir() else path):
+        is_native = not ds.file_meta.TransferSyntaxUID.is_encapsulated
+        if is_native and int(ds.get("HighBit") or ds.BitsStored - 1) != ds.BitsStored - 1:
+            raise ValueError(f"HighBit {ds.HighBit}, expected {ds.BitsStored - 1} for its bits")
         pixels = pixel_array(ds, index=one.frame)  # (rows, columns)
         # apply_modality_lut fails on attributes that are there and empty.
         for keyword, default in (("RescaleSlope", 1), ("RescaleIntercept", 0)):
@@ -1074,11 +1105,11 @@ def complete_names(
     return labels, channels
 
 
-def check_names(case: Case, labels: Labels, channels: list[str]) -> None:
+def check_names(case: Case, labels: Labels, channels: list[str], rule: str) -> None:
     """Raise DataError for a value of the mask without a name, or a channel too many or too few."""
     if not set(case.values) <= set(labels):
-        expected = f"{sorted(labels)} without gaps, or a dataset.json with the others"
-        raise DataError(f"{case.mask}: mask values {case.values}, expected {expected}")
+        problem = f"mask values {case.values}, expected {sorted(labels)} {rule}"
+        raise DataError(f"{case.mask}: {problem}")
     check_channels(case.images[0], case.foreground.shape[1], channels)
 
 
@@ -1112,6 +1143,19 @@ def print_reasons(pairs: Reasons, start: str = "") -> None:
 
 
 # --- split: patients and folds ---
+
+
+def use_patient_ids(cases: list[Case]) -> None:
+    """Patients by the DICOM PatientID where cases.csv names none.
+
+    One PatientID in every file is none but what anonymisation left: it is passed over, with a note.
+    """
+    ids = {case.image.patient for case in cases}
+    if len(ids) == 1 < len(cases) and "" not in ids:
+        print("note: one PatientID stands in every file, so it names no patient")
+        return
+    for case in cases:
+        case.patient = case.patient or case.image.patient
 
 
 def split_cases(cases: list[Case], args: Namespace) -> None:
@@ -1586,7 +1630,7 @@ def find_series(top: Path, files: list[Path]) -> tuple[list[NewImage], list[Path
     loose = defaultdict(list)  # by folder
     for path in files:
         ds = read_dataset(path, stop_before_pixels=True)
-        if ds is None or not ds.get("Rows"):
+        if not is_image(ds):
             loose[path.parent].append(path)
             continue
         uid = str(ds.get("SeriesInstanceUID") or path.parent)

@@ -345,8 +345,8 @@ def finish(run: Run, cache: Path, fold: int, is_main: bool, world_size: int) -> 
     if is_main:
         name = "best.pt" if run.best_epoch else "last.pt"  # no best.pt without validation
         split = "val" if fold >= 0 else "test"
-        words = f"--data {cache} --checkpoint {run.out}/{name} --split {split}"
-        print(f"next: python segmentation/eval.py {words}")
+        words = ["--data", str(cache), "--checkpoint", f"{run.out}/{name}", "--split", split]
+        print("next:", shlex.join(["python", "segmentation/eval.py", *words]))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 
 from segmentation.preprocess import main
 from tests.caches import read_table
-from tests.test_volume_sets import pairs, write
+from tests.test_volume_sets import describe, pairs, write
 from tests.test_volumes import COLOUR, DRAWN, IMAGE, MASK, save
 from tests.test_xray_formats import recipes
 
@@ -34,6 +34,7 @@ def brats(year: str, between: str, kinds: str, values: list[int]) -> dict:
 
 
 def amos(path: Path) -> None:
+    write(path, describe({"0": "background", "1": "a", "2": "b"}, modality={"0": "CT"}))
     for end, number in (("Tr", 1), ("Tr", 2), ("Tr", 3), ("Tr", 507), ("Va", 4), ("Va", 508)):
         save(path / f"images{end}/amos_{number:04d}.nii.gz", IMAGE + np.int16(number))
         save(path / f"labels{end}/amos_{number:04d}.nii.gz", MASK)
@@ -105,7 +106,8 @@ def test_the_lines_make_a_set_that_preprocess_reads(tmp_path, monkeypatch, name)
     assert len(meta["channels"]) == (4 if "BraTS" in name else 3 if is_picture else 1)
     assert np.array_equal(truth > 0, expected > 0)
     if name == "AMOS":
-        assert rows[3]["split"] == "val" and len(list(Path("amos_mr/imagesTr").iterdir())) == 1
+        assert meta["channels"] == ["CT"] and rows[3]["split"] == "val"
+        assert len(list(Path("amos_mr/imagesTr").iterdir())) == 1
 
 
 def test_the_remaining_lines_do_what_they_say(tmp_path, monkeypatch):

@@ -426,7 +426,7 @@ def test_init_takes_what_fits(caches, runs, tmp_path, capsys, task, prefix, new)
         kit.change_rows(cache, lambda k, row: row.update(label=names[k % 3], fold=str(k // 3 % 2)))
     init = runs["classification"] / "best.pt"
     kit.train(task, cache, tmp_path / "run", f"--init {init} --lr 1e-12 --weight-decay 0")
-    said = f"--init {init}: 7 of 9 arrays taken; at random: {new}.bias, {new}.weight"
+    said = f"--init {init}: 7 of 9 arrays taken, 2 at random: {new}.bias, {new}.weight"
     assert said in capsys.readouterr().out
     old = load_checkpoint(init)["model"]["conv1.weight"]
     assert torch.allclose(last_of(tmp_path / "run")["model"][f"{prefix}conv1.weight"], old)

@@ -1,5 +1,6 @@
 """segmentation/preprocess.py: layouts, tables, dataset.json, splits, the cache, and new images."""
 
+import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -112,9 +113,10 @@ def test_a_cache_has_everything_once_and_nothing_of_the_reading_is_left(
     truth = nib.load(out / "volumes" / "c1.truth.nii.gz")
     assert truth.get_data_dtype() == np.uint8 and np.array_equal(truth.affine, GRID)
     assert "exists already" in refusal(run, raw, out)
+    assert "PatientID" not in capsys.readouterr().out
 
 
-def test_spacing_by_value_keep_and_like(tmp_path):
+def test_spacing_by_value_keep_and_like(tmp_path, capsys):
     raw = write(tmp_path / "raw", pairs("c0 c1") | describe(LABELS))
     coarse = tmp_path / "coarse"
     meta, _ = run(raw, coarse, "--spacing", 2, 3, 2.5)
@@ -131,6 +133,10 @@ def test_spacing_by_value_keep_and_like(tmp_path):
     (other / "dataset.json").write_text('{"labels": {"0": "background", "1": "other"}}')
     found = refusal(run, other, tmp_path / "wrong", "--like", coarse)
     assert re.search(r"labels .*other.*, but .*coarse has", found)
+    bright = write(tmp_path / "bright", pairs("e0", mask=np.uint8(255 * (MASK > 0))))
+    refusal(run, bright, tmp_path / "wrong", "--like", coarse)
+    said = "mask values [0, 255], expected [0, 1, 2] as in the training set"
+    assert said in capsys.readouterr().err
 
 
 def test_ct_is_clipped_to_the_foreground_of_the_training_cases(tmp_path, capsys):
@@ -343,6 +349,27 @@ def test_scans_of_one_patient_share_a_fold(tmp_path):
     (raw / "cases.csv").write_text("\n".join(["id,patient", *(f"{name},p" for name in names)]))
     _, rows = run(raw, tmp_path / "below", "--patient-regex", "imagesTr/(patient[0-9]+)")
     assert len({row["patient"] for row in rows}) == 8
+
+
+def test_scans_of_one_patient_id_share_a_fold(tmp_path, capsys):
+    mask = np.zeros((5, 6, 12), np.int16)
+    mask[1:4, 1:5, 3:8] = 1
+    for k in range(12):
+        slices = make_slices(SeriesInstanceUID=f"1.2.{k}", PatientID=f"P{k // 2} ")
+        set_pixels(slices[0], slices[0].pixel_array + k)
+        folder = save_series(tmp_path / f"raw/imagesTr/c{k:02d}", slices)
+        affine = preprocess.read_volume(folder, []).affine
+        (tmp_path / "raw/labelsTr").mkdir(exist_ok=True)
+        nib.save(nib.Nifti1Image(mask, affine), tmp_path / f"raw/labelsTr/c{k:02d}.nii.gz")
+    _, rows = run(tmp_path / "raw", tmp_path / "cache")
+    assert [row["patient"] for row in rows[:2]] == [hashlib.sha256(b"P0").hexdigest()[:12]] * 2
+    assert len({(row["patient"], row["fold"]) for row in rows}) == 6
+    for folder in (tmp_path / "raw/imagesTr").iterdir():  # what anonymisation leaves
+        for path in folder.iterdir():
+            path.write_bytes(re.sub(b"P[0-5] ", b"AN ", path.read_bytes()))
+    _, rows = run(tmp_path / "raw", tmp_path / "anonymous")
+    assert [row["patient"] for row in rows[:2]] == ["c00", "c01"]
+    assert capsys.readouterr().out.count("one PatientID stands in every file") == 1
 
 
 def test_a_table_of_cases_gives_patients_folds_and_columns(tmp_path, capsys):

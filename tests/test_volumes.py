@@ -421,11 +421,11 @@ SERIES = {  # what is odd -> note, or "! " and refusal
     "no spacing": (put("PixelSpacing", None), "! .*no PixelSpacing of 2 numbers in 00.dcm"),
     "spacing 0": (put("PixelSpacing", [0, 0]), r"! .*no box: .* PixelSpacing \[0. 0.\]"),
     "no directions": (put("ImageOrientationPatient", [0] * 6), r"! .*no box: ImageOrientationPatient \[0. 0"),
-    "two series": (put("SeriesInstanceUID", "1.9", 2), "! .*2 DICOM series, .* 02.dcm; "),
+    "two series": (put("SeriesInstanceUID", "1.9", 2), "! .*2 DICOM series, .* 02.dcm; leave one in the folder"),
+    "shifted bits": (lambda s: [put("BitsStored", 12)(s), put("HighBit", 15, 3)(s)], "! .*03.dcm: HighBit 15, expected 11"),
     "a UID for each slice": (put("SeriesInstanceUID", lambda ds, k: f"1.2.{k}"), "! .*12 DICOM series, .*; a UID for each slice"),
     "frames": (put("NumberOfFrames", 4, 0), r"! .*00.dcm is no slice \(CT Image Storage, MONOCHROME2, 4 fr"),
     "dose": (put("SOPClassUID", uid.RTDoseStorage, 0), r"! .*00.dcm is no slice \(RT Dose Storage"),
-    "segments": (put("SOPClassUID", uid.SegmentationStorage, 0), r"! .*00.dcm is no slice \(Segmentation"),
     "colour": (put("PhotometricInterpretation", "RGB", 0), r"! .*00.dcm is no slice \(CT Image Storage, RGB"),
     "inverted": (put("PhotometricInterpretation", "MONOCHROME1", 7), "! .*07.dcm is no slice .*, MONOCHROME1"),
     "localizer": (put("ImageType", ["DERIVED", "X", "LOCALIZER"]), r"! .*a localizer \(scout\)"),
@@ -443,6 +443,34 @@ def test_a_series_is_a_box_of_slices_or_refused_and_the_file_named(tmp_path, nam
     edit(slices)
     found = outcome(read_volume, save_series(tmp_path / "ct", slices))
     assert re.search(expected, found), found
+
+
+def test_segments_and_files_of_windows_beside_slices_are_left_out(tmp_path):
+    slices = make_slices()
+    folder = save_series(tmp_path / "ct", slices)
+    expected = read_volume(folder, []).voxels
+    slices[0].SOPClassUID = uid.SegmentationStorage
+    slices[0].SeriesInstanceUID = "1.9"
+    slices[0].NumberOfFrames = 3
+    slices[0].save_as(folder / "seg.dcm")
+    for k, head in enumerate((b"\xd0\xcf\x11\xe0", b"PK\3\4", b"MZ", b"BM", b"\xff\xfe")):
+        (folder / f"{k}.x").write_bytes(head + bytes(range(256)))
+    notes = []
+    assert np.array_equal(read_volume(folder, notes).voxels, expected)
+    assert [detail for _, detail in notes] == ["6, such as 0.x"]
+    assert len(preprocess.find_new([folder], META)) == 1
+
+
+def test_slices_without_a_meta_header_are_read(tmp_path):
+    slices = make_slices()
+    expected = read_volume(save_series(tmp_path / "ct", slices), []).voxels
+    for implicit in (True, False):
+        folder = tmp_path / f"old{implicit}"
+        folder.mkdir()
+        for k, ds in enumerate(slices):
+            ds.__dict__.pop("file_meta", None)
+            ds.save_as(folder / f"{k:02d}", implicit_vr=implicit, little_endian=True)
+        assert np.array_equal(read_volume(folder, []).voxels, expected)
 
 
 def four_rounded(slices: list[pydicom.Dataset]) -> None:
@@ -585,8 +613,11 @@ def test_a_picture_is_a_volume_of_one_slice_with_three_channels(tmp_path, name):
 OPAQUE = np.full_like(DRAWN, 255)
 PALETTE = Image.fromarray(DRAWN)
 PALETTE.putpalette([0, 0, 0, 0, 200, 0])
+WHITE_FIRST = Image.fromarray(1 - DRAWN)
+WHITE_FIRST.putpalette([255, 255, 255, 0, 0, 0])
 PICTURE_MASKS = {  # file -> pixels, options, refusal if any
     "palette.png": (PALETTE, {}, None),
+    "white.png": (WHITE_FIRST, {}, "black is number 1 of its palette: save it as gray"),
     "rgb.png": (np.stack([DRAWN] * 3, 2), {}, None),
     "opaque.png": (np.stack([DRAWN, DRAWN, DRAWN, OPAQUE], 2), {}, None),
     "bit.png": (DRAWN.astype(bool), {}, None),
