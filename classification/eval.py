@@ -8,10 +8,11 @@
 
 Labelled: metrics.json with 95 % bootstrap intervals (over patients), predictions.csv, roc.csv, and
 pictures: confusion_matrix.png, roc.png, mistakes.png. New images: predictions.csv, overlays of
-occlusion maps. The probabilities of several checkpoints are averaged; those of several folds
-predict the fold that each left out, and the metrics are over all these images. With several labels
-per image each label has metrics, and there is no confusion_matrix.png. Batch size and mixed
-precision are those of the run, so the score is the one that train.py printed.
+occlusion maps, those of the first checkpoint. The probabilities of several checkpoints are
+averaged; those of several folds predict the fold that each left out, and the metrics are over all
+these images. With several labels per image each label has metrics, and there is no
+confusion_matrix.png. Batch size and mixed precision are those of the run, so the score is the one
+that train.py printed.
 
 In the shapes below N is the number of images, C that of classes, S the side of an image in pixels.
 """
@@ -438,13 +439,14 @@ def draw_map(
     gray = resize(image.float(), [height, width]).expand(3, -1, -1)  # (3, height, width)
     device = next(run.model.parameters()).device
     inputs = to_input(image[None], device, choose_mean_std(run))
-    loss = network.occlusion_map(run.model, inputs, target, run.meta["multi_label"])  # (h, w)
+    loss = network.occlusion_map(run.model, inputs, target, run.meta["multi_label"])  # (6, 6)
     # Evidence against the class is omitted; the strongest evidence hides 60 % of the image.
     heat = resize(loss[None].clamp(min=0), [height, width], antialias=False)
     heat = 0.6 * heat / heat.max().clamp(min=1e-6)
     colour = torch.tensor(HEAT)[:, None, None]
     strip = torch.cat([gray, gray * (1 - heat) + colour * heat], 2)  # (3, height, 2 * width)
-    caption = [*caption, f"red: evidence for {run.meta['classes'][target]}"]
+    name = run.meta["classes"][target]
+    caption = [*caption, f"red: evidence for {name}, up to {loss.max():.1f} in log-odds"]
     tile = Image.new("RGB", (2 * TILE, 20 * len(caption) + TILE), "black")
     for k, line in enumerate(caption):
         text = line if len(line) <= 64 else f"{line[:30]}...{line[-31:]}"

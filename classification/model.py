@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torchvision.transforms.functional import gaussian_blur
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50")
 # One mean and std (the averages of ImageNet's three channels): with three different ones the summed
@@ -130,11 +131,12 @@ def class_weights(kind: str, counts: Tensor) -> Tensor:
 
 @torch.no_grad()
 def occlusion_map(model: nn.Module, image: Tensor, target: int, multi_label: bool) -> Tensor:
-    """What the log-odds of class `target` lose if a square is hidden, float64 (6, 6), down, across.
+    """What the log-odds of class `target` lose if a square is blurred, float64 (6, 6).
 
-    (Zeiler & Fergus, ECCV 2014.) The squares have a quarter of the side and overlap. `image` is
-    float (1, channels, S, S), normalised: 0 is its mean gray. A class activation map would not
-    tell: in small images each cell of the last features has seen everything.
+    Squares of a quarter of the side, which overlap, in 6 rows and 6 columns (Zeiler & Fergus, ECCV
+    2014); blurred, because a gray one would be something new, such as an opacity of a lung (Fong &
+    Vedaldi, ICCV 2017). `image` is float (1, channels, S, S), normalised; `model` is in eval mode.
+    A class activation map would not tell: each cell of the last features has seen everything.
     """
     size = image.shape[-1]
     pixels = (torch.arange(size) + 0.5) / size
@@ -142,7 +144,8 @@ def occlusion_map(model: nn.Module, image: Tensor, target: int, multi_label: boo
     inside = (pixels - middles[:, None]).abs() < 0.125  # (6, S)
     hidden = inside[:, None, :, None] & inside[:, None]  # (6, 6, S, S)
     hidden = F.pad(hidden.view(36, 1, size, size), (0, 0, 0, 0, 0, 0, 1, 0))  # first nothing
-    images = image.masked_fill(hidden.to(image.device), 0)  # (37, channels, S, S)
+    blurred = gaussian_blur(image, 2 * (size // 8) + 1, size / 32)
+    images = torch.where(hidden.to(image.device), blurred, image)  # (37, channels, S, S)
     logits = model(images).cpu().double()  # (37, C); float32 would end at log-odds of 17
     odds = to_probabilities(logits, multi_label)[:, target].logit(eps=1e-12)  # (37,)
     return (odds[0] - odds[1:]).view(6, 6)

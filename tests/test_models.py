@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torchvision.transforms.functional import gaussian_blur
 
 from classification import model as xrays
 from detection import model as boxes
@@ -41,19 +42,21 @@ def test_small_images_have_a_small_stem(arch, size, stem):
 
 @pytest.mark.parametrize("multi_label", [False, True])
 def test_an_occlusion_map_shows_the_log_odds_that_hiding_costs(multi_label):
-    """One pixel says 20 for class 1, another -2: it says nothing where neither is hidden."""
+    """One pixel says 20 for class 1, another -2: nothing else matters where it is blurred."""
 
     def network(images: torch.Tensor) -> torch.Tensor:
         logits = torch.zeros(len(images), 3)
         logits[:, 1] = 20 * images[:, 0, 7, 17] - 2 * images[:, 0, 23, 0]
         return logits
 
-    image = torch.ones(1, 1, 24, 24)
+    image = torch.zeros(1, 1, 24, 24)
+    image[0, 0, [7, 23], [17, 0]] = 1
+    left = gaussian_blur(image, 7, 0.75)[0, 0]  # of a point
     found = xrays.occlusion_map(network, image, 1, multi_label)
     # Squares of 6 pixels about 2, 6, 10, ...: row 7 lies in two of them, all others in one.
     expected = torch.zeros(6, 6)
-    expected[1:3, 4] = 20
-    expected[5, 0] = -2
+    expected[1:3, 4] = 20 * (1 - left[7, 17])
+    expected[5, 0] = -2 * (1 - left[23, 0])
     assert torch.allclose(found.float(), expected, atol=1e-3)
 
 
