@@ -134,9 +134,8 @@ def occlusion_map(model: nn.Module, image: Tensor, target: int, multi_label: boo
     """What the log-odds of class `target` lose if a square is blurred, float64 (6, 6).
 
     Squares of a quarter of the side, which overlap, in 6 rows and 6 columns (Zeiler & Fergus, ECCV
-    2014); blurred, because a gray one would be something new, such as an opacity of a lung (Fong &
-    Vedaldi, ICCV 2017). `image` is float (1, channels, S, S), normalised; `model` is in eval mode.
-    A class activation map would not tell: each cell of the last features has seen everything.
+    2014); blurred, because gray would be something new, such as an opacity (Fong & Vedaldi, ICCV
+    2017). `image` is float (1, channels, S, S), normalised; `model` is in eval mode.
     """
     size = image.shape[-1]
     pixels = (torch.arange(size) + 0.5) / size

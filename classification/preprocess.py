@@ -321,8 +321,10 @@ def match_labels(raw: Path, rows: list[Row], labels: list[str], listing: Listing
         print(f"note: {len(rows) - len(labelled)} of {len(rows)} rows left out: no label")
     cases = []
     for source, row in match_rows(labelled, (*labels, "patient", "fold", "split"), listing).items():
-        label = tuple(label_value(row[name]) for name in labels if name != "label")
-        label = label or plain_number(row["label"])
+        if labels == ["label"]:
+            label = plain_number(row["label"])
+        else:
+            label = tuple(label_value(row[name]) for name in labels)
         cases.append(Case(source, source, label, **read_row(row, ("image", *labels))))
     return cases
 

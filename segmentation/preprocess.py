@@ -468,6 +468,8 @@ def read_table(table: Path) -> Iterator[tuple[str, dict[str, str]]]:
         separator = max(",;\t", key=text.partition("\n")[0].count)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
         (_, names), *rows = [(reader.line_num, [one.strip() for one in row]) for row in reader]
+    read = ("id", "patient", "fold", "split")  # in any case of letters
+    names = [name.lower() if name.lower() in read else name for name in names]
     if "id" not in names or len(set(names)) < len(names) or {*names} & {"digest", "image", "mask"}:
         expected = "id and different others, none of digest, image, mask"
         raise DataError(f"{table}: columns {names}, expected {expected}")
@@ -1165,7 +1167,7 @@ def split_cases(cases: list[Case], args: Namespace) -> None:
         image = case.images[0]
         match = re.search(args.patient_regex, image.name)
         match = match or re.search(args.patient_regex, image.relative_to(args.data).as_posix())
-        patients[k] = match and match[1 if match.re.groups else 0]
+        patients[k] = match and next(filter(None, match.groups()), match[0])
         if not patients[k]:
             raise DataError(f"--patient-regex {args.patient_regex!r} finds nothing in {image}")
     groups = group_patients(patients, [case.digest for case in cases])

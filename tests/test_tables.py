@@ -314,7 +314,7 @@ KNOWN = "classes in the data .* expected .*, each once"
     *((f"{first} {last}", "", "", f"'{last}' would be the positive class: use --classes") for first, last in (
         ("covid", "normal"), ("Abnormal", "Healthy"), ("ill", "negative"), ("case", "control"), ("mass", "no_mass"),
         ("COVID", "NonCOVID"), ("Edema", "NoFinding"), ("TB", "normal_chest"), ("Parasitized", "Uninfected"),
-        ("affected", "unaffected"), ("Malignant", "benign"), ("TB", "clear"), ("Befund", "ohne_Befund"), ("HER2+", "HER2-"),
+        ("affected", "unaffected"), ("Malignant", "benign"), ("TB", "clear"), ("Befund", "ohne_Befund"), ("HER2+", "HER2-"), ("Fraktur", "unauffällig"),
         ("ja", "nee"), ("Krank", "nein"), ("is_ill", "not_ill"), ("Mass", "absent"), ("Abnormal", "unremarkable"))),
 ])  # fmt: skip
 def test_classes_orders_known_names_and_names_numbers(names, wanted, expected, first):

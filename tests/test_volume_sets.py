@@ -349,6 +349,8 @@ def test_scans_of_one_patient_share_a_fold(tmp_path):
     (raw / "cases.csv").write_text("\n".join(["id,patient", *(f"{name},p" for name in names)]))
     _, rows = run(raw, tmp_path / "below", "--patient-regex", "imagesTr/(patient[0-9]+)")
     assert len({row["patient"] for row in rows}) == 8
+    _, rows = run(raw, tmp_path / "either", "--patient-regex", "(nobody)|(patient[0-9]+)")
+    assert len({row["patient"] for row in rows}) == 8
 
 
 def test_scans_of_one_patient_id_share_a_fold(tmp_path, capsys):
@@ -374,7 +376,7 @@ def test_scans_of_one_patient_id_share_a_fold(tmp_path, capsys):
 
 def test_a_table_of_cases_gives_patients_folds_and_columns(tmp_path, capsys):
     raw = write(tmp_path / "raw", pairs(SIX))
-    text = ";id;patient;fold;site 0;c0;p1;3;Ä 1;c1.nii.gz;p1;4;B 2;c9;p9;;A 3;c3;;test;"
+    text = ";ID;Patient;Fold;site 0;c0;p1;3;Ä 1;c1.nii.gz;p1;4;B 2;c9;p9;;A 3;c3;;test;"
     (raw / "cases.csv").write_text(text.replace(" ", "\n"), encoding="utf-8-sig")
     _, rows = run(raw, tmp_path / "cache")
     printed = capsys.readouterr().out
